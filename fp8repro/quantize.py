@@ -1,0 +1,158 @@
+"""The one quantizer: picks an engine (native C++, Triton, torch) and gives the reference's bytes on each.
+
+Holds no generator state: random bits are a function of (seed, stream, element index) alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp8repro import native, reference
+from fp8repro.formats import FloatFormat, get_format
+from fp8repro.reference import OVERFLOWS, ROUNDINGS, SUBNORMAL_ROUNDINGS
+
+INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STATISTICS = ("nonzero", "underflow", "overflow", "absmax")
+
+
+def quantize(
+    x: Tensor,
+    format: str | FloatFormat = "e5m2",
+    rounding: str = "nearest",
+    overflow: str = "inf",
+    seed: int = 0,
+    stream: int = 0,
+    out: str = "float8",
+    *,
+    subnormal_rounding: str = "same",
+) -> Tensor:
+    """Round each element of `x` once to a low-precision format (paper, section 3).
+
+    Args:
+        x: FP32, FP16 or BF16 tensor of any shape and strides, empty included.
+        format: "e5m2", "e4m3", "fp16", "bf16", "fp16_1_6_9" or a `FloatFormat`.
+        rounding: "nearest" (ties to even), "stochastic" (32 Philox bits a value) or "toward_zero".
+        overflow: "inf" (E4M3, which has no infinity: NaN) or "saturate".
+        seed: 64-bit key of the random bits; used by stochastic rounding only.
+        stream: 64-bit stream of the random bits; tensors that must not share bits need different streams.
+        out: "float8" for the format's storage dtype, "float32" for the same values in FP32.
+        subnormal_rounding: "same", or "nearest" to round subnormal results to nearest in stochastic mode.
+
+    Returns:
+        Tensor of x's shape; memory layout follows x where x is dense.
+
+    Raises:
+        TypeError: `x` is no floating-point tensor of the three input types.
+        ValueError: an option is not one of those above, or the format has no storage dtype.
+    """
+    fmt = get_format(format)
+    _check_options(x, rounding, overflow, subnormal_rounding)
+    if out not in ("float8", "float32"):
+        raise ValueError(f"out: got {out!r}, expected one of float8, float32")
+    if out == "float32":
+        result = torch.empty_like(x, dtype=torch.float32)
+        values, codes = result, None
+    else:
+        if fmt.dtype is None:
+            raise ValueError(f"out: format {fmt.name} has no storage dtype, expected out='float32'")
+        result = torch.empty_like(x, dtype=fmt.dtype)
+        values, codes = None, result
+    round_into(
+        x,
+        fmt,
+        rounding,
+        overflow,
+        seed=seed,
+        stream=stream,
+        subnormal_rounding=subnormal_rounding,
+        values=values,
+        codes=codes,
+    )
+    return result
+
+
+def round_into(
+    x: Tensor,
+    format: FloatFormat,
+    rounding: str,
+    overflow: str,
+    *,
+    seed: int = 0,
+    stream: int = 0,
+    subnormal_rounding: str = "same",
+    values: Tensor | None = None,
+    codes: Tensor | None = None,
+    stats: Tensor | None = None,
+) -> None:
+    """Round `x` in one pass into preallocated outputs; the arguments are those of `quantize`.
+
+    Args:
+        values: FP32 or BF16 tensor of x's shape (it may be `x` itself) that receives the rounded values.
+        codes: tensor of x's shape in the format's storage dtype that receives the encoding.
+        stats: float64 tensor of 4 values (`STATISTICS`) that is added to (absmax: raised).
+    """
+    if x.numel() == 0:
+        return
+    if x.device.type == "cuda":
+        # Imported here, because Triton is only needed on a GPU and is missing on many laptops.
+        from fp8repro.kernels.quantize import round_into as engine
+    elif native.available():
+        engine = native.round_into
+    else:
+        engine = _torch_round_into
+    engine(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
+
+
+def _torch_round_into(
+    x: Tensor,
+    format: FloatFormat,
+    rounding: str,
+    overflow: str,
+    seed: int,
+    stream: int,
+    subnormal_rounding: str,
+    values: Tensor | None,
+    codes: Tensor | None,
+    stats: Tensor | None,
+) -> None:
+    """The engine for machines without a compiler: torch's own casts where they are right, else the reference."""
+    cast_is_right = rounding == "nearest" and overflow == "inf" and format.dtype is not None and format.has_infinity
+    if cast_is_right and format.dtype is not None:
+        # torch rounds once, to nearest even, to infinity; its E4M3 cast saturates and is not used.
+        encoded = x.to(format.dtype)
+        rounded = encoded.to(torch.float32)
+    else:
+        rounded = reference.round_to_format(x, format, rounding, overflow, seed, stream, subnormal_rounding)
+        encoded = None
+    if stats is not None:
+        _add_statistics(stats, x, rounded, format)
+    if codes is not None:
+        # Exact: every value lies in the format's set already.
+        codes.copy_(rounded.to(format.dtype) if encoded is None else encoded)
+    if values is not None:
+        values.copy_(rounded)
+
+
+def _add_statistics(stats: Tensor, x: Tensor, rounded: Tensor, format: FloatFormat) -> None:
+    finite = torch.isfinite(x)
+    nonzero = finite & (x != 0)
+    magnitude = torch.where(finite, x, torch.zeros_like(x)).abs()
+    overflowed = finite & (~torch.isfinite(rounded) | (magnitude.to(torch.float32) > format.max))
+    stats[0] += nonzero.sum()
+    stats[1] += (nonzero & (rounded == 0)).sum()
+    stats[2] += overflowed.sum()
+    stats[3] = torch.maximum(stats[3], magnitude.max().to(torch.float64))
+
+
+def _check_options(x: Tensor, rounding: str, overflow: str, subnormal_rounding: str) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in INPUT_DTYPES:
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x: got {given}, expected a torch.float32, torch.float16 or torch.bfloat16 tensor")
+    for name, given, accepted in (
+        ("rounding", rounding, ROUNDINGS),
+        ("overflow", overflow, OVERFLOWS),
+        ("subnormal_rounding", subnormal_rounding, SUBNORMAL_ROUNDINGS),
+    ):
+        if given not in accepted:
+            raise ValueError(f"{name}: got {given!r}, expected one of {', '.join(accepted)}")
