@@ -138,10 +138,9 @@ def _add_statistics(stats: Tensor, x: Tensor, rounded: Tensor, format: FloatForm
     finite = torch.isfinite(x)
     nonzero = finite & (x != 0)
     magnitude = torch.where(finite, x, torch.zeros_like(x)).abs()
-    overflowed = finite & (~torch.isfinite(rounded) | (magnitude.to(torch.float32) > format.max))
     stats[0] += nonzero.sum()
     stats[1] += (nonzero & (rounded == 0)).sum()
-    stats[2] += overflowed.sum()
+    stats[2] += (magnitude.to(torch.float64) > format.max).sum()
     stats[3] = torch.maximum(stats[3], magnitude.max().to(torch.float64))
 
 

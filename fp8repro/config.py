@@ -1,0 +1,278 @@
+"""Configuration at the door: a composed Hydra config becomes frozen dataclasses, once; inside there is no DictConfig.
+
+Every setting of a training run is a field below. Nothing here may decide numerics: see recipe.py.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from fp8repro.errors import UserError
+from fp8repro.recipe import Recipe, recipe_from_mapping
+
+TASKS = ("image", "translation")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network. `size` holds the family's own dimensions (empty for the ResNets)."""
+
+    name: str
+    task: str = "image"
+    stem: str = "auto"  # image: auto | imagenet (7x7, stride 2, pooling) | small (3x3, stride 1)
+    size: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data set, and how its samples become batches. `options` holds the data set's own settings."""
+
+    name: str
+    root: str | None = None
+    image_size: int | None = None
+    workers: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LossScalingConfig:
+    """Loss-scaling policy (paper, section 3.1). Windows and floor times: iterations, or a fraction of the run."""
+
+    policy: str = "none"  # none | constant | dynamic | enhanced
+    scale: float = 1.0  # constant: the scale; dynamic, enhanced: the initial one
+    factor: float = 2.0
+    window: float = 2000  # good steps before the scale grows; under 1: fraction of the run
+    min_scale: float = 1.0
+    max_scale: float = 2.0**24
+    floors: tuple[tuple[float, float], ...] = ()  # enhanced: (when, floor), when under 1: fraction of the run
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer; `decay_norm_and_bias=False` leaves weight decay off one-dimensional parameters."""
+
+    name: str = "sgd"  # sgd | adam | adamw
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    decay_norm_and_bias: bool = True
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over the run; times under or equal to 1.0 with a point are fractions of the run."""
+
+    name: str = "cosine"  # constant | cosine | step | inverse_sqrt | gnmt
+    warmup: float = 0.0  # steps; under 1: fraction of the run
+    warmup_start: float = 0.0  # multiplier of lr at step 0
+    warmup_form: str = "linear"  # linear | exponential
+    milestones: tuple[float, ...] = ()  # step: fractions of the run at which lr *= gamma
+    gamma: float = 0.1
+    decay_start: float = 0.666  # gnmt: fraction of the run where the halvings begin
+    decay_count: int = 4  # gnmt: number of halvings
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The loop: length, batches, measurement, checkpoints."""
+
+    epochs: float = 10
+    max_steps: int | None = None  # stop early, schedules unchanged
+    batch_size: int = 64  # images, or target tokens, over all ranks and micro-steps
+    micro_steps: int = 1  # accumulate this many batches into one update
+    eval_batch_size: int = 256
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
+    channels_last: bool = True
+    log_every: int = 10
+    eval_every_epochs: int = 1
+    telemetry_every: int = 0
+    checkpoint_every_steps: int | None = None
+    checkpoint_every_minutes: float | None = 10
+    keep_checkpoints: int = 2
+    average_checkpoints: int = 0  # translation: average the weights of the last N epochs for the final score
+    max_skipped_in_a_row: int = 50
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    precision: Recipe
+    loss_scaling: LossScalingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    logger: str = "tensorboard"  # tensorboard | wandb | none
+    profile: str = "embedded"
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda
+    backend: str = "auto"  # auto | emulate | triton
+    run_dir: str | None = None
+    resume: str = "never"  # never | auto | path of a checkpoint
+    overwrite: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to a run's config.yaml."""
+        return _plain(asdict(self))
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.task": TASKS,
+    "model.stem": ("auto", "imagenet", "small"),
+    "loss_scaling.policy": ("none", "constant", "dynamic", "enhanced"),
+    "optimizer.name": ("sgd", "adam", "adamw"),
+    "schedule.name": ("constant", "cosine", "step", "inverse_sqrt", "gnmt"),
+    "schedule.warmup_form": ("linear", "exponential"),
+    "logger": ("tensorboard", "wandb", "none"),
+    "device": ("auto", "cpu", "cuda"),
+    "backend": ("auto", "emulate", "triton"),
+}
+POSITIVE = (
+    "trainer.epochs",
+    "trainer.batch_size",
+    "trainer.micro_steps",
+    "trainer.eval_batch_size",
+    "trainer.log_every",
+    "trainer.keep_checkpoints",
+    "optimizer.lr",
+    "loss_scaling.scale",
+    "loss_scaling.window",
+    "loss_scaling.min_scale",
+    "loss_scaling.max_scale",
+)
+
+
+def run_config(values: Mapping[str, Any]) -> RunConfig:
+    """Build the configuration of a run from the plain values of a composed config.
+
+    Raises:
+        UserError: an unknown setting, a wrong type, or a value that is not accepted.
+    """
+    values = dict(values)
+    precision = dict(values.pop("precision", None) or {})
+    # A saved run's config.yaml has the policy resolved already and carries no default.
+    defaults = precision.pop("default_loss_scaling", {})
+    recipe = recipe_from_mapping(precision)
+    scaling = dict(values.pop("loss_scaling", None) or {})
+    if scaling.get("policy") == "auto":
+        task = (values.get("model") or {}).get("task", "image")
+        scaling = dict(defaults.get(task, {"policy": "none"}))
+    values["loss_scaling"] = scaling
+    config: RunConfig = _build(RunConfig, values, "", precision=recipe)
+    for setting, accepted in CHOICES.items():
+        given = _lookup(config, setting)
+        if given not in accepted:
+            raise UserError(f"{setting}: got {given!r}, expected one of {', '.join(accepted)}")
+    for setting in POSITIVE:
+        given = _lookup(config, setting)
+        if not given > 0:
+            raise UserError(f"{setting}: got {given!r}, expected a number over 0")
+    return config
+
+
+def compose_group(group: str, name: str) -> dict[str, Any]:
+    """The plain values of `conf/<group>/<name>.yaml`, its own defaults list followed.
+
+    Raises:
+        UserError: the group has no such file.
+    """
+    from hydra import compose, initialize_config_module
+    from hydra.errors import MissingConfigException
+    from omegaconf import OmegaConf
+
+    try:
+        with initialize_config_module("fp8repro.conf", version_base="1.3"):
+            config = compose(config_name=f"{group}/{name}")
+    except MissingConfigException:
+        raise UserError(f"{group}: got {name!r}, expected one of {', '.join(group_options(group))}") from None
+    values = OmegaConf.to_container(config[group], resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def group_options(group: str) -> list[str]:
+    """Names of the files of a configuration group, sorted."""
+    from importlib.resources import files
+
+    folder = files("fp8repro.conf").joinpath(group)
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _lookup(config: RunConfig, setting: str) -> Any:
+    value: Any = config
+    for part in setting.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _build(cls: type, values: Mapping[str, Any], setting: str, **ready: Any) -> Any:
+    """An instance of a dataclass from a mapping; `ready` are fields built elsewhere."""
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
+    prefix = f"{setting}." if setting else ""
+    for key in values:
+        if key not in known:
+            raise UserError(f"{prefix}{key}: unknown setting, expected one of {', '.join(known)}")
+    arguments = dict(ready)
+    for f in fields(cls):
+        if f.name in ready:
+            continue
+        if f.name in values:
+            arguments[f.name] = _convert(values[f.name], hints[f.name], f"{prefix}{f.name}")
+        elif f.default is MISSING and f.default_factory is MISSING:
+            raise UserError(f"{prefix}{f.name}: missing, expected a value")
+    return cls(**arguments)
+
+
+def _convert(value: Any, hint: Any, setting: str) -> Any:
+    origin, options = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        (hint,) = (option for option in options if option is not type(None))
+        return _convert(value, hint, setting)
+    if origin is tuple:
+        if isinstance(value, (list, tuple)):
+            inner = options[:1] * len(value) if options[-1] is Ellipsis else options
+            if len(inner) == len(value):
+                return tuple(_convert(v, i, f"{setting}[{n}]") for n, (v, i) in enumerate(zip(value, inner, strict=True)))
+        raise UserError(f"{setting}: got {value!r}, expected a list")
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{setting}: got {value!r}, expected a mapping")
+        return dict(value)
+    if hasattr(hint, "__dataclass_fields__"):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{setting}: got {value!r}, expected a mapping")
+        return _build(hint, value, setting)
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value) if isinstance(value, float) else value
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-4 as a text.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{setting}: got {value!r}, expected {names[hint]}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

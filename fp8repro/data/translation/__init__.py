@@ -1,0 +1,1 @@
+"""Translation data: text, vocabulary, data sets and batches. Randomness is a function of (seed, epoch) alone."""

@@ -1,0 +1,51 @@
+"""Where prepared data lives: a folder per content hash in the user's cache, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def cache_root() -> Path:
+    """`$FP8REPRO_CACHE`, else `$XDG_CACHE_HOME/fp8repro`, else `~/.cache/fp8repro`."""
+    own, shared = os.environ.get("FP8REPRO_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else Path(shared) / "fp8repro" if shared else Path.home() / ".cache" / "fp8repro"
+
+
+def content_key(settings: Mapping[str, Any], files: Iterable[Path]) -> str:
+    """Hash of plain settings and of the contents (not names or times) of files, in order."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:24]
+
+
+def cached_folder(kind: str, key: str, build: Callable[[Path], None]) -> Path:
+    """The folder `<cache>/<kind>/<key>`; `build` fills it where it is missing.
+
+    It is built beside and renamed, so that an interrupted or a concurrent build is never read.
+    """
+    parent = cache_root() / kind
+    folder = parent / key
+    if folder.is_dir():
+        return folder
+    parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=parent))
+    try:
+        build(building)
+        try:
+            building.rename(folder)
+        except OSError:
+            # Another process was faster; its folder holds the same.
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder

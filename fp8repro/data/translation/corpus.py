@@ -1,0 +1,68 @@
+"""Reads parallel text: two line-aligned UTF-8 files, or one file with a tab between source and target.
+
+Lines end at a line feed and nowhere else. Nothing here skips or repairs a line silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+from fp8repro.errors import UserError
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file, without their line feeds.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not UTF-8.
+    """
+    try:
+        # A file opened in binary mode ends its lines at b"\n" alone.
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield line.removesuffix(b"\n").decode("utf-8")
+                except UnicodeDecodeError as error:
+                    byte = line[error.start]
+                    raise UserError(
+                        f"data.root: {str(path)!r} line {number} holds byte 0x{byte:02x} (column {error.start + 1}), "
+                        "expected UTF-8"
+                    ) from None
+    except OSError as error:
+        raise UserError(f"data.root: cannot read {str(path)!r} ({error.strerror}), expected a text file") from None
+
+
+def corpus_files(root: Path, name: str, languages: tuple[str, str]) -> tuple[Path, ...]:
+    """The files of a split: `<name>` itself where it ends in .tsv, else `<name>.<source>` and `<name>.<target>`."""
+    if name.endswith(".tsv"):
+        return (root / name,)
+    return tuple(root / f"{name}.{language}" for language in languages)
+
+
+def read_pairs(files: tuple[Path, ...]) -> Iterator[tuple[str, str]]:
+    """Pairs of source and target lines of the files that `corpus_files` names.
+
+    Raises:
+        UserError: a file cannot be read or is not UTF-8, the two files differ in length, or a line of a
+            tab-separated file has not two columns.
+    """
+    if len(files) == 1:
+        for number, line in enumerate(read_lines(files[0]), start=1):
+            columns = line.split("\t")
+            if len(columns) != 2:
+                raise UserError(
+                    f"data.root: {str(files[0])!r} line {number} has {len(columns)} columns, expected source and target"
+                )
+            yield columns[0], columns[1]
+        return
+    source, target = files
+    for source_line, target_line in zip_longest(read_lines(source), read_lines(target)):
+        if source_line is None or target_line is None:
+            lengths = [sum(1 for _ in read_lines(path)) for path in files]
+            raise UserError(
+                f"data.root: {str(source)!r} has {lengths[0]} lines and {str(target)!r} has {lengths[1]}, "
+                "expected the same number"
+            )
+        yield source_line, target_line

@@ -1,0 +1,108 @@
+"""Small modules that the translation models share: attention products, positions, and the interface of decoding.
+
+Products are modules of their own so that they can be swapped; nothing here may know why somebody would.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+
+class MatMul(nn.Module):
+    """Batched matrix product of two tensors, `a @ b`; a module, so that both operands can be reached from outside."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """[..., M, K] @ [..., K, N] -> [..., M, N]."""
+        return torch.matmul(a, b)
+
+
+class AttentionProduct(nn.Module):
+    """Scaled dot-product attention without the scaling: softmax(q k^T) v, softmax in FP32.
+
+    Attributes:
+        scores: the product q k^T.
+        context: the product of the attention weights and the values.
+    """
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        """Dropout is applied to the attention weights."""
+        super().__init__()
+        self.scores = MatMul()
+        self.context = MatMul()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, masked: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [B, heads, T, d], already divided by sqrt(d).
+            key: [B, heads, S, d].
+            value: [B, heads, S, d].
+            masked: bool, broadcastable to [B, heads, T, S]; True where attention is forbidden.
+
+        Returns:
+            [B, heads, T, d].
+        """
+        scores = self.scores(query, key.transpose(-1, -2))
+        if masked is not None:
+            scores = scores.masked_fill(masked, -math.inf)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(value)
+        return self.context(self.dropout(weights), value)
+
+
+class SinusoidalPositions(nn.Module):
+    """Fixed position embeddings: sines in the first half, cosines in the second, positions from `pad + 1` on.
+
+    Padding gets zeros, and positions count the tokens that are no padding, so left and right padding are the same.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, pad: int) -> None:
+        """`width` must be even and at least 4."""
+        super().__init__()
+        self.pad = pad
+        half = width // 2
+        exponents = torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / (half - 1))
+        self.register_buffer("frequencies", exponents.exp(), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids [B, T] -> [B, T, width] in FP32."""
+        present = tokens.ne(self.pad)
+        positions = present.cumsum(1) * present + self.pad
+        return self.at(positions) * present.unsqueeze(-1)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Positions of any shape (counted from `pad + 1`) -> [..., width] in FP32."""
+        angles = positions.unsqueeze(-1) * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class DecoderState(Protocol):
+    """What a model keeps of a batch of rows between two decoding steps."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (repeat, reorder) rows: int64 indices into the present ones."""
+        ...
+
+
+State = TypeVar("State", bound=DecoderState)
+
+
+class TranslationModel(Protocol[State]):
+    """What decoding asks of a model; rows are hypotheses, one token each a step."""
+
+    pad: int
+    eos: int
+
+    def begin(self, source: Tensor) -> State:
+        """Encode source ids [B, S]; the state has B rows."""
+        ...
+
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, Tensor | None]:
+        """Feed the last token of each row [R]; gives next-token logits [R, V], attention [R, S] where there is one."""
+        ...

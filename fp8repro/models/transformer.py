@@ -1,0 +1,357 @@
+"""Transformer of `transformer_wmt_en_de` (fairseq's base architecture, post-norm), and fairseq's checkpoints.
+
+Parameter names are fairseq's. Nothing here may know of precision: projections are nn.Linear, products are modules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp8repro.config import _build
+from fp8repro.errors import UserError
+from fp8repro.models.layers import AttentionProduct, SinusoidalPositions
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Dimensions; the defaults are the base model (6+6 layers; paper, section 4)."""
+
+    vocab_size: int
+    pad: int = 1
+    eos: int = 2
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    width: int = 512
+    ffn_width: int = 2048
+    heads: int = 8
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    tie_output: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise UserError for dimensions that make no model."""
+        for name in ("vocab_size", "encoder_layers", "decoder_layers", "width", "ffn_width", "heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.size.{name}: got {getattr(self, name)}, expected a whole number over 0")
+        if self.width % (2 * self.heads) or self.width < 4:
+            raise UserError(f"model.size.width: got {self.width}, expected a multiple of 2 * heads = {2 * self.heads}")
+
+
+@dataclass
+class LayerCache:
+    """Keys and values [R, heads, length, d] of one decoder layer."""
+
+    cross_key: Tensor
+    cross_value: Tensor
+    key: Tensor | None = None
+    value: Tensor | None = None
+
+
+@dataclass
+class TransformerState:
+    """Rows under decoding: the caches of each layer, the source's padding [R, 1, 1, S], the number of tokens fed."""
+
+    source_masked: Tensor
+    layers: list[LayerCache]
+    length: int = field(default=0)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (repeat, reorder) rows of every cache."""
+        self.source_masked = self.source_masked.index_select(0, rows)
+        for cache in self.layers:
+            for name, value in vars(cache).items():
+                if value is not None:
+                    setattr(cache, name, value.index_select(0, rows))
+
+
+class MultiheadAttention(nn.Module):
+    """Multi-head attention: four projections around an `AttentionProduct`."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        """Initialize as fairseq: query, key and value Xavier with gain 1/sqrt(2), output Xavier with zero bias."""
+        super().__init__()
+        self.heads = heads
+        self.scaling = (width // heads) ** -0.5
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+        self.product = AttentionProduct(dropout)
+        for projection in (self.k_proj, self.v_proj, self.q_proj):
+            nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2))
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, T, width] -> [B, heads, T, width / heads]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Project [B, S, width] to keys and values, each [B, heads, S, d]."""
+        return self.split(self.k_proj(x)), self.split(self.v_proj(x))
+
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, masked: Tensor | None) -> Tensor:
+        """Queries from x [B, T, width]; keys and values [B, heads, S, d]; result [B, T, width]."""
+        query = self.split(self.q_proj(x) * self.scaling)
+        context = self.product(query, key, value, masked)
+        return self.out_proj(context.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """What encoder and decoder layers share: self-attention's parameters and the feed-forward part; post-norm."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        """The linear layers keep torch's own initialization, as in fairseq."""
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.activation_dropout = nn.Dropout(config.activation_dropout)
+        self.self_attn = MultiheadAttention(config.width, config.heads, config.attention_dropout)
+        self.self_attn_layer_norm = nn.LayerNorm(config.width)
+        self.fc1 = nn.Linear(config.width, config.ffn_width)
+        self.fc2 = nn.Linear(config.ffn_width, config.width)
+        self.final_layer_norm = nn.LayerNorm(config.width)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """fc1, ReLU, fc2, residual, normalization: [B, T, width] -> [B, T, width]."""
+        hidden = self.activation_dropout(torch.relu(self.fc1(x)))
+        return self.final_layer_norm(x + self.dropout(self.fc2(hidden)))
+
+
+class EncoderLayer(Layer):
+    """Self-attention and feed-forward, each with residual, then normalization (post-norm)."""
+
+    def forward(self, x: Tensor, masked: Tensor) -> Tensor:
+        """[B, S, width] -> [B, S, width]."""
+        attended = self.self_attn(x, *self.self_attn.keys_and_values(x), masked)
+        return self.feed_forward(self.self_attn_layer_norm(x + self.dropout(attended)))
+
+
+class DecoderLayer(Layer):
+    """Self-attention, attention to the encoder, feed-forward; post-norm."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        """One layer of the given dimensions."""
+        super().__init__(config)
+        self.encoder_attn = MultiheadAttention(config.width, config.heads, config.attention_dropout)
+        self.encoder_attn_layer_norm = nn.LayerNorm(config.width)
+
+    def forward(self, x: Tensor, cache: LayerCache, source_masked: Tensor, masked: Tensor | None) -> Tensor:
+        """[B, T, width] -> [B, T, width]; appends x's keys and values to the cache, then attends to all of it."""
+        key, value = self.self_attn.keys_and_values(x)
+        if cache.key is not None and cache.value is not None:
+            key, value = torch.cat([cache.key, key], dim=2), torch.cat([cache.value, value], dim=2)
+        cache.key, cache.value = key, value
+        x = self.self_attn_layer_norm(x + self.dropout(self.self_attn(x, key, value, masked)))
+        attended = self.encoder_attn(x, cache.cross_key, cache.cross_value, source_masked)
+        return self.feed_forward(self.encoder_attn_layer_norm(x + self.dropout(attended)))
+
+
+class Encoder(nn.Module):
+    """Embedding, positions and the encoder layers."""
+
+    def __init__(self, config: TransformerConfig, embedding: nn.Embedding, positions: SinusoidalPositions) -> None:
+        """`embedding` is shared with the decoder."""
+        super().__init__()
+        self.embed_tokens = embedding
+        self.positions = positions
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList([EncoderLayer(config) for _ in range(config.encoder_layers)])
+
+    def forward(self, source: Tensor, source_masked: Tensor) -> Tensor:
+        """Ids [B, S], padding [B, 1, 1, S] -> [B, S, width]."""
+        embedded = math.sqrt(self.embed_tokens.embedding_dim) * self.embed_tokens(source)
+        x = self.dropout(embedded + self.positions(source))
+        for layer in self.layers:
+            x = layer(x, source_masked)
+        return x
+
+
+class Decoder(nn.Module):
+    """Embedding, positions, the decoder layers and the output projection."""
+
+    def __init__(self, config: TransformerConfig, embedding: nn.Embedding, positions: SinusoidalPositions) -> None:
+        """`embedding` is shared with the encoder, and with the output projection unless `tie_output` is off."""
+        super().__init__()
+        self.embed_tokens = embedding
+        self.positions = positions
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList([DecoderLayer(config) for _ in range(config.decoder_layers)])
+        self.output_projection = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tie_output:
+            self.output_projection.weight = embedding.weight
+        else:
+            nn.init.normal_(self.output_projection.weight, std=config.width**-0.5)
+
+    def forward(self, tokens: Tensor, state: TransformerState) -> Tensor:
+        """Ids [B, T] that follow those fed before -> logits [B, T, V]; T > 1 only as the first call on a state."""
+        steps = tokens.shape[1]
+        if state.length == 0:
+            positions = self.positions(tokens)
+        else:
+            first = self.positions.pad + 1 + state.length
+            positions = self.positions.at(torch.arange(first, first + steps, device=tokens.device))
+        embedded = math.sqrt(self.embed_tokens.embedding_dim) * self.embed_tokens(tokens)
+        x = self.dropout(embedded + positions)
+        masked = None
+        if steps > 1:
+            masked = torch.ones(steps, steps, dtype=torch.bool, device=tokens.device).triu(1)
+        for layer, cache in zip(self.layers, state.layers, strict=True):
+            x = layer(x, cache, state.source_masked, masked)
+        state.length += steps
+        return self.output_projection(x)
+
+
+class Transformer(nn.Module):
+    """Encoder-decoder with one embedding for source, target and (by default) output."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        """Embeddings are N(0, 1/width) with a zero row for padding."""
+        super().__init__()
+        self.config = config
+        self.pad, self.eos = config.pad, config.eos
+        embedding = nn.Embedding(config.vocab_size, config.width, padding_idx=config.pad)
+        nn.init.normal_(embedding.weight, std=config.width**-0.5)
+        nn.init.zeros_(embedding.weight[config.pad])
+        positions = SinusoidalPositions(config.width, config.pad)
+        self.encoder = Encoder(config, embedding, positions)
+        self.decoder = Decoder(config, embedding, positions)
+
+    def begin(self, source: Tensor) -> TransformerState:
+        """Encode source ids [B, S], padded on either side, and project them for every decoder layer once."""
+        source_masked = source.eq(self.pad)[:, None, None, :]
+        encoded = self.encoder(source, source_masked)
+        caches = []
+        for layer in self.decoder.layers:
+            assert isinstance(layer, DecoderLayer)
+            caches.append(LayerCache(*layer.encoder_attn.keys_and_values(encoded)))
+        return TransformerState(source_masked, caches)
+
+    def forward(self, source: Tensor, decoder_input: Tensor) -> Tensor:
+        """Source ids [B, S] and decoder input ids [B, T] (EOS first, padded on the right) -> logits [B, T, V]."""
+        return self.decoder(decoder_input, self.begin(source))
+
+    def step(self, tokens: Tensor, state: TransformerState) -> tuple[Tensor, None]:
+        """Feed one token per row [R]; gives next-token logits [R, V] and no attention."""
+        return self.decoder(tokens.unsqueeze(1), state).squeeze(1), None
+
+
+def transformer(vocab_size: int, pad: int = 1, eos: int = 2, **size: Any) -> Transformer:
+    """The base model, or another size by the fields of `TransformerConfig`.
+
+    Raises:
+        UserError: a dimension that is unknown, of a wrong type, or makes no model.
+    """
+    config: TransformerConfig = _build(TransformerConfig, size, "model.size", vocab_size=vocab_size, pad=pad, eos=eos)
+    return Transformer(config)
+
+
+def upgrade_fairseq_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bring the weights of any fairseq version since 2018 to today's names.
+
+    Splits fused input projections (order query, key, value), names `layer_norms.N`, drops `version` and
+    `_float_tensor` buffers, and adds a missing output projection from the embedding.
+    """
+    norms = {
+        "encoder": ("self_attn_layer_norm", "final_layer_norm"),
+        "decoder": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+    }
+    upgraded: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name.endswith((".version", "._float_tensor")):
+            continue
+        if name.endswith((".in_proj_weight", ".in_proj_bias")):
+            stem, _, kind = name.rpartition(".in_proj_")
+            for projection, part in zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True):
+                upgraded[f"{stem}.{projection}.{kind}"] = part.clone()
+            continue
+        old_norm = re.fullmatch(r"((encoder|decoder)\.layers\.\d+)\.layer_norms\.(\d)\.(weight|bias)", name)
+        if old_norm:
+            layer, stack, index, kind = old_norm.groups()
+            name = f"{layer}.{norms[stack][int(index)]}.{kind}"
+        upgraded[name] = value
+    if "encoder.embed_tokens.weight" in upgraded:
+        upgraded.setdefault("decoder.embed_tokens.weight", upgraded["encoder.embed_tokens.weight"])
+    if "decoder.embed_out" in upgraded:
+        upgraded["decoder.output_projection.weight"] = upgraded.pop("decoder.embed_out")
+    elif "decoder.embed_tokens.weight" in upgraded:
+        upgraded.setdefault("decoder.output_projection.weight", upgraded["decoder.embed_tokens.weight"])
+    return upgraded
+
+
+def load_fairseq_checkpoint(path: str | Path, model: Transformer) -> None:
+    """Load a fairseq checkpoint (2018 layout or later) into a model of the same dimensions.
+
+    Raises:
+        UserError: the file cannot be read, holds no fairseq model, or was made with other dimensions.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint: cannot read {str(path)!r} ({reason}), expected a fairseq checkpoint") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        raise UserError(f"checkpoint: {str(path)!r} has no entry 'model', expected a fairseq checkpoint")
+    _check_architecture(checkpoint, model.config)
+    given = upgrade_fairseq_state(checkpoint["model"])
+    expected = model.state_dict()
+    for name in [*expected, *given]:
+        if name not in given or name not in expected:
+            where = "missing in the checkpoint" if name not in given else "unknown to this model"
+            raise UserError(f"checkpoint: {name} is {where}, expected the same architecture")
+        if given[name].shape != expected[name].shape:
+            raise UserError(
+                f"checkpoint: {name} has shape {list(given[name].shape)}, expected {list(expected[name].shape)}"
+            )
+    model.load_state_dict({name: value.to(torch.float32) for name, value in given.items()})
+
+
+def _check_architecture(checkpoint: Mapping[str, Any], config: TransformerConfig) -> None:
+    """What the weights' shapes do not show: number of heads and place of the normalization."""
+    settings: Any = checkpoint.get("args")
+    if settings is None:
+        cfg = checkpoint.get("cfg")
+        settings = cfg.get("model") if isinstance(cfg, Mapping) else None
+    values = settings if isinstance(settings, Mapping) else vars(settings) if settings is not None else {}
+    for stack in ("encoder", "decoder"):
+        heads = values.get(f"{stack}_attention_heads", config.heads)
+        if heads != config.heads:
+            raise UserError(f"model.size.heads: got {config.heads}, expected {heads} as in the checkpoint")
+        if values.get(f"{stack}_normalize_before", False):
+            raise UserError("checkpoint: got a pre-norm model, expected a post-norm one (transformer_wmt_en_de)")
+
+
+def export_fairseq_state(model: Transformer) -> dict[str, Any]:
+    """A fairseq checkpoint's content (`torch.save` it): FP32 weights under "model", dimensions under "cfg"."""
+    state = {name: value.detach().to("cpu", torch.float32).clone() for name, value in model.state_dict().items()}
+    for stack in ("encoder", "decoder"):
+        state[f"{stack}.version"] = torch.tensor([3.0])
+    config = asdict(model.config)
+    settings: dict[str, Any] = {
+        "_name": "transformer_wmt_en_de",
+        "share_all_embeddings": config["tie_output"],
+        "share_decoder_input_output_embed": config["tie_output"],
+        "dropout": config["dropout"],
+        "attention_dropout": config["attention_dropout"],
+        "activation_dropout": config["activation_dropout"],
+    }
+    for stack in ("encoder", "decoder"):
+        settings |= {
+            f"{stack}_layers": config[f"{stack}_layers"],
+            f"{stack}_embed_dim": config["width"],
+            f"{stack}_ffn_embed_dim": config["ffn_width"],
+            f"{stack}_attention_heads": config["heads"],
+            f"{stack}_normalize_before": False,
+        }
+    return {"args": None, "cfg": {"model": settings}, "model": state, "optimizer_history": [], "extra_state": {}}
