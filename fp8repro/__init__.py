@@ -1,3 +1,34 @@
 """Reproduction of *Mixed Precision Training With 8-bit Floating Point* (arXiv 1905.12334)."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fp8repro.context import StepContext
+    from fp8repro.injection import inject
+    from fp8repro.loss_scaling import make_scaler
+    from fp8repro.master import MasterWeights
+    from fp8repro.quantizer import quantize
+    from fp8repro.recipe import Recipe, load_recipe
+
 __version__ = "0.1.0"
+__all__ = ["MasterWeights", "Recipe", "StepContext", "inject", "load_recipe", "make_scaler", "quantize"]
+
+_HOMES = {
+    "MasterWeights": "master",
+    "Recipe": "recipe",
+    "StepContext": "context",
+    "inject": "injection",
+    "load_recipe": "recipe",
+    "make_scaler": "loss_scaling",
+    "quantize": "quantizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, found at first use: the command line's help must not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fp8repro' has no attribute {name!r}")
+    return getattr(import_module(f"fp8repro.{_HOMES[name]}"), name)

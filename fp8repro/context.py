@@ -37,6 +37,10 @@ class StepContext:
 
     A loop calls `begin(step, micro_step)` before each forward pass. A loop that never does still gets
     fresh bits at every call, because call indices then keep counting.
+
+    Attributes:
+        generation: counts calls of `begin`.
+        weight_version: counts updates that the tensors' own version counters do not see.
     """
 
     seed: int = 0
@@ -45,6 +49,7 @@ class StepContext:
     micro_step: int = 0
     telemetry: Telemetry = field(default_factory=Telemetry)
     generation: int = 0
+    weight_version: int = 0
 
     def begin(self, step: int, micro_step: int = 0) -> None:
         """Start a forward pass: call indices restart, weights are quantized anew when the step changed."""

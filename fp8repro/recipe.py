@@ -63,6 +63,7 @@ class Recipe:
         master: how the FP32 result of a weight update is stored.
         round_outputs: the activation role applies to layer outputs too, not only to layer inputs.
         round_input_errors: the error role applies to gradients of layer inputs too, not only of layer outputs.
+        attention_products: attention scores and contexts are converted too.
         exempt: patterns (fnmatch on qualified module names) of layers that use `exempt_roles` instead;
             "auto" stands for the first convolution and the last fully connected layer (paper, section 4).
         exempt_roles: the exempt layers' own rounding, for all their roles but the master.
@@ -78,6 +79,7 @@ class Recipe:
     master: RoleSpec = RoleSpec(format="fp16", rounding="stochastic")
     round_outputs: bool = True
     round_input_errors: bool = True
+    attention_products: bool = True
     exempt: tuple[str, ...] | str = AUTO
     exempt_roles: RoleSpec = RoleSpec(format="fp16")
     autocast: str = "none"
@@ -104,7 +106,7 @@ def recipe_from_mapping(values: Mapping[str, Any], setting: str = "precision") -
             arguments[key] = _role_from_mapping(value, f"{setting}.{key}")
         elif key == "exempt":
             arguments[key] = _patterns(value, f"{setting}.exempt")
-        elif key in ("round_outputs", "round_input_errors"):
+        elif key in ("round_outputs", "round_input_errors", "attention_products"):
             if not isinstance(value, bool):
                 raise UserError(f"{setting}.{key}: got {value!r}, expected true or false")
             arguments[key] = value

@@ -28,7 +28,7 @@ class Telemetry:
         self._lost.clear()
 
     def buffer(self, layer: str, role: str, operand: str, device: torch.device) -> Tensor | None:
-        """The float64 buffer (`fp8repro.quantize.STATISTICS`) to count into, or None when off."""
+        """The float64 buffer (`fp8repro.quantizer.STATISTICS`) to count into, or None when off."""
         if not self.active:
             return None
         key = (layer, role, operand)

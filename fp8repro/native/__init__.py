@@ -11,5 +11,5 @@ def available() -> bool:
 
 
 def round_into(*arguments: Any) -> None:
-    """See `fp8repro.quantize.round_into`."""
+    """See `fp8repro.quantizer.round_into`."""
     raise RuntimeError("the native engine is not available")

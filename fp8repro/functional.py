@@ -1,0 +1,240 @@
+"""The recipe's autograd: quantize, multiply, quantize, forward and backward, driven by one table of roles.
+
+                 operands                        result
+    forward      activation x weight             activation (output)
+    error        error x weight                  error (gradient of the input)
+    gradient     error x activation              gradient (of the weight)
+
+Every tensor is rounded once and used for all its products. Nothing here may know where a tensor comes from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fp8repro import products
+from fp8repro.context import StepContext
+from fp8repro.formats import FloatFormat
+from fp8repro.products import Backend, Conv2dGeometry, Operand
+from fp8repro.quantizer import round_into
+from fp8repro.recipe import RoleSpec
+
+
+@dataclass
+class Site:
+    """A layer's place in the recipe: its name, the rounding of each role there, and what multiplies.
+
+    Attributes:
+        name: qualified module name, the key of random streams and telemetry.
+        roles: role -> rounding ("weight", "activation", "error", "gradient").
+        context: where the run stands.
+        backend: what multiplies.
+        round_outputs, round_input_errors: see `Recipe`.
+    """
+
+    name: str
+    roles: dict[str, RoleSpec]
+    context: StepContext
+    backend: Backend
+    round_outputs: bool = True
+    round_input_errors: bool = True
+    _call: int = 0
+    _generation: int = -1
+    _weight: Operand | None = None
+    _weight_key: tuple[Any, ...] = field(default=())
+
+    def next_call(self) -> int:
+        """Index of this call since the context's last `begin`, so that reused layers never share random bits."""
+        if self._generation != self.context.generation:
+            self._generation, self._call = self.context.generation, 0
+        self._call += 1
+        return self._call - 1
+
+    def spec(self, role: str, training: bool) -> RoleSpec:
+        """The role's rounding; evaluation always rounds to nearest."""
+        spec = self.roles[role]
+        return spec if training else spec.for_evaluation()
+
+    def operand(self, x: Tensor, role: str, name: str, call: int, training: bool = True) -> Operand:
+        """Round `x` in one pass to codes and to the values that the backend computes with."""
+        spec = self.spec(role, training)
+        if spec.is_identity:
+            return Operand(x, values=x)
+        fmt = spec.float_format
+        if fmt.dtype is None:
+            # Without a storage dtype the FP32 values are the codes.
+            rounded = torch.empty_like(x, dtype=torch.float32)
+            scale = self._round(x, spec, role, name, call, values=rounded)
+            return Operand(rounded, fmt, scale)
+        dtype = self.backend.value_dtype(fmt)
+        codes = torch.empty_like(x, dtype=fmt.dtype)
+        values = None if dtype is None else torch.empty_like(x, dtype=dtype)
+        scale = self._round(x, spec, role, name, call, values=values, codes=codes)
+        if scale is not None and values is not None:
+            values.div_(scale)
+        return Operand(codes, fmt, scale, values)
+
+    def weight(self, weight: Tensor, training: bool) -> Operand:
+        """The rounded weight; rounded once per update, whatever the number of calls and micro-steps."""
+        context = self.context
+        key = (context.step, context.weight_version, weight._version, weight.data_ptr(), weight.dtype, training)
+        if self._weight is None or self._weight_key != key:
+            self._weight = self.operand(weight.detach(), "weight", "weight", 0, training)
+            self._weight_key = key
+        return self._weight
+
+    def round_result(self, result: Tensor, role: str, name: str, call: int, training: bool = True) -> Tensor:
+        """Round a product's result in place."""
+        spec = self.spec(role, training)
+        if not spec.is_identity:
+            scale = self._round(result, spec, role, name, call, values=result)
+            if scale is not None:
+                result.div_(scale)
+        return result
+
+    def _round(
+        self,
+        x: Tensor,
+        spec: RoleSpec,
+        role: str,
+        name: str,
+        call: int,
+        values: Tensor | None = None,
+        codes: Tensor | None = None,
+    ) -> float | None:
+        scale = tensor_scale(x, spec.float_format) if spec.scaling == "tensor" else None
+        round_into(
+            x if scale is None else x * scale,
+            spec.float_format,
+            spec.rounding,
+            spec.overflow,
+            seed=self.context.seed,
+            stream=self.context.stream(self.name, call, name, role) if spec.rounding == "stochastic" else 0,
+            subnormal_rounding=spec.subnormal_rounding,
+            values=values,
+            codes=codes,
+            stats=self.context.telemetry.buffer(self.name, role, name, x.device),
+        )
+        return scale
+
+
+def tensor_scale(x: Tensor, fmt: FloatFormat) -> float:
+    """The largest power of two by which `x` can be multiplied without overflow; 1 for zeros and non-finite tensors."""
+    absmax = float(x.abs().amax()) if x.numel() else 0.0
+    if absmax == 0.0 or not math.isfinite(absmax):
+        return 1.0
+    # Kept within FP32's normal range, so that scaling and its inverse are exact.
+    exponent = math.floor(math.log2(fmt.max / absmax))
+    return 2.0 ** max(-100, min(100, exponent))
+
+
+@dataclass(frozen=True)
+class Op:
+    """The products of one kind of layer.
+
+    Attributes:
+        forward, grad_a, grad_b: result, and gradients of first and second operand (shaped and laid out as the last argument).
+        b_is_weight: the second operand is a weight, not a second activation.
+        bias_dims: dimensions of the error that the bias' gradient sums over; None for all but the last.
+    """
+
+    forward: Callable[[Backend, Operand, Operand, Tensor | None], Tensor]
+    grad_a: Callable[[Backend, Operand, Operand, Tensor], Tensor]
+    grad_b: Callable[[Backend, Operand, Operand, Tensor], Tensor]
+    b_is_weight: bool = True
+    bias_dims: tuple[int, ...] | None = None
+
+
+LINEAR = Op(
+    forward=lambda backend, x, w, bias: backend.linear(x, w, bias),
+    grad_a=lambda backend, e, w, like: backend.linear_error(e, w),
+    grad_b=lambda backend, e, x, like: backend.linear_gradient(e, x),
+)
+MATMUL = Op(
+    forward=lambda backend, a, b, bias: backend.matmul(a, b),
+    grad_a=lambda backend, e, b, like: backend.matmul_error_a(e, b),
+    grad_b=lambda backend, e, a, like: backend.matmul_error_b(e, a),
+    b_is_weight=False,
+)
+
+
+def conv2d_op(geometry: Conv2dGeometry) -> Op:
+    """The products of a convolution."""
+    return Op(
+        forward=lambda backend, x, w, bias: backend.conv2d(x, w, bias, geometry),
+        grad_a=lambda backend, e, w, like: backend.conv2d_error(e, w, geometry, like),
+        grad_b=lambda backend, e, x, like: backend.conv2d_gradient(e, x, geometry, like),
+        bias_dims=(0, 2, 3),
+    )
+
+
+def quantized_product(a: Tensor, b: Tensor, bias: Tensor | None, site: Site, op: Op, training: bool) -> Tensor:
+    """Multiply under a recipe (paper, section 3 and figure 1).
+
+    Args:
+        a: FP32 activation.
+        b: weight (FP32, or the FP16 master) or second activation.
+        bias: FP32, never rounded, or None.
+        site: the layer's place in the recipe.
+        op: `LINEAR`, `MATMUL` or a `conv2d_op`.
+        training: False rounds everything to nearest.
+
+    Returns:
+        FP32 tensor, rounded to the activation role's format where the recipe rounds outputs.
+    """
+    result: Tensor = _QuantizedProduct.apply(a, b, bias, site, op, training)
+    return result
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, site: Site, op: Op, training: bool) -> Tensor:
+        call = site.next_call()
+        qa = site.operand(a, "activation", "input", call, training)
+        qb = site.weight(b, training) if op.b_is_weight else site.operand(b, "activation", "input_b", call, training)
+        products.announce(site.name, "forward", qa, qb)
+        result = op.forward(site.backend, qa, qb, bias)
+        if site.round_outputs:
+            site.round_result(result, "activation", "output", call, training)
+        ctx.save_for_backward(qa.codes, qb.codes)
+        ctx.formats = ((qa.fmt, qa.scale), (qb.fmt, qb.scale))
+        # A weight's values live as long as the step anyway; an activation's are decoded again from its bytes.
+        ctx.weight = qb if op.b_is_weight else None
+        ctx.site, ctx.op, ctx.call, ctx.training = site, op, call, training
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        site, op, call, training = ctx.site, ctx.op, ctx.call, ctx.training
+        codes_a, codes_b = ctx.saved_tensors
+        (format_a, scale_a), (format_b, scale_b) = ctx.formats
+        needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
+        error = site.operand(grad, "error", "output_error", call, training)
+        grad_a = grad_b = grad_bias = None
+        if needs_a:
+            qb = ctx.weight if ctx.weight is not None else Operand(codes_b, format_b, scale_b)
+            products.announce(site.name, "error", error, qb)
+            grad_a = op.grad_a(site.backend, error, qb, codes_a)
+            if site.round_input_errors:
+                site.round_result(grad_a, "error", "input_error", call, training)
+        if needs_b:
+            qa = Operand(codes_a, format_a, scale_a)
+            products.announce(site.name, "gradient" if op.b_is_weight else "error", error, qa)
+            grad_b = op.grad_b(site.backend, error, qa, codes_b)
+            if op.b_is_weight:
+                site.round_result(grad_b, "gradient", "weight_gradient", call, training)
+            elif site.round_input_errors:
+                site.round_result(grad_b, "error", "input_b_error", call, training)
+        if needs_bias:
+            values = error.decoded() if error.values is None else error.values
+            dims = op.bias_dims or tuple(range(values.dim() - 1))
+            grad_bias = values.sum(dims, dtype=torch.float32)
+        return grad_a, grad_b, grad_bias, None, None, None

@@ -1,0 +1,187 @@
+"""Puts a recipe into a model: swaps its layers in place and reports what it converted, what it left and why.
+
+It must never change a model's mathematics in any other way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from fp8repro.context import StepContext
+from fp8repro.errors import UserError
+from fp8repro.functional import Site
+from fp8repro.layers import FP8Conv2d, FP8Linear, FP8MatMul, MasterEmbedding
+from fp8repro.models.layers import MatMul
+from fp8repro.products import Backend, EmulateBackend
+from fp8repro.recipe import AUTO, ROLES, Recipe, RoleSpec, load_recipe
+
+CONVERTED = {nn.Linear: FP8Linear, nn.Conv2d: FP8Conv2d, MatMul: FP8MatMul}
+OPERAND_ROLES = ROLES[:4]
+BACKENDS = ("auto", "emulate", "triton")
+# Modules with parameters, or products, that stay as they are; everything else without parameters is not worth a line.
+_LEFT: tuple[tuple[type[nn.Module], str], ...] = (
+    (nn.modules.batchnorm._NormBase, "normalization stays in FP32"),
+    (nn.LayerNorm, "normalization stays in FP32"),
+    (nn.GroupNorm, "normalization stays in FP32"),
+    (nn.RNNBase, "fused recurrent layer: its products cannot be reached; build it from linear layers"),
+    (nn.MultiheadAttention, "calls its products without its layers: they cannot be reached"),
+    (nn.modules.conv._ConvNd, "no FP8 form of this convolution"),
+    (nn.Linear, "a subclass of Linear with a forward pass of its own"),
+    (nn.Bilinear, "no FP8 form of this layer"),
+)
+
+
+@dataclass(frozen=True)
+class InjectionRow:
+    """One layer: qualified name, type, "converted", "exempt" or "left", and its formats or the reason."""
+
+    name: str
+    kind: str
+    status: str
+    detail: str
+    parameters: int
+
+
+@dataclass
+class InjectionReport:
+    """What `inject` did."""
+
+    recipe: str
+    backend: str
+    rows: list[InjectionRow] = field(default_factory=list)
+
+    def names(self, status: str) -> list[str]:
+        """Names of the layers of that status."""
+        return [row.name for row in self.rows if row.status == status]
+
+    def table(self) -> str:
+        """A plain-text table, one layer a line."""
+        lines = [("layer", "type", "status", "formats or reason")]
+        lines += [(row.name, row.kind, row.status, row.detail) for row in self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(3)]
+        body = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]) for line in lines]
+        counts = ", ".join(f"{len(self.names(s))} {s}" for s in ("converted", "exempt", "left"))
+        return "\n".join([f"recipe {self.recipe}, products: {self.backend}; {counts}", *body])
+
+
+def inject(
+    model: nn.Module, recipe: Recipe | str, context: StepContext | None = None, backend: str = "auto"
+) -> InjectionReport:
+    """Convert a model's layers to a recipe, in place (paper, section 3 and figure 1).
+
+    `Conv2d`, `Linear` and `MatMul` multiply rounded operands from then on; parameters, names and hooks stay the same.
+    `model.fp8_context` is set to the context.
+
+    Args:
+        model: any module.
+        recipe: a `Recipe`, or the name of one in `conf/precision/`.
+        context: where the run stands (seed, step, rank); a new one by default.
+        backend: "auto", "emulate" or "triton".
+
+    Returns:
+        A report whose `table()` can be printed.
+
+    Raises:
+        UserError: an exempt pattern matches no layer, the backend cannot be had, or the model is converted already.
+    """
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    if hasattr(model, "fp8_context"):
+        raise UserError("model: got a model that is converted already, expected a fresh one")
+    context = context or StepContext()
+    model.fp8_context = context  # type: ignore[assignment]
+    products = select_backend(backend, model)
+    report = InjectionReport(recipe.name, products.name)
+    modules = dict(model.named_modules())
+    candidates = [name for name, module in modules.items() if type(module) in CONVERTED]
+    exempt = exempt_layers(recipe, modules, candidates) if recipe.converts else set()
+    for name, module in modules.items():
+        kind = type(module).__name__
+        parameters = sum(p.numel() for p in module.parameters(recurse=False))
+        if not recipe.converts:
+            if name in candidates:
+                report.rows.append(
+                    InjectionRow(name, kind, "left", f"the recipe rounds nothing{_autocast(recipe)}", parameters)
+                )
+            continue
+        if name in candidates:
+            if type(module) is MatMul and not recipe.attention_products:
+                report.rows.append(InjectionRow(name, kind, "left", "attention_products is off", parameters))
+                continue
+            roles = _roles(recipe, name in exempt)
+            _convert(module, Site(name, roles, context, products, recipe.round_outputs, recipe.round_input_errors))
+            report.rows.append(
+                InjectionRow(name, kind, "exempt" if name in exempt else "converted", _describe(roles), parameters)
+            )
+        elif type(module) is nn.Embedding:
+            module.__class__ = MasterEmbedding
+            report.rows.append(InjectionRow(name, kind, "left", "a lookup, no product; FP32 values", parameters))
+        else:
+            reason = next((reason for base, reason in _LEFT if isinstance(module, base)), None)
+            if reason is None and parameters:
+                reason = "no product to convert"
+            if reason is not None:
+                report.rows.append(InjectionRow(name, kind, "left", reason, parameters))
+    return report
+
+
+def _convert(module: nn.Module, site: Site) -> None:
+    # The class alone changes: parameters, buffers, hooks and every reference to the module stay valid.
+    module.__class__ = CONVERTED[type(module)]
+    module.site = site  # type: ignore[assignment]
+    if isinstance(module, FP8Conv2d):
+        module.prepare()
+
+
+def exempt_layers(recipe: Recipe, modules: dict[str, nn.Module], candidates: list[str]) -> set[str]:
+    """Names of the layers that use the exempt roles.
+
+    "auto" is the first convolution (where there is one) and the last fully connected layer (paper, section 4).
+
+    Raises:
+        UserError: a pattern matches no convertible layer.
+    """
+    if recipe.exempt == AUTO:
+        convolutions = [name for name in candidates if isinstance(modules[name], nn.Conv2d)]
+        linears = [name for name in candidates if isinstance(modules[name], nn.Linear)]
+        return set(convolutions[:1] + linears[-1:])
+    matched: set[str] = set()
+    for pattern in recipe.exempt:
+        hits = [name for name in candidates if fnmatchcase(name, pattern)]
+        if not hits:
+            some = ", ".join(candidates[:4]) + (", ..." if len(candidates) > 4 else "")
+            raise UserError(f"precision.exempt: got {pattern!r}, which matches none of the layers ({some})")
+        matched.update(hits)
+    return matched
+
+
+def select_backend(backend: str, model: nn.Module) -> Backend:
+    """What multiplies, for a setting and the device of the model's parameters.
+
+    Raises:
+        UserError: an unknown name, or Triton where it cannot run.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
+    return EmulateBackend()
+
+
+def _roles(recipe: Recipe, exempt: bool) -> dict[str, RoleSpec]:
+    return {role: recipe.exempt_roles if exempt else getattr(recipe, role) for role in OPERAND_ROLES}
+
+
+def _describe(roles: dict[str, RoleSpec]) -> str:
+    return ", ".join(f"{role} {spec.format}/{spec.rounding}" for role, spec in roles.items())
+
+
+def _autocast(recipe: Recipe) -> str:
+    return f"; autocast {recipe.autocast}" if recipe.autocast != "none" else ""
+
+
+def sites(model: nn.Module) -> dict[str, Site]:
+    """The injected layers' places in the recipe, by qualified name."""
+    found: dict[str, Any] = {name: getattr(module, "site", None) for name, module in model.named_modules()}
+    return {name: site for name, site in found.items() if isinstance(site, Site)}

@@ -1,0 +1,85 @@
+"""Drop-in modules that multiply under a recipe. They hold no default of it; `inject` gives each its place (`Site`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fp8repro.functional import LINEAR, MATMUL, Op, Site, conv2d_op, quantized_product
+from fp8repro.models.layers import MatMul
+from fp8repro.products import Conv2dGeometry
+
+
+class FP8Linear(nn.Linear):
+    """`nn.Linear` whose three products follow a recipe."""
+
+    site: Site
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features], FP32."""
+        return quantized_product(input, self.weight, self.bias, self.site, LINEAR, self.training)
+
+
+class FP8Conv2d(nn.Conv2d):
+    """`nn.Conv2d` (strided, dilated, grouped, any padding mode) whose three products follow a recipe."""
+
+    site: Site
+    op: Op
+
+    def prepare(self) -> None:
+        """Fix the geometry once."""
+        padding = (0, 0) if self._pads_apart() else tuple(self.padding)
+        geometry = Conv2dGeometry(tuple(self.stride), padding, tuple(self.dilation), self.groups)  # type: ignore[arg-type]
+        self.op = conv2d_op(geometry)
+
+    def _pads_apart(self) -> bool:
+        """True where the product's own zero padding cannot serve."""
+        return self.padding_mode != "zeros" or isinstance(self.padding, str)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] (or [C, H, W]) -> [B, O, P, Q], FP32."""
+        x = input if input.dim() == 4 else input.unsqueeze(0)
+        if self._pads_apart():
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+        result = quantized_product(x, self.weight, self.bias, self.site, self.op, self.training)
+        return result if input.dim() == 4 else result.squeeze(0)
+
+
+class FP8MatMul(MatMul):
+    """Product of two activations (attention scores and contexts) under a recipe."""
+
+    site: Site
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """[..., M, K] @ [..., K, N] -> [..., M, N], FP32; leading dimensions must agree."""
+        return quantized_product(a, b, None, self.site, MATMUL, self.training)
+
+
+class MasterEmbedding(nn.Embedding):
+    """`nn.Embedding` that looks up in a master of any dtype and gives FP32 values; nothing is rounded here."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Indices [...] -> [..., embedding_dim], FP32."""
+        if self.weight.dtype == torch.float32:
+            return super().forward(input)
+        result: Tensor = _Lookup.apply(input, self.weight, self.padding_idx)
+        return result
+
+
+class _Lookup(torch.autograd.Function):
+    # torch's own lookup would round the scaled gradient to the master's FP16.
+    @staticmethod
+    def forward(ctx: Any, indices: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.rows, ctx.padding_idx = weight.shape[0], padding_idx
+        return F.embedding(indices, weight).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        (indices,) = ctx.saved_tensors
+        padding = -1 if ctx.padding_idx is None else ctx.padding_idx
+        return None, torch.ops.aten.embedding_dense_backward(grad, indices, ctx.rows, padding, False), None
