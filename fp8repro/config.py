@@ -167,7 +167,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         task = (values.get("model") or {}).get("task", "image")
         scaling = dict(defaults.get(task, {"policy": "none"}))
     values["loss_scaling"] = scaling
-    config: RunConfig = _build(RunConfig, values, "", precision=recipe)
+    config: RunConfig = build_dataclass(RunConfig, values, "", precision=recipe)
     for setting, accepted in CHOICES.items():
         given = _lookup(config, setting)
         if given not in accepted:
@@ -214,8 +214,18 @@ def _lookup(config: RunConfig, setting: str) -> Any:
     return value
 
 
-def _build(cls: type, values: Mapping[str, Any], setting: str, **ready: Any) -> Any:
-    """An instance of a dataclass from a mapping; `ready` are fields built elsewhere."""
+def build_dataclass(cls: type, values: Mapping[str, Any], setting: str, **ready: Any) -> Any:
+    """An instance of a frozen dataclass of settings from plain values.
+
+    Args:
+        cls: a dataclass; its annotations decide what is accepted.
+        values: plain values, nested where the fields are dataclasses themselves.
+        setting: dotted name of `values` in the configuration, for messages.
+        ready: fields built elsewhere.
+
+    Raises:
+        UserError: an unknown or a missing setting, or a value of the wrong type.
+    """
     hints = get_type_hints(cls)
     known = [f.name for f in fields(cls)]
     prefix = f"{setting}." if setting else ""
@@ -244,7 +254,9 @@ def _convert(value: Any, hint: Any, setting: str) -> Any:
         if isinstance(value, (list, tuple)):
             inner = options[:1] * len(value) if options[-1] is Ellipsis else options
             if len(inner) == len(value):
-                return tuple(_convert(v, i, f"{setting}[{n}]") for n, (v, i) in enumerate(zip(value, inner, strict=True)))
+                return tuple(
+                    _convert(v, i, f"{setting}[{n}]") for n, (v, i) in enumerate(zip(value, inner, strict=True))
+                )
         raise UserError(f"{setting}: got {value!r}, expected a list")
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
@@ -253,7 +265,7 @@ def _convert(value: Any, hint: Any, setting: str) -> Any:
     if hasattr(hint, "__dataclass_fields__"):
         if not isinstance(value, Mapping):
             raise UserError(f"{setting}: got {value!r}, expected a mapping")
-        return _build(hint, value, setting)
+        return build_dataclass(hint, value, setting)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value) if isinstance(value, float) else value

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8repro.config import _build
+from fp8repro.config import build_dataclass
 from fp8repro.errors import UserError
 from fp8repro.models.layers import MatMul
 
@@ -148,6 +148,7 @@ class BahdanauAttention(nn.Module):
         self.vector = nn.Parameter(torch.empty(width))
         self.gain = nn.Parameter(torch.tensor(width**-0.5))
         self.bias = nn.Parameter(torch.zeros(width))
+        self.score = MatMul()
         self.context = MatMul()
         for parameter in (self.query.weight, self.key.weight, self.vector):
             nn.init.uniform_(parameter, -init_range, init_range)
@@ -166,8 +167,8 @@ class BahdanauAttention(nn.Module):
         """
         combined = self.query(query).unsqueeze(2) + (keys + self.bias).unsqueeze(1)
         direction = self.vector * (self.gain / self.vector.norm())
-        scores = torch.tanh(combined) @ direction.to(combined.dtype)
-        scores = scores.masked_fill(masked, -torch.inf)
+        scores = self.score(torch.tanh(combined).flatten(0, 2), direction.to(combined.dtype).unsqueeze(1))
+        scores = scores.view(combined.shape[:3]).masked_fill(masked, -torch.inf)
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(values)
         return self.context(weights, values), weights
 
@@ -274,5 +275,5 @@ def gnmt(vocab_size: int, pad: int = 1, eos: int = 2, **size: Any) -> GNMT:
     Raises:
         UserError: a dimension that is unknown, of a wrong type, or makes no model.
     """
-    config: GNMTConfig = _build(GNMTConfig, size, "model.size", vocab_size=vocab_size, pad=pad, eos=eos)
+    config: GNMTConfig = build_dataclass(GNMTConfig, size, "model.size", vocab_size=vocab_size, pad=pad, eos=eos)
     return GNMT(config)

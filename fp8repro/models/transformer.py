@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8repro.config import _build
+from fp8repro.config import build_dataclass
 from fp8repro.errors import UserError
 from fp8repro.models.layers import AttentionProduct, SinusoidalPositions
 
@@ -252,7 +252,9 @@ def transformer(vocab_size: int, pad: int = 1, eos: int = 2, **size: Any) -> Tra
     Raises:
         UserError: a dimension that is unknown, of a wrong type, or makes no model.
     """
-    config: TransformerConfig = _build(TransformerConfig, size, "model.size", vocab_size=vocab_size, pad=pad, eos=eos)
+    config: TransformerConfig = build_dataclass(
+        TransformerConfig, size, "model.size", vocab_size=vocab_size, pad=pad, eos=eos
+    )
     return Transformer(config)
 
 

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fp8repro.config import _build
+from fp8repro.config import build_dataclass
 from fp8repro.data.translation import corpus, fairseq_binary, grammar, lexicon, synthetic, text, vocabulary
 from fp8repro.data.translation.cache import cached_folder, content_key
 from fp8repro.data.translation.fairseq_binary import TokenSequences, read_binary, write_binary
@@ -134,7 +134,7 @@ def load_translation(
     if name not in LOADERS:
         raise UserError(f"data.name: got {name!r}, expected one of {', '.join(LOADERS)}")
     settings_class, defaults, load = LOADERS[name]
-    settings = _build(settings_class, {**defaults, **(options or {})}, "data.options")
+    settings = build_dataclass(settings_class, {**defaults, **(options or {})}, "data.options")
     if name == "synthetic_translation":
         return load(settings, workers)
     if root is None or not Path(root).is_dir():
