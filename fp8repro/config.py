@@ -113,6 +113,7 @@ class RunConfig:
     trainer: TrainerConfig = TrainerConfig()
     logger: str = "tensorboard"  # tensorboard | wandb | none
     profile: str = "embedded"
+    experiment: str | None = None  # the cell of the paper's tables that the run stands for
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
     backend: str = "auto"  # auto | emulate | triton
@@ -165,7 +166,9 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     scaling = dict(values.pop("loss_scaling", None) or {})
     if scaling.get("policy") == "auto":
         task = (values.get("model") or {}).get("task", "image")
-        scaling = dict(defaults.get(task, {"policy": "none"}))
+        del scaling["policy"]
+        # Single settings given beside `auto` hold over the recipe's.
+        scaling = {**defaults.get(task, {"policy": "none"}), **scaling}
     values["loss_scaling"] = scaling
     config: RunConfig = build_dataclass(RunConfig, values, "", precision=recipe)
     for setting, accepted in CHOICES.items():
