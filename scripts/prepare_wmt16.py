@@ -6,11 +6,13 @@ Tokenization and BPE happen later, in `fp8repro`. Training pairs are never chang
 from __future__ import annotations
 
 import argparse
+import hashlib
 import html
 import re
 import sys
 import tarfile
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,12 @@ ARCHIVES = {
     "training-parallel-nc-v11.tgz": "http://data.statmt.org/wmt16/translation-task/training-parallel-nc-v11.tgz",
     "dev.tgz": "http://data.statmt.org/wmt16/translation-task/dev.tgz",
     "test.tgz": "http://data.statmt.org/wmt16/translation-task/test.tgz",
+}
+# Digests that others publish: of the training texts TensorFlow Datasets, of the test sacreBLEU.
+CHECKSUMS = {
+    "training-parallel-commoncrawl.tgz": ("sha256", "c7a74e2ea01ac6c920123108627e35278d4ccb5701e15428ffa34de86fa3a9e5"),
+    "training-parallel-nc-v11.tgz": ("sha256", "cfe8ab047e05043476e498ee765c98e939c7b7d6d294e856344c84476b619d6a"),
+    "test.tgz": ("md5", "3d809cd0c2c86adb2c67034d15c4e446"),
 }
 # Archive and name of each training text, without its language.
 TRAINING = (
@@ -35,6 +43,15 @@ NEWS_TESTS = {
     "newstest2014": ("dev.tgz", "newstest2014-deen-ref.en.sgm", "newstest2014-deen-src.de.sgm"),
     "newstest2015": ("dev.tgz", "newstest2015-ende-src.en.sgm", "newstest2015-ende-ref.de.sgm"),
     "newstest2016": ("test.tgz", "newstest2016-ende-src.en.sgm", "newstest2016-ende-ref.de.sgm"),
+}
+# Pairs of each text; an archive without a published digest is checked by these alone.
+LINES = {
+    "europarl-v7.de-en": 1_920_209,
+    "commoncrawl.de-en": 2_399_123,
+    "newstest2013": 3000,
+    "newstest2014": 3003,
+    "newstest2015": 2169,
+    "newstest2016": 2999,
 }
 # Progress is shown this often.
 REPORT_EVERY = 500_000
@@ -59,10 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare(archives: Path, out: Path, valid: list[str], fetch: bool = False) -> dict[str, tuple[int, int]]:
-    """Write the six files; gives (kept, left out) per split.
+    """Write the six files, each whole or not at all; gives (kept, left out) per split.
 
     Raises:
-        UserError: an archive or a member of one is missing, or two sides differ in length.
+        UserError: an archive or a member of one is missing, is not the official one, or two sides differ in length.
     """
     for name in valid:
         if name not in NEWS_TESTS:
@@ -73,6 +90,8 @@ def prepare(archives: Path, out: Path, valid: list[str], fetch: bool = False) ->
         if not fetch:
             raise UserError(f"archives: {str(archives / name)!r} is missing, expected the file of {url} (or --fetch)")
         _download(url, archives / name)
+    for name in CHECKSUMS:
+        check_digest(archives / name)
     out.mkdir(parents=True, exist_ok=True)
     report = {}
     for split, parts in (
@@ -83,6 +102,22 @@ def prepare(archives: Path, out: Path, valid: list[str], fetch: bool = False) ->
         report[split] = _write(out, split, (pair for part in parts for pair in part), filtered=split == "train")
         print(f"{split}: {report[split][0]} pairs, {report[split][1]} left out")
     return report
+
+
+def check_digest(archive: Path) -> None:
+    """Compare an archive with the digest that `CHECKSUMS` holds for it.
+
+    Raises:
+        UserError: they differ.
+    """
+    algorithm, expected = CHECKSUMS[archive.name]
+    with archive.open("rb") as file:
+        given = hashlib.file_digest(file, algorithm).hexdigest()
+    if given != expected:
+        raise UserError(
+            f"archives: {str(archive)!r} has {algorithm} {given}, expected {expected} "
+            f"(damaged, or not the file of {ARCHIVES[archive.name]})"
+        )
 
 
 def is_usable(english: str, german: str) -> bool:
@@ -97,7 +132,7 @@ def is_usable(english: str, german: str) -> bool:
 def training_pairs(archives: Path, archive: str, name: str) -> Iterator[tuple[str, str]]:
     """Aligned lines of a training text; lines end at a line feed alone."""
     english, german = (
-        _read_member(archives / archive, f"{name}.{language}").decode("utf-8").removesuffix("\n").split("\n")
+        _read_member(archives / archive, f"{name}.{language}").removesuffix("\n").split("\n")
         for language in ("en", "de")
     )
     yield from _aligned(english, german, name)
@@ -106,9 +141,7 @@ def training_pairs(archives: Path, archive: str, name: str) -> Iterator[tuple[st
 def news_pairs(archives: Path, name: str) -> Iterator[tuple[str, str]]:
     """Segments of a news test."""
     archive, english, german = NEWS_TESTS[name]
-    source, target = (
-        sgm_segments(_read_member(archives / archive, member).decode("utf-8")) for member in (english, german)
-    )
+    source, target = (sgm_segments(_read_member(archives / archive, member)) for member in (english, german))
     yield from _aligned(source, target, name)
 
 
@@ -120,23 +153,37 @@ def sgm_segments(text: str) -> list[str]:
 def _aligned(english: list[str], german: list[str], name: str) -> Iterator[tuple[str, str]]:
     if len(english) != len(german):
         raise UserError(f"{name}: {len(english)} English and {len(german)} German lines, expected the same number")
+    if len(english) != LINES.get(name, len(english)):
+        raise UserError(f"{name}: {len(english)} lines, expected {LINES[name]} (not the official text)")
     yield from zip(english, german, strict=True)
 
 
-def _read_member(archive: Path, name: str) -> bytes:
-    """Content of the member of that base name, wherever it lies in the archive."""
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            if member.isfile() and Path(member.name).name == name:
-                file = tar.extractfile(member)
-                assert file is not None
-                return file.read()
+def _read_member(archive: Path, name: str) -> str:
+    """Text of the member of that base name, wherever it lies in the archive."""
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.isfile() and Path(member.name).name == name:
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    return _decoded(file.read(), f"{archive.name}, {name}")
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise UserError(f"archives: cannot read {str(archive)!r} ({error}), expected a whole .tgz file") from None
     raise UserError(f"archives: {archive.name} holds no {name}, expected the archive of {ARCHIVES[archive.name]}")
+
+
+def _decoded(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{name}: line {line} holds byte 0x{data[error.start]:02x}, expected UTF-8") from None
 
 
 def _write(out: Path, split: str, pairs: Iterator[tuple[str, str]], filtered: bool) -> tuple[int, int]:
     kept, left_out = 0, 0
-    with (out / f"{split}.en").open("wb") as english_file, (out / f"{split}.de").open("wb") as german_file:
+    partial = [out / f"{split}.{language}.part" for language in ("en", "de")]
+    with partial[0].open("wb") as english_file, partial[1].open("wb") as german_file:
         for english, german in pairs:
             if filtered and not is_usable(english, german):
                 left_out += 1
@@ -146,6 +193,8 @@ def _write(out: Path, split: str, pairs: Iterator[tuple[str, str]], filtered: bo
             kept += 1
             if kept % REPORT_EVERY == 0:
                 print(f"{split}: {kept} pairs so far")
+    for path in partial:
+        path.rename(path.with_suffix(""))
     return kept, left_out
 
 

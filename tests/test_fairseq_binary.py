@@ -82,6 +82,18 @@ def test_every_truncation_is_named(tmp_path: Path, layout: str) -> None:
         read_binary(prefix)
 
 
+@pytest.mark.parametrize("position", [26, 42])
+def test_numbers_beyond_64_bits_are_named(tmp_path: Path, position: int) -> None:
+    # A size or an offset of 0x7f7f...: their sum wraps around.
+    prefix = store(tmp_path, "mmap_u4")
+    changed = bytearray(prefix.with_suffix(".idx").read_bytes())
+    changed[position : position + 4] = b"\x7c\x7f\x7f\x7f"
+    changed[-8:] = b"\x7c" + b"\x7f" * 7
+    prefix.with_suffix(".idx").write_bytes(changed)
+    with pytest.raises(UserError, match="is truncated"):
+        read_binary(prefix)
+
+
 def test_foreign_contents_are_named(tmp_path: Path) -> None:
     prefix = store(tmp_path, "mmap_u2")
     whole = bytearray(prefix.with_suffix(".idx").read_bytes())
@@ -111,7 +123,16 @@ def test_a_fairseq_folder_is_a_data_set(tmp_path: Path) -> None:
 
 def test_a_fairseq_folder_that_does_not_fit_together(tmp_path: Path) -> None:
     make_folder(tmp_path, tokens=3)
-    with pytest.raises(UserError, match="holds id 7, expected less than 7"):
+    with pytest.raises(UserError, match="holds id 7, expected 0 to 6"):
+        load_translation("fairseq_binary", str(tmp_path))
+    for wrong in ([], [4]):
+        make_folder(tmp_path)
+        write_binary(tmp_path / "test.en-de.de", [np.array([4, 2]), np.array(wrong)], 8)
+        with pytest.raises(UserError, match=r"test in .* holds a sentence without </s> at its end"):
+            load_translation("fairseq_binary", str(tmp_path))
+    make_folder(tmp_path)
+    write_binary(tmp_path / "train.en-de.en", [np.array([-1, 2])] * 2, 2**40)
+    with pytest.raises(UserError, match=r"train in .* holds id -1"):
         load_translation("fairseq_binary", str(tmp_path))
     make_folder(tmp_path)
     (tmp_path / "dict.de.txt").write_text("w0 1\nw2 1\nw1 1\nw3 1\n")

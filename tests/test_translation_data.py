@@ -357,13 +357,17 @@ def test_real_captions(tmp_path: Path) -> None:
     assert same > 0.9 * 200
 
 
-@pytest.fixture(scope="module")
-def wmt16() -> ModuleType:
+@pytest.fixture
+def wmt16(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = spec_from_file_location("prepare_wmt16", REPOSITORY / "scripts" / "prepare_wmt16.py")
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
+    assert module.LINES["newstest2014"] == 3003
+    # The archives of these tests are small stand-ins.
+    monkeypatch.setattr(module, "CHECKSUMS", {})
+    monkeypatch.setattr(module, "LINES", {"newstest2014": 2})
     return module
 
 
@@ -440,3 +444,26 @@ def test_wmt16_names_what_is_missing(tmp_path: Path, wmt16: ModuleType, capsys: 
     (tmp_path / "dev.tgz").unlink()
     with pytest.raises(UserError, match=r"dev\.tgz' is missing, expected the file of http://data\.statmt\.org"):
         wmt16.prepare(tmp_path, tmp_path / "out", ["newstest2016"])
+
+
+def test_wmt16_refuses_what_is_not_the_official_text(
+    tmp_path: Path, wmt16: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(members: dict[str, dict[str, str]]) -> None:
+        members["dev.tgz"]["dev/newstest2014-deen-src.de.sgm"] = sgm("Ja", "Zwei", "Drei")
+        members["dev.tgz"]["dev/newstest2014-deen-ref.en.sgm"] = sgm("Yes", "Two", "Three")
+
+    out = tmp_path / "out"
+    make_archives(tmp_path, spoil)
+    with pytest.raises(UserError, match="newstest2014: 3 lines, expected 2"):
+        wmt16.prepare(tmp_path, out, ["newstest2016"])
+    assert not (out / "test.en").exists(), "a text that was refused is not left behind"
+    monkeypatch.setattr(wmt16, "CHECKSUMS", {"test.tgz": ("md5", "3d809cd0c2c86adb2c67034d15c4e446")})
+    with pytest.raises(UserError, match=r"test\.tgz' has md5 \w{32}, expected 3d809cd0c2c86adb2c67034d15c4e446"):
+        wmt16.prepare(tmp_path, out, ["newstest2016"])
+    whole = (tmp_path / "de-en.tgz").read_bytes()
+    (tmp_path / "de-en.tgz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cannot read .*de-en\.tgz'"):
+        list(wmt16.training_pairs(tmp_path, "de-en.tgz", "europarl-v7.de-en"))
+    with pytest.raises(UserError, match="europarl: line 2 holds byte 0xff"):
+        wmt16._decoded(b"a\nb\xff\n", "europarl")

@@ -15,11 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fp8repro.config import build_dataclass
 from fp8repro.data.translation import corpus, fairseq_binary, grammar, lexicon, synthetic, text, vocabulary
 from fp8repro.data.translation.cache import cached_folder, content_key
 from fp8repro.data.translation.fairseq_binary import TokenSequences, read_binary, write_binary
-from fp8repro.data.translation.vocabulary import Vocabulary
+from fp8repro.data.translation.vocabulary import EOS, SPECIAL, Vocabulary
 from fp8repro.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -315,16 +317,25 @@ def _open(folder: Path, languages: tuple[str, str]) -> TranslationData:
                 "expected the same number"
             )
         for side in (source, target):
-            largest = int(side.tokens.max()) - side.shift if len(side.tokens) else 0
-            if largest >= len(words):
-                raise UserError(
-                    f"data.root: {split} in {str(folder)!r} holds id {largest}, expected less than {len(words)}, "
-                    "the size of the dictionary"
-                )
+            _check_ids(side, len(words), f"{split} in {str(folder)!r}")
         splits[split] = Split(source, target, _references(folder, split, languages[1], target, words))
     report = folder / REPORT_FILE
     skipped = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
     return TranslationData(words, languages, **splits, skipped=skipped, folder=folder)
+
+
+def _check_ids(sequences: TokenSequences, vocab_size: int, name: str) -> None:
+    if not len(sequences):
+        return
+    for extreme in (sequences.tokens.min(), sequences.tokens.max()):
+        if not 0 <= int(extreme) - sequences.shift < vocab_size:
+            raise UserError(
+                f"data.root: {name} holds id {int(extreme) - sequences.shift}, expected 0 to {vocab_size - 1} "
+                "(the dictionary is another data set's)"
+            )
+    last = sequences.tokens[sequences.starts + sequences.sizes - 1] if sequences.sizes.min() > 0 else np.zeros(1)
+    if np.any(last != EOS + sequences.shift):
+        raise UserError(f"data.root: {name} holds a sentence without {SPECIAL[EOS]} at its end, expected fairseq data")
 
 
 def _references(folder: Path, split: str, language: str, target: TokenSequences, words: Vocabulary) -> list[str]:

@@ -71,7 +71,10 @@ def read_binary(prefix: Path) -> TokenSequences:
         )
     if len(sizes) and (sizes.min() < 0 or starts.min() < 0):
         raise UserError(f"data.root: {str(index_path)!r} holds a negative size or offset, expected fairseq data")
-    needed = int((starts + sizes).max()) * dtype.itemsize if len(sizes) else 0
+    # First each alone, for their sum could exceed 64 bits.
+    needed = int(max(starts.max(), sizes.max())) * dtype.itemsize if len(sizes) else 0
+    if needed <= data_bytes and len(sizes):
+        needed = int((starts + sizes).max()) * dtype.itemsize
     if data_bytes < needed:
         raise UserError(f"data.root: {str(data_path)!r} is truncated: {data_bytes} bytes, expected {needed}")
     # An empty file cannot be mapped.
