@@ -1,0 +1,1 @@
+"""Run records, comparison tables and figures; reads what training wrote and computes no result of its own."""

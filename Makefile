@@ -1,0 +1,58 @@
+# Every target sets up what it needs: Python 3.11 to 3.13, make and a C++ compiler are enough to start with.
+
+PYTHON ?= python3
+RUNS ?= runs
+SEEDS ?= 0,1,2
+WORKERS ?= 2
+# `make EXTRAS=dev,fairseq setup` adds fairseq's own Transformer.
+EXTRAS ?= dev
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+# One run after the other on all cores; run folders that are complete are left as they are.
+SWEEP := $(BIN)/fp8repro train -m precision=fp32,fp8 seed=$(SEEDS) run_dir=$(RUNS) resume=auto
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-long lint reproduce-all compare bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## train ResNet-18 in FP32 and FP8 on handwritten digits, print both beside the paper
+	$(SWEEP) model=resnet18
+	$(BIN)/fp8repro compare $(RUNS)
+
+test: $(INSTALLED) ## the tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+test-long: $(INSTALLED) ## the tests that take minutes each
+	$(BIN)/pytest -m long
+
+lint: $(INSTALLED) ## formatting, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy fp8repro
+
+reproduce-all: $(INSTALLED) ## every model of the paper that has an embedded run, FP32 and FP8
+	$(SWEEP) model=resnet18,resnet34,resnet50
+	$(BIN)/fp8repro compare $(RUNS)
+
+compare: $(INSTALLED) ## tables of all runs beside the paper
+	$(BIN)/fp8repro compare $(RUNS)
+
+bench: $(INSTALLED) ## speed of the quantizer and of a training step on this machine
+	$(BIN)/fp8repro bench quantize
+	$(BIN)/fp8repro bench step
+
+setup: $(INSTALLED) ## virtual environment in .venv with everything installed
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "PYTHON=$(PYTHON): got $$($(PYTHON) --version 2>&1), expected Python 3.11 to 3.13"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+clean: ## remove the environment and build products; runs stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

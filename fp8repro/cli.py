@@ -1,0 +1,204 @@
+"""The command line: verbs, their options, one-line errors and exit codes; nothing else.
+
+No torch is imported before a verb needs it, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fp8repro.errors import RunFailure, UserError
+
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+DEFAULT_RUNS = "runs"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb: what it does in a few words, and the function that does it and gives the exit code."""
+
+    summary: str
+    run: Callable[[list[str]], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse with our own help and one-line errors."""
+
+    def __init__(self, verb: str) -> None:
+        super().__init__(prog=f"fp8repro {verb}", add_help=False, allow_abbrev=False)
+        self.add_argument("-h", "--help", action="store_true", help="this text")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; gives the exit code: 0, 1 (a run failed), 2 (a mistake in what was asked), 130 (Ctrl-C)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(given)
+    except UserError as error:
+        return _say(error, USAGE_ERROR)
+    except RunFailure as error:
+        return _say(error, FAILURE)
+    except KeyboardInterrupt:
+        print("fp8repro: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) went away; Python must not complain at exit about it either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        from fp8repro.cli_help import overview
+
+        print(overview({name: verb.summary for name, verb in VERBS.items()}))
+        return 0
+    if arguments[0] == "--version":
+        import fp8repro
+
+        print(f"fp8repro {fp8repro.__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in VERBS:
+        from fp8repro.cli_choices import nearest
+
+        raise UserError(f"verb: got {name!r}, expected one of {nearest(name, VERBS)}")
+    return VERBS[name].run(rest)
+
+
+def _say(error: Exception, code: int) -> int:
+    if os.environ.get("FP8REPRO_DEBUG") == "1":
+        traceback.print_exception(error)
+    print(f"fp8repro: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def train(arguments: list[str]) -> int:
+    """`fp8repro train`: one run, or a sweep one run after the other."""
+    parser = _Parser("train")
+    parser.add_argument("settings", nargs="*")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--cfg", choices=("job",))
+    options = parser.parse_intermixed_args(arguments)
+    if options.help:
+        from fp8repro.cli_help import train_help
+
+        print(train_help())
+        return 0
+    from fp8repro.cli_settings import jobs
+    from fp8repro.config import run_config
+
+    planned = jobs(options.settings, options.multirun)
+    # All of a sweep is checked before any of it runs.
+    configs = [
+        run_config({**job.values, "run_dir": _run_dir(job.values, job.name, options.multirun)}) for job in planned
+    ]
+    if options.cfg:
+        print(
+            "---\n".join(_yaml(config.to_dict(), job.choices) for config, job in zip(configs, planned, strict=True)),
+            end="",
+        )
+        return 0
+    from fp8repro.training import train as train_run
+
+    failures = 0
+    for number, config in enumerate(configs, 1):
+        if len(configs) > 1:
+            _print_main(f"[{number}/{len(configs)}] {config.run_dir}")
+        try:
+            summary = train_run(config)
+        except KeyboardInterrupt:
+            again = " ".join(arguments if any("resume=" in part for part in arguments) else [*arguments, "resume=auto"])
+            print(f"fp8repro: interrupted; to go on: fp8repro train {again}", file=sys.stderr)
+            return INTERRUPTED
+        except RunFailure as error:
+            if len(configs) == 1:
+                raise
+            failures += 1
+            _say(error, FAILURE)
+            continue
+        _print_main(_outcome(summary, str(config.run_dir)))
+    if failures:
+        raise RunFailure(f"{failures} of {len(configs)} runs failed")
+    return 0
+
+
+def compare(arguments: list[str]) -> int:
+    """`fp8repro compare`: the tables of finished runs beside the paper's."""
+    from fp8repro.results import tables
+
+    parser = _Parser("compare")
+    parser.add_argument("runs", nargs="*", default=[DEFAULT_RUNS])
+    parser.add_argument("--format", choices=tables.FORMATS, default="text")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_intermixed_args(arguments)
+    if options.help:
+        from fp8repro.cli_help import COMPARE
+
+        print(COMPARE)
+        return 0
+    from fp8repro.results.records import read_records
+
+    records, problems = read_records(options.runs)
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    rows = tables.comparison(records)
+    print(tables.render(rows, options.format), end="")
+    if options.out:
+        tables.write(rows, options.out)
+    return 0
+
+
+def _run_dir(values: Mapping[str, Any], name: str, sweep: bool) -> str:
+    """A sweep puts every run in a folder of its own."""
+    given = values["run_dir"]
+    if given is not None and not sweep:
+        return str(given)
+    return str(Path(str(given or DEFAULT_RUNS)) / name)
+
+
+def _yaml(values: Mapping[str, Any], choices: Mapping[str, str | None]) -> str:
+    import yaml
+
+    chosen = " ".join(f"{group}={choice}" for group, choice in choices.items() if choice is not None)
+    return f"# {chosen}\n" + yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+def _outcome(summary: Mapping[str, Any], folder: str) -> str:
+    if summary.get("bleu") is not None:
+        scores = f"BLEU {summary['bleu']:.2f}  chrF {summary['chrf']:.1f}"
+    else:
+        scores = f"top-1 {summary['top1']:.2f} %  top-5 {summary['top5']:.2f} %"
+    lines = {
+        "run": f"{summary['model']} on {summary['data']} ({summary['profile']}), seed {summary['seed']}",
+        "precision": f"{summary['precision']}, loss scaling {summary['loss_scaling']}",
+        "result": scores,
+        "steps": f"{summary['steps']}, {summary['skipped_steps']} skipped, {summary['train_seconds']:.0f} s",
+        "folder": folder,
+    }
+    return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
+
+
+def _print_main(text: str) -> None:
+    """Under torchrun, only the first process speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+VERBS = {
+    "train": Verb("train a model, or a sweep of models", train),
+    "compare": Verb("tables of finished runs beside the paper's figures", compare),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Help texts. The choices are read from conf/, so that a file there is all that a new one needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fp8repro.cli_choices import groups
+
+GROUPS = ("model", "data", "precision", "loss_scaling", "profile", "optimizer", "schedule", "training", "logger")
+
+TRAIN = """\
+usage: fp8repro train [group=choice ...] [setting=value ...] [-m] [--cfg job]
+
+  fp8repro train model=resnet50 precision=fp8
+  fp8repro train -m precision=fp32,fp8 seed=0,1,2
+  fp8repro train model=resnet50 data=imagenet data.root=/data/imagenet
+  fp8repro train experiment=resnet50_fp8 profile=paper data.root=/data/imagenet
+
+options
+  -m, --multirun  run every combination of the lists of values (seed=0,1,2), one after the other
+  --cfg job       print what the settings come to, and train nothing
+  -h, --help      this text
+
+settings that most runs need (fp8repro train --cfg job prints all of them)
+  seed=0                      trainer.epochs=30       trainer.batch_size=64
+  data.root=FOLDER            trainer.max_steps=100   trainer.telemetry_every=50
+  run_dir=FOLDER              optimizer.lr=0.1        loss_scaling.scale=1000
+  resume=never|auto|FILE      device=auto|cpu|cuda    backend=auto|emulate|triton
+  overwrite=true              precision.error.rounding=nearest|stochastic
+"""
+
+COMPARE = """\
+usage: fp8repro compare [FOLDER ...] [--format text|md|csv|json] [--out FOLDER]
+
+Reads the records of all finished runs under the folders (default: runs) and prints the mean and standard deviation over
+seeds, the gap to FP32, and the paper's figures beside them.
+
+options
+  --format      text (default), md, csv or json
+  --out FOLDER  write comparison.md, comparison.csv and comparison.json there too
+  -h, --help    this text"""
+
+
+def overview(verbs: Mapping[str, str]) -> str:
+    """The help of the program."""
+    lines = ["usage: fp8repro VERB ...", ""]
+    lines += ["Mixed Precision Training With 8-bit Floating Point (arXiv 1905.12334), reproduced.", "", "verbs"]
+    lines += [f"  {name:<10} {summary}" for name, summary in verbs.items()]
+    lines += ["", "fp8repro VERB --help says more. FP8REPRO_DEBUG=1 shows the traceback of an error.", ""]
+    return "\n".join([*lines, *_choices(("model", "data", "precision", "loss_scaling"))])
+
+
+def train_help() -> str:
+    """The help of `fp8repro train`."""
+    return "\n".join([TRAIN, *_choices((*GROUPS, "experiment"))])
+
+
+def _choices(chosen: tuple[str, ...]) -> list[str]:
+    known, lines = groups(), []
+    for group in chosen:
+        lines.append(f"{group}=")
+        width = max(map(len, known[group]))
+        lines += [f"  {name:<{width}}  {headline}" for name, headline in known[group].items()]
+        lines.append("")
+    return lines[:-1]

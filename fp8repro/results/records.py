@@ -1,0 +1,189 @@
+"""Run records: finds the folders that training wrote and reads what they hold. Read-only; trusts no byte of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fp8repro.errors import UserError
+
+SUMMARY, CONFIG, METRICS = "summary.json", "config.yaml", "metrics.jsonl"
+SCORES = ("top1", "bleu")
+# A record's own files are a few kilobytes; whatever is larger is something else.
+MAX_BYTES = 1_000_000
+MAX_SETTINGS = 2_000
+# Settings that leave a run's result as it is.
+NO_EFFECT = (
+    "backend",
+    "data.root",
+    "data.workers",
+    "device",
+    "experiment",
+    "logger",
+    "overwrite",
+    "profile",
+    "resume",
+    "run_dir",
+    "seed",
+    "trainer.checkpoint_every_minutes",
+    "trainer.checkpoint_every_steps",
+    "trainer.eval_batch_size",
+    "trainer.eval_every_epochs",
+    "trainer.keep_checkpoints",
+    "trainer.log_every",
+    "trainer.telemetry_every",
+)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A finished run.
+
+    Attributes:
+        folder: where it lies.
+        model, data, precision, loss_scaling, profile: what ran; a constant loss scale carries its value.
+        seed: of the run.
+        metric: "top1" (percent) or "bleu". score: its final value.
+        settings: flat settings that decide the result, seed left out; runs that agree in them differ by chance only.
+        summary: the whole of summary.json.
+    """
+
+    folder: Path
+    model: str
+    data: str
+    precision: str
+    loss_scaling: str
+    profile: str
+    seed: int
+    metric: str
+    score: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Unreadable(Exception):
+    """Why a folder's record cannot be used."""
+
+
+def read_records(roots: Iterable[str | Path]) -> tuple[list[RunRecord], list[str]]:
+    """All finished runs under some folders, sorted by folder, and a line for each folder that holds no usable record.
+
+    Raises:
+        UserError: a root that is not a folder.
+    """
+    records, problems = [], []
+    for folder in _run_folders(roots):
+        try:
+            records.append(_read_record(folder))
+        except _Unreadable as error:
+            problems.append(f"{folder}: {error}")
+    return records, problems
+
+
+def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl of one kind; a line that was cut short by a crash is left out."""
+    rows = []
+    with (folder / METRICS).open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and row.get("kind") == kind:
+                rows.append(row)
+    return rows
+
+
+def _run_folders(roots: Iterable[str | Path]) -> list[Path]:
+    found = set()
+    for root in roots:
+        if not Path(root).is_dir():
+            raise UserError(f"runs: got {str(root)!r}, expected a folder that holds runs")
+        for folder, folders, names in os.walk(root):
+            if SUMMARY in names or (CONFIG in names and METRICS in names):
+                found.add(Path(folder))
+                folders.clear()
+    return sorted(found)
+
+
+def _read_record(folder: Path) -> RunRecord:
+    if not (folder / SUMMARY).is_file():
+        raise _Unreadable(f"unfinished, it has no {SUMMARY} yet")
+    summary = _mapping(folder / SUMMARY, json.loads)
+    config = _mapping(folder / CONFIG, yaml.safe_load) if (folder / CONFIG).is_file() else {}
+    if summary.get("status", "finished") != "finished":
+        raise _Unreadable(f"its status is {summary['status']!r:.40}, only finished runs count")
+    texts: dict[str, str] = {}
+    for key in ("model", "data", "precision", "loss_scaling", "profile"):
+        text = summary.get(key)
+        if not isinstance(text, str):
+            raise _Unreadable(f"{SUMMARY}: {key}: got {text!r:.40}, expected a text")
+        texts[key] = text
+    seed = summary.get("seed")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise _Unreadable(f"{SUMMARY}: seed: got {seed!r:.40}, expected a whole number")
+    metric = next((name for name in SCORES if summary.get(name) is not None), None)
+    if metric is None:
+        raise _Unreadable(f"{SUMMARY}: it has neither {' nor '.join(SCORES)}")
+    score = summary[metric]
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 100:
+        raise _Unreadable(f"{SUMMARY}: {metric}: got {score!r:.40}, expected a number from 0 to 100")
+    settings = _flat(config)
+    texts["loss_scaling"] = _policy(texts["loss_scaling"], settings)
+    deciding = {key: value for key, value in settings.items() if key not in NO_EFFECT}
+    # "auto" differs from machine to machine; the record says what it came to.
+    deciding["backend"] = str(summary.get("backend"))
+    return RunRecord(folder, **texts, seed=seed, metric=metric, score=float(score), settings=deciding, summary=summary)
+
+
+def _mapping(path: Path, parse: Any) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise _Unreadable(f"{path.name} is over {MAX_BYTES} bytes, not a run's record")
+        values = parse(content.decode("utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise _Unreadable(f"{path.name} cannot be read ({reason:.100})") from None
+    if not isinstance(values, dict):
+        raise _Unreadable(f"{path.name} holds no mapping, not a run's record")
+    return values
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings as {"trainer.epochs": 30, ...}."""
+    flat: dict[str, Any] = {}
+    pending: list[tuple[str, Any]] = [("", values)]
+    while pending:
+        prefix, value = pending.pop()
+        if isinstance(value, Mapping) and value:
+            pending += [(f"{prefix}.{key}" if prefix else str(key), item) for key, item in value.items()]
+        else:
+            flat[prefix] = _plain_text(value) if isinstance(value, (list, tuple, Mapping)) else value
+        # YAML's references can make a small file unfold without end.
+        if len(flat) + len(pending) > MAX_SETTINGS or len(prefix) > 1_000:
+            raise _Unreadable(f"{CONFIG} has over {MAX_SETTINGS} settings, not a run's record")
+    return flat
+
+
+def _plain_text(value: Any) -> str:
+    try:
+        text = json.dumps(value, default=str)
+    except (ValueError, RecursionError):
+        raise _Unreadable(f"{CONFIG} holds a list that contains itself, not a run's record") from None
+    return text
+
+
+def _policy(policy: str, settings: Mapping[str, Any]) -> str:
+    scale = settings.get("loss_scaling.scale")
+    if policy == "constant" and isinstance(scale, (int, float)) and math.isfinite(scale):
+        return f"constant {scale:,.10g}"
+    return policy

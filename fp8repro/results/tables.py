@@ -1,0 +1,279 @@
+"""The comparison: runs grouped by what ran, their mean and spread over seeds, beside the paper's figures.
+
+Every number of ours comes from a run record, every number of the paper's from results/paper.yaml.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fp8repro.errors import UserError
+from fp8repro.results.records import RunRecord
+
+METRICS = {"top1": "Top-1 accuracy, %", "bleu": "BLEU (sacreBLEU, detokenized)"}
+DECIMALS = {"top1": 2, "bleu": 1}
+PROFILES = ("paper", "midscale", "embedded")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
+FORMATS = ("text", "md", "csv", "json")
+BASELINE = "fp32"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ by their seed only.
+
+    Attributes:
+        seeds: how many. seed_list: which.
+        mean, sd: of the final score; sd is None for a single seed.
+        gap: mean minus the FP32 mean of the same model, data, profile and training settings; None without such runs.
+        gap_se: standard error of the gap; None unless both sides have at least two seeds.
+        paper_fp32, paper_fp8, paper_gap: the paper's, on `paper_data`; paper_mark: how they are known.
+        settings: what sets the row apart from others of the same name.
+        signature: how BLEU was computed. chrf: mean over seeds.
+    """
+
+    model: str
+    data: str
+    profile: str
+    precision: str
+    loss_scaling: str
+    metric: str
+    seeds: int
+    seed_list: list[int]
+    mean: float
+    sd: float | None
+    gap: float | None
+    gap_se: float | None
+    paper_fp32: float | None
+    paper_fp8: float | None
+    paper_gap: float | None
+    paper_data: str | None
+    paper_mark: str | None
+    settings: str
+    signature: str | None
+    chrf: float | None
+
+
+def paper_figures() -> dict[str, Any]:
+    """results/paper.yaml."""
+    text = files("fp8repro.results").joinpath("paper.yaml").read_text(encoding="utf-8")
+    figures: dict[str, Any] = yaml.safe_load(text)
+    return figures
+
+
+def comparison(records: Iterable[RunRecord]) -> list[Row]:
+    """One row for each kind of run, in the paper's order of models, FP32 first."""
+    groups: dict[tuple[Any, ...], dict[int, RunRecord]] = {}
+    for record in records:
+        # The same run done twice is one seed, not two.
+        groups.setdefault(_kind(record), {})[record.seed] = record
+    runs = [list(by_seed.values()) for by_seed in groups.values()]
+    baselines = {_pairing(group[0]): group for group in runs if group[0].precision == BASELINE}
+    paper = paper_figures()
+    notes = _distinctions([group[0] for group in runs])
+    rows = [
+        _row(group, baselines.get(_pairing(group[0])), paper["figures"].get(group[0].model, {}), paper["data"], note)
+        for group, note in zip(runs, notes, strict=True)
+    ]
+    order = list(paper["figures"])
+    return sorted(rows, key=lambda row: _order(row, order))
+
+
+def render(rows: Sequence[Row], format: str) -> str:
+    """The comparison as "text", "md", "csv" or "json"; it ends with a newline."""
+    if format == "json":
+        return json.dumps([asdict(row) for row in rows], indent=2) + "\n"
+    if format == "csv":
+        return _csv(rows)
+    parts = []
+    for metric, title in METRICS.items():
+        chosen = [row for row in rows if row.metric == metric]
+        if chosen:
+            header, body = _cells(chosen, metric)
+            table = _markdown(header, body) if format == "md" else _aligned(header, body)
+            heading = f"### {title}\n" if format == "md" else f"{title}\n"
+            parts.append("\n".join([heading, table, "", *_footnotes(chosen)]))
+    return "\n\n".join(parts) + "\n" if parts else "no finished runs\n"
+
+
+def write(rows: Sequence[Row], folder: Path) -> None:
+    """Write comparison.md, comparison.csv and comparison.json into a folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for format in ("md", "csv", "json"):
+            (folder / f"comparison.{format}").write_text(render(rows, format), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: {str(folder)!r} cannot be written ({error.strerror})") from None
+
+
+def _kind(record: RunRecord) -> tuple[Any, ...]:
+    return (*_name(record), tuple(sorted((key, repr(value)) for key, value in record.settings.items())))
+
+
+def _name(record: RunRecord) -> tuple[str, ...]:
+    return (record.model, record.data, record.profile, record.precision, record.loss_scaling, record.metric)
+
+
+def _pairing(record: RunRecord) -> tuple[Any, ...]:
+    """What an FP32 run and its low-precision counterpart have in common."""
+    shared = {k: repr(v) for k, v in record.settings.items() if not k.startswith(("precision.", "loss_scaling."))}
+    shared.pop("backend", None)
+    return (record.model, record.data, record.profile, record.metric, tuple(sorted(shared.items())))
+
+
+def _distinctions(records: Sequence[RunRecord]) -> list[str]:
+    """For each kind of run, the settings in which it differs from the others that carry the same name."""
+    notes = []
+    for record in records:
+        namesakes = [other for other in records if _name(other) == _name(record)]
+        keys = sorted({key for other in namesakes for key in other.settings})
+        apart = [key for key in keys if len({repr(other.settings.get(key)) for other in namesakes}) > 1]
+        # A shortened run says so even where no other run has its name.
+        if record.settings.get("trainer.max_steps") is not None and "trainer.max_steps" not in apart:
+            apart.append("trainer.max_steps")
+        notes.append(", ".join(f"{key}={_short(record.settings.get(key))}" for key in apart))
+    return notes
+
+
+def _short(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _row(
+    group: Sequence[RunRecord],
+    baseline: Sequence[RunRecord] | None,
+    paper: dict[str, Any],
+    paper_data: dict[str, str],
+    note: str,
+) -> Row:
+    first, scores = group[0], [record.score for record in group]
+    if paper.get("metric") != first.metric:
+        paper = {}
+    gap = gap_se = None
+    if baseline is not None and first.precision != BASELINE:
+        reference = [record.score for record in baseline]
+        gap = statistics.mean(scores) - statistics.mean(reference)
+        if min(len(scores), len(reference)) > 1:
+            gap_se = math.sqrt(sum(statistics.variance(s) / len(s) for s in (scores, reference)))
+    signatures = {str(record.summary.get("bleu_signature")) for record in group}
+    chrf = [record.summary.get("chrf") for record in group]
+    return Row(
+        model=first.model,
+        data=first.data,
+        profile=first.profile,
+        precision=first.precision,
+        loss_scaling=first.loss_scaling,
+        metric=first.metric,
+        seeds=len(group),
+        seed_list=sorted(record.seed for record in group),
+        mean=statistics.mean(scores),
+        sd=statistics.stdev(scores) if len(scores) > 1 else None,
+        gap=gap,
+        gap_se=gap_se,
+        paper_fp32=paper.get("fp32"),
+        paper_fp8=paper.get("fp8"),
+        paper_gap=round(paper["fp8"] - paper["fp32"], 2) if paper else None,
+        paper_data=paper_data[paper["data"]] if paper else None,
+        paper_mark=paper.get("mark"),
+        settings=note,
+        signature="; ".join(sorted(signatures)) if first.metric == "bleu" else None,
+        chrf=statistics.mean(chrf) if all(isinstance(value, (int, float)) for value in chrf) else None,  # type: ignore[type-var]
+    )
+
+
+def _order(row: Row, models: list[str]) -> tuple[Any, ...]:
+    def place(value: str, known: Sequence[str]) -> tuple[int, str]:
+        return (known.index(value) if value in known else len(known), value)
+
+    return (
+        place(row.metric, list(METRICS)),
+        place(row.profile, PROFILES),
+        place(row.model, models),
+        row.data,
+        place(row.precision, PRECISIONS),
+        row.loss_scaling,
+        row.settings,
+    )
+
+
+def _cells(rows: Sequence[Row], metric: str) -> tuple[list[str], list[list[str]]]:
+    digits = DECIMALS[metric]
+    header = ["model", "data", "profile", "precision", "loss scaling", "seeds", "mean", "gap to FP32"]
+    header += ["paper FP32", "paper FP8", "paper gap"]
+    body = [
+        [
+            *(row.model, row.data, row.profile, row.precision, row.loss_scaling, str(row.seeds)),
+            _spread(row.mean, row.sd, digits, sign=False),
+            _spread(row.gap, row.gap_se, digits, sign=True),
+            *(_number(value, digits) for value in (row.paper_fp32, row.paper_fp8)),
+            _number(row.paper_gap, digits, sign=True),
+            *([_number(row.chrf, 1)] if metric == "bleu" else []),
+            row.settings,
+        ]
+        for row in rows
+    ]
+    if metric == "bleu":
+        header.append("chrF")
+    if any(row.settings for row in rows):
+        header.append("settings")
+    else:
+        body = [line[:-1] for line in body]
+    return header, body
+
+
+def _number(value: float | None, digits: int, sign: bool = False) -> str:
+    if value is None:
+        return "-"
+    return f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def _spread(value: float | None, spread: float | None, digits: int, sign: bool) -> str:
+    text = _number(value, digits, sign)
+    return text if spread is None else f"{text} ± {spread:.{digits}f}"
+
+
+def _footnotes(rows: Sequence[Row]) -> list[str]:
+    lines = ["mean ± standard deviation over seeds; gap ± its standard error."]
+    for data in dict.fromkeys(row.paper_data for row in rows if row.paper_data):
+        marks = sorted({row.paper_mark for row in rows if row.paper_data == data and row.paper_mark})
+        lines.append(f"Paper: {data} (known by mark {', '.join(marks)} of results/paper.yaml).")
+    if any(row.profile != "paper" for row in rows):
+        lines.append("Profiles other than paper ran on other data than the paper's: compare the gaps, not the levels.")
+    lines += [f"BLEU signature: {s}" for s in dict.fromkeys(row.signature for row in rows if row.signature)]
+    return lines
+
+
+def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _aligned(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in (header, *body)) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in (header, *body)]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(Row.__dataclass_fields__), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({**asdict(row), "seed_list": " ".join(str(seed) for seed in row.seed_list)})
+    return out.getvalue()
