@@ -20,7 +20,9 @@ class FP8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], FP32."""
-        return quantized_product(input, self.weight, self.bias, self.site, LINEAR, self.training)
+        x = input if input.dim() > 1 else input.unsqueeze(0)
+        result = quantized_product(x, self.weight, self.bias, self.site, LINEAR, self.training)
+        return result if input.dim() > 1 else result.squeeze(0)
 
 
 class FP8Conv2d(nn.Conv2d):

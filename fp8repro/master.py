@@ -147,6 +147,7 @@ def _stored_parameters(model: nn.Module) -> set[int]:
 
 def all_finite(tensors: list[Tensor]) -> bool:
     """True when no tensor holds NaN or infinity."""
+    tensors = [tensor for tensor in tensors if tensor.numel()]
     if not tensors:
         return True
     # The largest magnitude of each tensor is NaN or infinite exactly when one of its elements is.
