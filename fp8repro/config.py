@@ -5,6 +5,7 @@ Every setting of a training run is a field below. Nothing here may decide numeri
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -88,16 +89,39 @@ class TrainerConfig:
     micro_steps: int = 1  # accumulate this many batches into one update
     eval_batch_size: int = 256
     label_smoothing: float = 0.0
+    smoothing_form: str = "all"  # share of every class, or of all "others" but the target (fairseq)
     clip_norm: float | None = None
     channels_last: bool = True
+    sync_batchnorm: bool = False  # normalization statistics over all processes
     log_every: int = 10
-    eval_every_epochs: int = 1
+    eval_every_epochs: int = 1  # 0: only after the last step
+    eval_train: bool = False  # evaluate on the training split too
     telemetry_every: int = 0
     checkpoint_every_steps: int | None = None
     checkpoint_every_minutes: float | None = 10
     keep_checkpoints: int = 2
     average_checkpoints: int = 0  # translation: average the weights of the last N epochs for the final score
     max_skipped_in_a_row: int = 50
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Beam search.
+
+    Attributes:
+        beam: hypotheses kept per sentence; 1 is greedy search.
+        length_penalty: "fairseq" (length^alpha) or "wu" (((5 + length) / 6)^alpha, GNMT).
+        alpha: exponent of the length penalty.
+        coverage: weight of GNMT's coverage penalty sum(log(min(attention mass, 1))); needs a model with attention.
+        max_length_a, max_length_b: a translation has at most a * source length + b tokens, EOS counted.
+    """
+
+    beam: int = 4
+    length_penalty: str = "fairseq"
+    alpha: float = 0.6
+    coverage: float = 0.0
+    max_length_a: float = 1.5
+    max_length_b: int = 10
 
 
 @dataclass(frozen=True)
@@ -111,6 +135,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     trainer: TrainerConfig = TrainerConfig()
+    decode: DecodeConfig = DecodeConfig()
     logger: str = "tensorboard"  # tensorboard | wandb | none
     profile: str = "embedded"
     experiment: str | None = None  # the cell of the paper's tables that the run stands for
@@ -133,23 +158,45 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.name": ("sgd", "adam", "adamw"),
     "schedule.name": ("constant", "cosine", "step", "inverse_sqrt", "gnmt"),
     "schedule.warmup_form": ("linear", "exponential"),
+    "trainer.smoothing_form": ("all", "others"),
+    "decode.length_penalty": ("fairseq", "wu"),
     "logger": ("tensorboard", "wandb", "none"),
     "device": ("auto", "cpu", "cuda"),
     "backend": ("auto", "emulate", "triton"),
 }
 POSITIVE = (
     "trainer.epochs",
+    "trainer.max_steps",
     "trainer.batch_size",
     "trainer.micro_steps",
     "trainer.eval_batch_size",
     "trainer.log_every",
     "trainer.keep_checkpoints",
+    "trainer.max_skipped_in_a_row",
+    "trainer.clip_norm",
+    "trainer.checkpoint_every_steps",
+    "trainer.checkpoint_every_minutes",
+    "schedule.decay_count",
+    "decode.beam",
+    "decode.max_length_b",
     "optimizer.lr",
     "loss_scaling.scale",
     "loss_scaling.window",
     "loss_scaling.min_scale",
     "loss_scaling.max_scale",
 )
+NOT_NEGATIVE = (
+    "data.workers",
+    "trainer.eval_every_epochs",
+    "trainer.telemetry_every",
+    "trainer.average_checkpoints",
+    "optimizer.momentum",
+    "optimizer.weight_decay",
+    "schedule.warmup",
+    "decode.max_length_a",
+    "decode.coverage",
+)
+FRACTIONS = ("trainer.label_smoothing", "schedule.warmup_start", "schedule.decay_start")
 
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:
@@ -175,10 +222,15 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         given = _lookup(config, setting)
         if given not in accepted:
             raise UserError(f"{setting}: got {given!r}, expected one of {', '.join(accepted)}")
-    for setting in POSITIVE:
+    for setting, accepted, fits in [
+        *((setting, "a number over 0", lambda x: 0 < x < math.inf) for setting in POSITIVE),
+        *((setting, "a number from 0 on", lambda x: 0 <= x < math.inf) for setting in NOT_NEGATIVE),
+        *((setting, "a number from 0 to 1", lambda x: 0 <= x <= 1) for setting in FRACTIONS),
+    ]:
         given = _lookup(config, setting)
-        if not given > 0:
-            raise UserError(f"{setting}: got {given!r}, expected a number over 0")
+        # Only settings that may be absent are None.
+        if given is not None and not fits(given):
+            raise UserError(f"{setting}: got {given!r}, expected {accepted}")
     return config
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8repro.config import DecodeConfig
 from fp8repro.errors import UserError
 from fp8repro.models.layers import DecoderState, TranslationModel
 
@@ -18,37 +19,6 @@ LENGTH_PENALTIES: dict[str, Callable[[int, float], float]] = {
     "fairseq": lambda length, alpha: length**alpha,
     "wu": lambda length, alpha: ((5 + length) / 6) ** alpha,
 }
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How to search.
-
-    Attributes:
-        beam: hypotheses kept per sentence.
-        length_penalty: "fairseq" (length^alpha) or "wu" (((5 + length) / 6)^alpha, GNMT).
-        alpha: exponent of the length penalty.
-        coverage: weight of GNMT's coverage penalty sum(log(min(attention mass, 1))); needs a model with attention.
-        max_length_a, max_length_b: a translation has at most a * source length + b tokens, EOS counted.
-    """
-
-    beam: int = 4
-    length_penalty: str = "fairseq"
-    alpha: float = 0.6
-    coverage: float = 0.0
-    max_length_a: float = 1.5
-    max_length_b: int = 10
-
-    def __post_init__(self) -> None:
-        """Raise UserError for a value that is not accepted."""
-        if self.beam < 1:
-            raise UserError(f"decode.beam: got {self.beam}, expected a whole number over 0")
-        if self.length_penalty not in LENGTH_PENALTIES:
-            accepted = ", ".join(LENGTH_PENALTIES)
-            raise UserError(f"decode.length_penalty: got {self.length_penalty!r}, expected one of {accepted}")
-        if self.max_length_a < 0 or self.max_length_b < 1:
-            given = f"{self.max_length_a}, {self.max_length_b}"
-            raise UserError(f"decode.max_length_a, max_length_b: got {given}, expected a >= 0 and b >= 1")
 
 
 @dataclass(frozen=True, order=True)
