@@ -1,0 +1,1 @@
+"""Triton kernels of the recipe; must not be imported where Triton is missing."""

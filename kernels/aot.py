@@ -1,0 +1,156 @@
+"""Compiles every kernel for a GPU that need not be present, and reports registers, spills and shared memory.
+
+`python -m fp8repro.kernels.aot 90` prints the table for sm_90. Launches nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fp8repro.formats import E4M3, E5M2, FP16, FloatFormat
+from fp8repro.kernels import quantize, rounding
+from fp8repro.kernels.launch import INTERPRETED
+
+
+@dataclass
+class Case:
+    """One kernel with the types of its arguments and the values of its compile-time ones."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+    minimum: int = 80  # least compute capability
+    group: str = "quantize"
+    aligned: tuple[str, ...] = field(default=())  # integer arguments that are multiples of 16
+
+
+WORDS = dict.fromkeys(rounding.RANDOM_WORDS, "i32")
+
+
+def _quantize_cases() -> Iterator[Case]:
+    flat = {"x_ptr": "*fp32", "codes_ptr": "*u8", "count": "i32", **WORDS}
+    nothing = {"values_ptr": None, "stats_ptr": None}
+
+    def options(format: FloatFormat, mode: str) -> dict[str, Any]:
+        return quantize.rounding_options(format, mode, "inf", "same")
+
+    for format in (E5M2, E4M3):
+        for mode in ("nearest", "stochastic"):
+            constants = {**nothing, **options(format, mode), "BLOCK": quantize.FLAT_BLOCK}
+            yield Case(f"quantize {format.name} {mode}", rounding.round_flat, flat, constants)
+    counted = {**flat, "x_ptr": "*i16", "values_ptr": "*i16", "stats_ptr": "*fp64"}
+    constants = {**options(E5M2, "stochastic"), "BLOCK": quantize.FLAT_BLOCK}
+    yield Case("quantize bf16 e5m2 stochastic, values, statistics", rounding.round_flat, counted, constants)
+    master = {**flat, "codes_ptr": "*i16"}
+    constants = {**nothing, **options(FP16, "stochastic"), "BLOCK": quantize.FLAT_BLOCK}
+    yield Case("quantize fp16 stochastic", rounding.round_flat, master, constants)
+    integers = dict.fromkeys(("columns", "rows", "outer_stride", "row_stride"), "i32")
+    columns = {"x_ptr": "*fp32", "codes_ptr": "*u8", **integers, **WORDS}
+    constants = {**nothing, **options(E5M2, "stochastic"), "GROUPS": 4, "BLOCK": 128}
+    aligned = ("columns", "outer_stride", "row_stride")
+    yield Case("quantize channels_last e5m2 stochastic", rounding.round_columns, columns, constants, aligned=aligned)
+    types = {"x_ptr": "*fp32", "codes_ptr": "*u8", "transposed_ptr": "*u8", "rows": "i32", "columns": "i32"}
+    types = {**types, "x_stride": "i32", **WORDS}
+    for mode in ("nearest", "stochastic"):
+        tile = {"stats_ptr": None, "WHOLE_GROUPS": True, "ROWS": 64, "COLUMNS": 64}
+        constants = {**options(E5M2, mode), **tile}
+        aligned = ("rows", "columns", "x_stride")
+        name = f"quantize + transpose e5m2 {mode}"
+        yield Case(name, rounding.round_transpose, types, constants, aligned=aligned)
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel, in the configurations that training launches."""
+    yield from _quantize_cases()
+
+
+def compile_case(case: Case, capability: int) -> dict[str, Any]:
+    """Compile one case.
+
+    Returns:
+        Row of name, capability, registers, spilled bytes, shared bytes, and counts of the instructions that matter.
+
+    Raises:
+        ValueError: the compute capability is under what the case needs.
+    """
+    if capability < case.minimum:
+        raise ValueError(f"{case.name}: got sm_{capability}, expected sm_{case.minimum} or later")
+    names = case.kernel.arg_names
+    signature = {name: case.types.get(name, "constexpr") for name in names}
+    attributes = {}
+    for position, name in enumerate(names):
+        if signature[name].startswith("*") or name in case.aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(case.kernel, signature, case.constants, attributes)
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", cubin.name], check=True, capture_output=True, text=True
+        ).stdout
+    # The frame that ptxas reports is spills alone: no kernel here has arrays in local memory.
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))  # type: ignore[union-attr]
+    return {
+        "name": case.name,
+        "group": case.group,
+        "capability": capability,
+        "registers": registers,
+        "spilled": stack,
+        "shared": compiled.metadata.shared,
+        "satfinite": len(re.findall(r"cvt[.\w]*satfinite", ptx)),
+        "products": sorted(set(re.findall(r"(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[.\w:]*", ptx))),
+        "fp32_adds": len(re.findall(r"\badd(?:\.rn)?\.f32(?:x2)?", ptx)),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    head = ("kernel", "sm", "registers", "spilled bytes", "shared bytes", "tensor-core instructions")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for r in rows:
+        values = (r["name"], r["capability"], r["registers"], r["spilled"], r["shared"], ", ".join(r["products"]))
+        lines.append("| " + " | ".join(map(str, values)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Entry point of `python -m fp8repro.kernels.aot`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("capabilities", type=int, nargs="+", help="80, 89, 90, 100, ...")
+    parser.add_argument("--only", default="", help="compile the cases whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    arguments = parser.parse_args()
+    if INTERPRETED:
+        print("TRITON_INTERPRET: is set, expected unset to compile", file=sys.stderr)
+        return 2
+    rows = [
+        compile_case(case, capability)
+        for capability in arguments.capabilities
+        for case in cases()
+        if arguments.only in case.name and capability >= case.minimum
+    ]
+    print(json.dumps(rows) if arguments.json else table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

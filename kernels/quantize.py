@@ -1,0 +1,237 @@
+"""The Triton quantizer: reference.py's bytes for any shape and strides, with statistics in the same pass.
+
+Checks arguments and picks the kernel (rounding.py). Must never keep generator state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fp8repro.formats import FloatFormat
+from fp8repro.kernels import codec
+from fp8repro.kernels import rounding as kernels
+from fp8repro.kernels.launch import block_size, check_device, launch, signed_words
+
+FLAT_BLOCK = 2048
+MAX_DIMS = 4
+
+
+def round_into(
+    x: Tensor,
+    format: FloatFormat,
+    rounding: str,
+    overflow: str,
+    seed: int,
+    stream: int,
+    subnormal_rounding: str,
+    values: Tensor | None,
+    codes: Tensor | None,
+    stats: Tensor | None,
+) -> None:
+    """Round `x` in one pass into preallocated outputs (see `fp8repro.quantize.round_into`).
+
+    Raises:
+        ValueError: an argument's device, dtype or shape is not what the kernel takes; nothing was launched.
+    """
+    _check(x, format, values, codes, stats)
+    if x.numel() == 0:
+        return
+    if format.mantissa_bits == 23:
+        # The identity; not worth a kernel.
+        _copy_identity(x, values, codes, stats)
+        return
+    options = rounding_options(format, rounding, overflow, subnormal_rounding)
+    words = (*signed_words(seed), *signed_words(stream))
+    outputs = (None if values is None else _raw(values), None if codes is None else raw_codes(codes))
+    present = [_raw(x), *(t for t in outputs if t is not None)]
+    sizes, strides = _collapse(list(x.shape), [t.stride() for t in present], ordered=rounding == "stochastic")
+    count = x.numel()
+    pointers = (_raw(x), *outputs, stats)
+
+    if len(sizes) == 1 and all(s == (1,) for s in strides):
+        block = block_size(FLAT_BLOCK, count)
+        blocks = triton.cdiv(count, block)
+        grid = min(blocks, _resident_programs(x.device)) if stats is not None else blocks
+        launch(kernels.round_flat, (grid,), x.device, *pointers, count, *words, **options, BLOCK=block)
+        return
+    shape = _as_columns(sizes, strides)
+    if shape is not None:
+        outer, columns, rows, outer_stride, row_stride = shape
+        block = block_size(128, columns, 1024)
+        groups = block_size(4, triton.cdiv(rows, 4), 64)
+        grid3 = (triton.cdiv(columns, block), triton.cdiv(rows, 4 * groups), outer)
+        arguments = (*pointers, columns, rows, outer_stride, row_stride, *words)
+        launch(kernels.round_columns, grid3, x.device, *arguments, **options, GROUPS=groups, BLOCK=block)
+        return
+    if len(sizes) > MAX_DIMS:
+        # Rare: five dimensions that do not merge. One copy makes them one.
+        plain, dense_values, dense_codes = x.contiguous(), _dense_like(values), _dense_like(codes)
+        round_into(
+            plain, format, rounding, overflow, seed, stream, subnormal_rounding, dense_values, dense_codes, stats
+        )
+        if values is not None:
+            values.copy_(dense_values)
+        if codes is not None:
+            codes.copy_(dense_codes)
+        return
+    padding = MAX_DIMS - len(sizes)
+    sizes = [1] * padding + sizes
+    padded = iter([(0,) * padding + s for s in strides])
+    all_strides = [next(padded), *((next(padded) if t is not None else (0,) * MAX_DIMS) for t in outputs)]
+    block = block_size(512, count)
+    arguments = (*pointers, count, *sizes[1:], *all_strides, *words)
+    launch(kernels.round_strided, (triton.cdiv(count, block),), x.device, *arguments, **options, BLOCK=block)
+
+
+def round_transpose(
+    x: Tensor,
+    format: FloatFormat,
+    rounding: str = "nearest",
+    overflow: str = "inf",
+    seed: int = 0,
+    stream: int = 0,
+    subnormal_rounding: str = "same",
+    stats: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Round [..., M, K] once and write its codes in both layouts in the same pass.
+
+    FP8 tensor-core instructions take both operands with the summed dimension contiguous, so a tensor
+    that is an operand of two products is wanted as [..., M, K] and as [..., K, M].
+
+    Returns:
+        Codes [..., M, K] and [..., K, M], contiguous, in the format's storage dtype; the bytes are `round_into`'s.
+
+    Raises:
+        ValueError: `x` has under two dimensions, or is on the wrong device, or of the wrong dtype.
+    """
+    if x.dim() < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., M, K]")
+    if format.dtype is None or format.mantissa_bits == 23:
+        raise ValueError(f"format: got {format.name}, expected a format of 8 or 16 bits with a storage dtype")
+    codes = torch.empty(x.shape, dtype=format.dtype, device=x.device)
+    transposed = torch.empty((*x.shape[:-2], x.shape[-1], x.shape[-2]), dtype=format.dtype, device=x.device)
+    _check(x, format, None, codes, stats)
+    if x.numel() == 0:
+        return codes, transposed
+    dense = x.contiguous()
+    rows, columns = x.shape[-2:]
+    batch = x.numel() // (rows * columns)
+    row_block, column_block = block_size(64, rows, 256), block_size(64, columns, 256)
+    grid = (triton.cdiv(columns, column_block), triton.cdiv(rows, row_block), batch)
+    launch(
+        kernels.round_transpose,
+        grid,
+        x.device,
+        _raw(dense),
+        raw_codes(codes),
+        raw_codes(transposed),
+        stats,
+        rows,
+        columns,
+        columns,
+        *signed_words(seed),
+        *signed_words(stream),
+        **rounding_options(format, rounding, overflow, subnormal_rounding),
+        WHOLE_GROUPS=columns % 4 == 0,
+        ROWS=row_block,
+        COLUMNS=column_block,
+    )
+    return codes, transposed
+
+
+def rounding_options(format: FloatFormat, rounding: str, overflow: str, subnormal_rounding: str) -> dict[str, Any]:
+    """The compile-time arguments that say how a kernel rounds."""
+    return {
+        "MAX": format.max,
+        "EB": format.exponent_bits,
+        "MB": format.mantissa_bits,
+        "INF": format.has_infinity,
+        "ROUNDING": codec.ROUNDING_CODES[rounding],
+        "SATURATE": overflow == "saturate",
+        "SUBNORMAL_NEAREST": subnormal_rounding == "nearest",
+    }
+
+
+def _raw(t: Tensor) -> Tensor:
+    """What a kernel takes for a tensor of values: BF16 as int16, because no cast may touch it."""
+    return t.view(torch.int16) if t.dtype == torch.bfloat16 else t
+
+
+def raw_codes(t: Tensor) -> Tensor:
+    """What a kernel takes for a tensor of codes: integers of the same width."""
+    return t.view(torch.uint8 if t.element_size() == 1 else torch.int16)
+
+
+def _dense_like(t: Tensor | None) -> Tensor | None:
+    return None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+
+def _resident_programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _copy_identity(x: Tensor, values: Tensor | None, codes: Tensor | None, stats: Tensor | None) -> None:
+    if stats is not None:
+        finite = torch.where(torch.isfinite(x), x, 0).abs()
+        stats[0] += (finite != 0).sum()
+        stats[3] = torch.maximum(stats[3], finite.max().to(torch.float64))
+    for target in (values, codes):
+        if target is not None:
+            target.copy_(x)
+
+
+def _collapse(
+    sizes: list[int], strides: list[tuple[int, ...]], ordered: bool
+) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Merge dimensions that every tensor walks without a gap; when order is free, sort them by x's strides first."""
+    dims = [d for d in range(len(sizes)) if sizes[d] != 1]
+    if not ordered:
+        dims.sort(key=lambda d: -strides[0][d])
+    merged: list[tuple[int, list[int]]] = []
+    for d in dims:
+        step = [s[d] for s in strides]
+        if merged and all(before == inner * sizes[d] for before, inner in zip(merged[-1][1], step, strict=True)):
+            merged[-1] = (merged[-1][0] * sizes[d], step)
+        else:
+            merged.append((sizes[d], step))
+    if not merged:
+        merged = [(1, [1] * len(strides))]
+    steps = [tuple(step[i] for _, step in merged) for i in range(len(strides))]
+    return [size for size, _ in merged], steps
+
+
+def _as_columns(sizes: list[int], strides: list[tuple[int, ...]]) -> tuple[int, int, int, int, int] | None:
+    """(outer, columns, rows, outer stride, row stride) when `_round_columns` can walk the tensors, else None."""
+    if len(sizes) not in (2, 3) or len(set(strides)) != 1 or strides[0][-2] != 1 or sizes[-1] % 4:
+        return None
+    outer, outer_stride = (sizes[0], strides[0][0]) if len(sizes) == 3 else (1, 0)
+    # Grid limits of CUDA in the two outer directions.
+    if outer > 65535 or sizes[-1] // 16 >= 65535:
+        return None
+    return outer, sizes[-2], sizes[-1], outer_stride, strides[0][-1]
+
+
+def _check(x: Tensor, format: FloatFormat, values: Tensor | None, codes: Tensor | None, stats: Tensor | None) -> None:
+    check_device("x", x)
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"x: got {x.dtype}, expected torch.float32, torch.float16 or torch.bfloat16")
+    value_dtypes = [torch.float32] + [torch.bfloat16] * (format.mantissa_bits <= 7)
+    for name, tensor, dtypes in (
+        ("values", values, value_dtypes),
+        ("codes", codes, [format.dtype]),
+    ):
+        if tensor is None:
+            continue
+        if tensor.device != x.device or tensor.shape != x.shape or tensor.dtype not in dtypes:
+            given = f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+            expected = f"{' or '.join(map(str, dtypes))} of shape {tuple(x.shape)} on {x.device}"
+            raise ValueError(f"{name}: got {given}, expected {expected}")
+    if stats is not None and (stats.device != x.device or stats.dtype != torch.float64 or stats.shape != (4,)):
+        given = f"{stats.dtype} of shape {tuple(stats.shape)} on {stats.device}"
+        raise ValueError(f"stats: got {given}, expected torch.float64 of shape (4,) on {x.device}")
