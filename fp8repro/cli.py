@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -109,7 +110,7 @@ def train(arguments: list[str]) -> int:
             end="",
         )
         return 0
-    from fp8repro.training import train as train_run
+    from fp8repro.training.loop import train as train_run
 
     failures = 0
     for number, config in enumerate(configs, 1):
@@ -117,10 +118,10 @@ def train(arguments: list[str]) -> int:
             _print_main(f"[{number}/{len(configs)}] {config.run_dir}")
         try:
             summary = train_run(config)
-        except KeyboardInterrupt:
-            again = " ".join(arguments if any("resume=" in part for part in arguments) else [*arguments, "resume=auto"])
-            print(f"fp8repro: interrupted; to go on: fp8repro train {again}", file=sys.stderr)
-            return INTERRUPTED
+        except (KeyboardInterrupt, SystemExit) as stop:
+            again = arguments if any("resume=" in part for part in arguments) else [*arguments, "resume=auto"]
+            print(f"fp8repro: interrupted; to go on: fp8repro train {shlex.join(again)}", file=sys.stderr)
+            return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else INTERRUPTED
         except RunFailure as error:
             if len(configs) == 1:
                 raise
@@ -130,6 +131,44 @@ def train(arguments: list[str]) -> int:
         _print_main(_outcome(summary, str(config.run_dir)))
     if failures:
         raise RunFailure(f"{failures} of {len(configs)} runs failed")
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """`fp8repro evaluate`: saved weights on the validation data, in any precision."""
+    parser = _Parser("evaluate")
+    parser.add_argument("settings", nargs="*")
+    options = parser.parse_intermixed_args(arguments)
+    if options.help:
+        from fp8repro.cli_help import EVALUATE
+
+        print(EVALUATE)
+        return 0
+    # Run folders have settings in their names.
+    if not options.settings or ("=" in options.settings[0] and not Path(options.settings[0]).exists()):
+        raise UserError("evaluate: the weights are missing, expected a run's folder, a checkpoint or a .pth file first")
+    weights, *settings = options.settings
+    from fp8repro.cli_settings import changed, jobs
+    from fp8repro.config import run_config
+    from fp8repro.training.checkpoint import list_checkpoints
+    from fp8repro.training.evaluate import checkpoint_config
+    from fp8repro.training.evaluate import evaluate as measure_weights
+
+    path = Path(weights)
+    if path.is_dir():
+        saved = list_checkpoints(path / "checkpoints")
+        if not saved:
+            raise UserError(f"evaluate: {weights!r} holds no checkpoints, expected a run's folder")
+        path = saved[-1]
+    if any(setting.startswith(("model=", "experiment=")) for setting in settings):
+        (job,) = jobs(settings, sweep=False)
+        config = run_config(job.values)
+    else:
+        # A checkpoint knows its own model and data.
+        config = run_config(changed(checkpoint_config(path).to_dict(), settings))
+    figures = measure_weights(path, config)
+    print(f"{config.model.name} on {config.data.name}, {config.precision.name}: {path}")
+    print("  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
     return 0
 
 
@@ -197,6 +236,7 @@ def _print_main(text: str) -> None:
 
 VERBS = {
     "train": Verb("train a model, or a sweep of models", train),
+    "evaluate": Verb("measure saved weights, in any precision", evaluate),
     "compare": Verb("tables of finished runs beside the paper's figures", compare),
 }
 

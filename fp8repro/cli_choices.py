@@ -22,10 +22,12 @@ def groups() -> dict[str, dict[str, str]]:
     return found
 
 
-def nearest(given: str, valid: Iterable[str]) -> str:
-    """The valid names that look like the given one, else all of them."""
+def nearest(given: str, valid: Iterable[str], otherwise: Iterable[str] | None = None) -> str:
+    """The valid names that the given one may stand for; where none looks like it, `otherwise` (default: all)."""
     valid = list(valid)
-    return ", ".join(difflib.get_close_matches(given, valid, n=3, cutoff=0.6) or valid)
+    # `epochs` stands for `trainer.epochs`.
+    same_end = [name for name in valid if name.endswith(f".{given}")]
+    return ", ".join(same_end or difflib.get_close_matches(given, valid, n=3, cutoff=0.6) or otherwise or valid)
 
 
 def _headline(file: Traversable) -> str:

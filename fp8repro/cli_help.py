@@ -29,6 +29,16 @@ settings that most runs need (fp8repro train --cfg job prints all of them)
   overwrite=true              precision.error.rounding=nearest|stochastic
 """
 
+EVALUATE = """\
+usage: fp8repro evaluate WEIGHTS [group=choice ...] [setting=value ...]
+
+  fp8repro evaluate runs/resnet18-digits-fp8-seed0
+  fp8repro evaluate runs/resnet18-digits-fp32-seed0 precision=fp8
+  fp8repro evaluate resnet50-0676ba61.pth model=resnet50 data=imagenet data.root=/data/imagenet precision=fp8
+
+WEIGHTS is a run's folder (its newest checkpoint), a checkpoint, or a state dict with torchvision's names. A checkpoint
+brings its run's settings along; precision=, data= and single values may be changed. Other weights need model=."""
+
 COMPARE = """\
 usage: fp8repro compare [FOLDER ...] [--format text|md|csv|json] [--out FOLDER]
 

@@ -5,6 +5,7 @@ It must not import torch, and every mistake leaves it as a UserError that names 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import re
@@ -43,6 +44,10 @@ NOT_IN_RUN_NAME = (
     "data",
     "precision",
 )
+# What may be exchanged in an earlier run's configuration, to evaluate its weights otherwise.
+EXCHANGEABLE = ("precision", "data", "loss_scaling")
+# Groups without a choice of their own at first (see conf/config.yaml).
+UNCHOSEN = ("data", "training", "profile", "optimizer", "schedule", "experiment")
 PROFILES = ("embedded", "paper", "midscale")
 
 
@@ -81,6 +86,34 @@ def jobs(overrides: Sequence[str], sweep: bool) -> list[Job]:
     return [_job(line) for line in itertools.product(*(_expand(override) for override in parsed))]
 
 
+def changed(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The plain values of an earlier run with some settings changed: precision, data, loss scaling or single values.
+
+    Raises:
+        UserError: a setting that the run does not have, or a group that cannot be exchanged afterwards.
+    """
+    from fp8repro.config import compose_group
+
+    known, result = groups(), copy.deepcopy(dict(values))
+    for override in _parse(overrides):
+        key = override.key_or_group
+        if override.is_sweep_override() or override.is_delete():
+            raise UserError(f"{override.input_line}: expected setting=value")
+        if key in EXCHANGEABLE:
+            _check_choice(key, override.value(), known[key])
+            result[key] = compose_group(key, str(override.value()))
+            continue
+        keys = _keys(result)
+        if key not in keys and not key.startswith(OPEN_MAPPINGS):
+            raise UserError(f"{key}: unknown setting, expected one of {nearest(key, [*EXCHANGEABLE, *keys], result)}")
+        *folders, name = key.split(".")
+        place = result
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = override.value()
+    return result
+
+
 def _parse(overrides: Sequence[str]) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
@@ -109,7 +142,9 @@ def _job(overrides: Sequence[str]) -> Job:
     chosen, settings = [], []
     for override in _parse(overrides):
         key = override.key_or_group
-        if key in known and not override.is_delete():
+        if key in known:
+            if override.value() is None and not override.is_delete() and key in UNCHOSEN:
+                continue
             _check_choice(key, override.value(), known[key])
             chosen.append(f"{key}={override.value()}")
         else:
@@ -131,7 +166,7 @@ def _job(overrides: Sequence[str]) -> Job:
 
 
 def _check_choice(group: str, given: Any, known: Mapping[str, str]) -> None:
-    if given not in known:
+    if not isinstance(given, str) or given not in known:
         raise UserError(f"{group}: got {given!r}, expected one of {nearest(str(given), known)}")
 
 
@@ -179,19 +214,23 @@ def _with_open_prefix(override: Override) -> str:
 
 def _check_keys(settings: Iterable[Override], config: DictConfig, known: Mapping[str, Any]) -> None:
     """Raise UserError for the first setting that the configuration does not have."""
-    keys = _keys(_plain(config))
+    values = _plain(config)
+    values.pop("profile_data")
+    keys, sections = _keys(values), dict.fromkeys([*known, *values])
     for override in settings:
         key = override.key_or_group
         if key not in keys and not override.is_add() and not override.is_force_add():
-            raise UserError(f"{key}: unknown setting, expected one of {nearest(key, dict.fromkeys([*known, *keys]))}")
+            raise UserError(f"{key}: unknown setting, expected one of {nearest(key, [*known, *keys], sections)}")
 
 
 def _keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted names of single settings; sections and lists count as one only where they hold none."""
     keys = []
     for key, value in values.items():
-        keys.append(f"{prefix}{key}")
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             keys += _keys(value, f"{prefix}{key}.")
+        else:
+            keys.append(f"{prefix}{key}")
     return keys
 
 

@@ -1,0 +1,172 @@
+"""conf/ and fp8repro/config.py say the same: every setting, every default, every choice."""
+
+import itertools
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fp8repro.cli_choices import groups
+from fp8repro.cli_settings import PROFILES, jobs
+from fp8repro.config import (
+    DataConfig,
+    DecodeConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainerConfig,
+    build_dataclass,
+    run_config,
+)
+
+CONF = Path(__file__).parents[1] / "conf"
+GROUPS = groups()
+MODELS = GROUPS["model"]
+EXPERIMENTS = GROUPS["experiment"]
+
+
+def composed(*overrides: str) -> RunConfig:
+    (job,) = jobs(overrides, sweep=False)
+    return run_config(job.values)
+
+
+def primary() -> dict:
+    return yaml.safe_load((CONF / "config.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("section", "settings"),
+    [
+        ("optimizer", OptimizerConfig),
+        ("schedule", ScheduleConfig),
+        ("trainer", TrainerConfig),
+        ("decode", DecodeConfig),
+    ],
+)
+def test_the_primary_config_writes_out_every_setting_with_its_default(section: str, settings: type) -> None:
+    written = primary()[section]
+    assert build_dataclass(settings, written, section) == settings()
+    assert list(written) == [f.name for f in fields(settings)]
+
+
+def test_every_top_level_setting_is_a_group_or_in_the_primary_config() -> None:
+    assert {f.name for f in fields(RunConfig)} <= set(primary()) | set(GROUPS)
+
+
+@pytest.mark.parametrize(("group", "settings"), [("model", ModelConfig), ("data", DataConfig)])
+def test_models_and_data_write_out_every_setting(group: str, settings: type) -> None:
+    optional = {"size", "stem"}
+    for path in (CONF / group).glob("*.yaml"):
+        written = set(yaml.safe_load(path.read_text()))
+        assert {f.name for f in fields(settings)} - optional <= written, path
+
+
+def test_every_file_begins_with_one_line_that_fits_the_help() -> None:
+    for group, choices in GROUPS.items():
+        for name, headline in choices.items():
+            assert 5 < len(headline) <= 120, (group, name)
+            assert not headline.endswith("."), (group, name)
+
+
+ONE_BY_ONE = [
+    (group, choice) for group in GROUPS if group not in ("data", "training", "profile") for choice in GROUPS[group]
+]
+
+
+@pytest.mark.parametrize(("group", "choice"), ONE_BY_ONE)
+def test_every_choice_makes_a_run(group: str, choice: str) -> None:
+    config = composed(f"{group}={choice}")
+    assert config.profile == "embedded"
+    if group == "model":
+        assert choice.startswith(config.model.name)
+    if group in ("precision", "optimizer", "schedule"):
+        assert getattr(config, group).name == choice
+    if group == "loss_scaling":
+        assert config.loss_scaling.policy == {"auto": "constant"}.get(choice, choice)
+    if group == "experiment":
+        assert (config.experiment, f"{config.model.name}_{config.precision.name}") == (choice, choice)
+
+
+@pytest.mark.parametrize(("model", "profile"), list(itertools.product(MODELS, PROFILES)))
+def test_every_model_has_data_and_a_training_recipe_in_every_profile(model: str, profile: str) -> None:
+    config = composed(f"model={model}", f"profile={profile}")
+    assert config.profile == profile
+    names = {
+        ("image", "embedded"): "digits",
+        ("image", "midscale"): "image_folder",
+        ("image", "paper"): "imagenet",
+        ("translation", "embedded"): "synthetic_translation",
+        ("translation", "midscale"): "parallel_text",
+        ("translation", "paper"): "wmt16",
+    }
+    assert config.data.name == names[config.model.task, profile]
+
+
+@pytest.mark.parametrize(
+    ("data", "profile", "model"),
+    [
+        ("digits", "embedded", "resnet18"),
+        ("imagenet", "paper", "resnet18"),
+        ("image_folder", "midscale", "resnet18"),
+        ("synthetic_translation", "embedded", "gnmt"),
+        ("parallel_text", "midscale", "gnmt"),
+        ("fairseq_binary", "midscale", "gnmt"),
+        ("wmt16", "paper", "gnmt"),
+    ],
+)
+def test_the_profile_follows_from_the_data(data: str, profile: str, model: str) -> None:
+    assert composed(f"model={model}", f"data={data}").profile == profile
+
+
+@pytest.mark.parametrize("training", GROUPS["training"])
+def test_every_training_recipe_sets_each_part_of_training(training: str) -> None:
+    written = yaml.safe_load((CONF / "training" / f"{training}.yaml").read_text())
+    assert {"optimizer", "schedule", "trainer"} <= set(written)
+    assert {"name", "lr"} <= set(written["optimizer"])
+    assert {"epochs", "batch_size"} <= set(written["trainer"])
+    assert "name" in written["schedule"]
+
+
+def test_translation_sizes_follow_the_data_unless_the_model_fixes_them() -> None:
+    assert composed("model=transformer").model.size["width"] == 256
+    assert composed("model=transformer", "data=wmt16").model.size["width"] == 512
+    assert composed("model=transformer_base").model.size["width"] == 512
+    assert composed("model=gnmt", "data=wmt16").model.size["layers"] == 8
+    assert composed("model=gnmt_4layer", "data=wmt16").model.size["layers"] == 4
+    assert composed("model=gnmt", "model.size.layers=3").model.size == {
+        **composed("model=gnmt").model.size,
+        "layers": 3,
+    }
+
+
+def test_imagenet_runs_on_torchvisions_reference_recipe() -> None:
+    # PAPER.md 3.1: batch 256, 90 epochs, SGD lr 0.1, momentum 0.9, weight decay 1e-4, a tenth each 30 epochs.
+    config = composed("experiment=resnet50_fp8", "profile=paper", "data.root=/data")
+    assert (config.trainer.epochs, config.trainer.batch_size, config.trainer.label_smoothing) == (90, 256, 0)
+    assert (config.optimizer.name, config.optimizer.lr, config.optimizer.momentum) == ("sgd", 0.1, 0.9)
+    assert config.optimizer.weight_decay == 1e-4
+    assert [when * 90 for when in config.schedule.milestones] == [30, 60]
+    assert config.schedule.gamma == 0.1
+
+
+def test_the_papers_loss_scaling_is_the_default_of_fp8() -> None:
+    images, text = composed("precision=fp8").loss_scaling, composed("model=gnmt", "precision=fp8").loss_scaling
+    assert (images.policy, images.scale) == ("constant", 10_000)
+    assert (text.policy, text.floors) == ("enhanced", ((0.12, 8192), (0.44, 32768)))
+    assert composed("precision=fp32").loss_scaling.policy == "none"
+    assert composed("precision=fp8", "loss_scaling.scale=1000").loss_scaling.scale == 1000
+
+
+def test_a_later_choice_wins_over_the_training_recipe_and_a_value_over_all() -> None:
+    recipe = composed().optimizer
+    chosen = composed("optimizer=adam").optimizer
+    assert (recipe.name, chosen.name, chosen.lr) == ("sgd", "adam", 1e-3)
+    assert composed("optimizer=adam", "optimizer.lr=5e-4").optimizer.lr == 5e-4
+
+
+def test_a_saved_config_makes_the_same_run() -> None:
+    for overrides in (["precision=fp8"], ["model=gnmt", "precision=fp8_hybrid"]):
+        config = composed(*overrides)
+        assert run_config(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
