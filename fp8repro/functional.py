@@ -140,7 +140,7 @@ class Op:
     """The products of one kind of layer.
 
     Attributes:
-        forward, grad_a, grad_b: result, and gradients of first and second operand (shaped and laid out as the last argument).
+        forward, grad_a, grad_b: result, gradients of the operands (shaped and laid out as the last argument).
         b_is_weight: the second operand is a weight, not a second activation.
         bias_dims: dimensions of the error that the bias' gradient sums over; None for all but the last.
     """
@@ -203,10 +203,13 @@ class _QuantizedProduct(torch.autograd.Function):
         result = op.forward(site.backend, qa, qb, bias)
         if site.round_outputs:
             site.round_result(result, "activation", "output", call, training)
-        ctx.save_for_backward(qa.codes, qb.codes)
-        ctx.formats = ((qa.fmt, qa.scale), (qb.fmt, qb.scale))
-        # A weight's values live as long as the step anyway; an activation's are decoded again from its bytes.
+        if result._is_view():
+            # Autograd forbids changing a view from a custom function in place, which torch's own layers allow.
+            result = torch.ops.aten._unsafe_view(result, result.shape)
+        # A rounded weight lives as long as the step anyway; an activation's values are decoded again from its bytes.
         ctx.weight = qb if op.b_is_weight else None
+        ctx.save_for_backward(qa.codes, None if op.b_is_weight else qb.codes)
+        ctx.formats = ((qa.fmt, qa.scale), (qb.fmt, qb.scale))
         ctx.site, ctx.op, ctx.call, ctx.training = site, op, call, training
         return result
 
@@ -217,10 +220,10 @@ class _QuantizedProduct(torch.autograd.Function):
         codes_a, codes_b = ctx.saved_tensors
         (format_a, scale_a), (format_b, scale_b) = ctx.formats
         needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
+        qb = ctx.weight or Operand(codes_b, format_b, scale_b)
         error = site.operand(grad, "error", "output_error", call, training)
         grad_a = grad_b = grad_bias = None
         if needs_a:
-            qb = ctx.weight if ctx.weight is not None else Operand(codes_b, format_b, scale_b)
             products.announce(site.name, "error", error, qb)
             grad_a = op.grad_a(site.backend, error, qb, codes_a)
             if site.round_input_errors:
@@ -228,7 +231,7 @@ class _QuantizedProduct(torch.autograd.Function):
         if needs_b:
             qa = Operand(codes_a, format_a, scale_a)
             products.announce(site.name, "gradient" if op.b_is_weight else "error", error, qa)
-            grad_b = op.grad_b(site.backend, error, qa, codes_b)
+            grad_b = op.grad_b(site.backend, error, qa, qb.codes)
             if op.b_is_weight:
                 site.round_result(grad_b, "gradient", "weight_gradient", call, training)
             elif site.round_input_errors:

@@ -356,4 +356,12 @@ def export_fairseq_state(model: Transformer) -> dict[str, Any]:
             f"{stack}_attention_heads": config["heads"],
             f"{stack}_normalize_before": False,
         }
-    return {"args": None, "cfg": {"model": settings}, "model": state, "optimizer_history": [], "extra_state": {}}
+    # fairseq looks for the record of an optimizer even where it only reads the weights.
+    history = {"optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}
+    return {
+        "args": None,
+        "cfg": {"model": settings},
+        "model": state,
+        "optimizer_history": [history],
+        "extra_state": {"train_iterator": None},
+    }
