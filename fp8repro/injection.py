@@ -16,6 +16,7 @@ from fp8repro.errors import UserError
 from fp8repro.functional import Site
 from fp8repro.layers import FP8Conv2d, FP8Linear, FP8MatMul, MasterEmbedding
 from fp8repro.models.layers import MatMul
+from fp8repro.normalization import FusedBatchNorm2d, fuse_normalizations
 from fp8repro.products import Backend, EmulateBackend
 from fp8repro.recipe import AUTO, ROLES, Recipe, RoleSpec, load_recipe
 
@@ -27,6 +28,7 @@ _LEFT: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.modules.batchnorm._NormBase, "normalization stays in FP32"),
     (nn.LayerNorm, "normalization stays in FP32"),
     (nn.GroupNorm, "normalization stays in FP32"),
+    (nn.Embedding, "a lookup, no product; FP32 values"),
     (nn.RNNBase, "fused recurrent layer: its products cannot be reached; build it from linear layers"),
     (nn.MultiheadAttention, "calls its products without its layers: they cannot be reached"),
     (nn.modules.conv._ConvNd, "no FP8 form of this convolution"),
@@ -96,36 +98,48 @@ def inject(
     products = select_backend(backend, model)
     report = InjectionReport(recipe.name, products.name)
     modules = dict(model.named_modules())
+    kinds = {name: type(module).__name__ for name, module in modules.items()}
     candidates = [name for name, module in modules.items() if type(module) in CONVERTED]
-    exempt = exempt_layers(recipe, modules, candidates) if recipe.converts else set()
-    for name, module in modules.items():
-        kind = type(module).__name__
-        parameters = sum(p.numel() for p in module.parameters(recurse=False))
-        if not recipe.converts:
-            if name in candidates:
-                report.rows.append(
-                    InjectionRow(name, kind, "left", f"the recipe rounds nothing{_autocast(recipe)}", parameters)
+    exempt: set[str] = set()
+    if recipe.converts:
+        exempt = exempt_layers(recipe, modules, candidates)
+        for name in candidates:
+            if recipe.attention_products or type(modules[name]) is not MatMul:
+                roles = _roles(recipe, name in exempt)
+                _convert(
+                    modules[name], Site(name, roles, context, products, recipe.round_outputs, recipe.round_input_errors)
                 )
-            continue
-        if name in candidates:
-            if type(module) is MatMul and not recipe.attention_products:
-                report.rows.append(InjectionRow(name, kind, "left", "attention_products is off", parameters))
-                continue
-            roles = _roles(recipe, name in exempt)
-            _convert(module, Site(name, roles, context, products, recipe.round_outputs, recipe.round_input_errors))
-            report.rows.append(
-                InjectionRow(name, kind, "exempt" if name in exempt else "converted", _describe(roles), parameters)
-            )
-        elif type(module) is nn.Embedding:
-            module.__class__ = MasterEmbedding
-            report.rows.append(InjectionRow(name, kind, "left", "a lookup, no product; FP32 values", parameters))
-        else:
-            reason = next((reason for base, reason in _LEFT if isinstance(module, base)), None)
-            if reason is None and parameters:
-                reason = "no product to convert"
-            if reason is not None:
-                report.rows.append(InjectionRow(name, kind, "left", reason, parameters))
+        for module in modules.values():
+            if type(module) is nn.Embedding:
+                module.__class__ = MasterEmbedding
+        if recipe.fuse_normalization:
+            fuse_normalizations(model)
+    for name, module in modules.items():
+        described = _describe(module, recipe, name in exempt, name in candidates)
+        if described is not None:
+            parameters = sum(p.numel() for p in module.parameters(recurse=False))
+            report.rows.append(InjectionRow(name, kinds[name], *described, parameters))
     return report
+
+
+def _describe(module: nn.Module, recipe: Recipe, exempt: bool, candidate: bool) -> tuple[str, str] | None:
+    """Status and detail of a layer after conversion; None for a module that has nothing to convert or keep."""
+    if candidate and not recipe.converts:
+        autocast = f"; autocast {recipe.autocast}" if recipe.autocast != "none" else ""
+        return "left", f"the recipe rounds nothing{autocast}"
+    site = getattr(module, "site", None)
+    if isinstance(site, Site):
+        formats = ", ".join(f"{role} {spec.format}/{spec.rounding}" for role, spec in site.roles.items())
+        return "exempt" if exempt else "converted", formats
+    if candidate:
+        return "left", "attention_products is off"
+    if isinstance(module, FusedBatchNorm2d):
+        return "left", f"normalization stays in FP32; input kept in {module.input_format.name} for backward"
+    for base, reason in _LEFT:
+        if isinstance(module, base):
+            return "left", reason
+    has_parameters = any(True for _ in module.parameters(recurse=False))
+    return ("left", "no product to convert") if has_parameters else None
 
 
 def _convert(module: nn.Module, site: Site) -> None:
@@ -171,14 +185,6 @@ def select_backend(backend: str, model: nn.Module) -> Backend:
 
 def _roles(recipe: Recipe, exempt: bool) -> dict[str, RoleSpec]:
     return {role: recipe.exempt_roles if exempt else getattr(recipe, role) for role in OPERAND_ROLES}
-
-
-def _describe(roles: dict[str, RoleSpec]) -> str:
-    return ", ".join(f"{role} {spec.format}/{spec.rounding}" for role, spec in roles.items())
-
-
-def _autocast(recipe: Recipe) -> str:
-    return f"; autocast {recipe.autocast}" if recipe.autocast != "none" else ""
 
 
 def sites(model: nn.Module) -> dict[str, Site]:

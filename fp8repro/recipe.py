@@ -64,6 +64,7 @@ class Recipe:
         round_outputs: the activation role applies to layer outputs too, not only to layer inputs.
         round_input_errors: the error role applies to gradients of layer inputs too, not only of layer outputs.
         attention_products: attention scores and contexts are converted too.
+        fuse_normalization: batch normalization, residual and ReLU become one node that keeps bytes for backward.
         exempt: patterns (fnmatch on qualified module names) of layers that use `exempt_roles` instead;
             "auto" stands for the first convolution and the last fully connected layer (paper, section 4).
         exempt_roles: the exempt layers' own rounding, for all their roles but the master.
@@ -80,6 +81,7 @@ class Recipe:
     round_outputs: bool = True
     round_input_errors: bool = True
     attention_products: bool = True
+    fuse_normalization: bool = True
     exempt: tuple[str, ...] | str = AUTO
     exempt_roles: RoleSpec = RoleSpec(format="fp16")
     autocast: str = "none"
@@ -106,7 +108,7 @@ def recipe_from_mapping(values: Mapping[str, Any], setting: str = "precision") -
             arguments[key] = _role_from_mapping(value, f"{setting}.{key}")
         elif key == "exempt":
             arguments[key] = _patterns(value, f"{setting}.exempt")
-        elif key in ("round_outputs", "round_input_errors", "attention_products"):
+        elif key in ("round_outputs", "round_input_errors", "attention_products", "fuse_normalization"):
             if not isinstance(value, bool):
                 raise UserError(f"{setting}.{key}: got {value!r}, expected true or false")
             arguments[key] = value

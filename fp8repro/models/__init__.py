@@ -1,0 +1,1 @@
+"""The networks; none of them knows of precision."""
