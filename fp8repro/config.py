@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -222,15 +222,17 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         given = _lookup(config, setting)
         if given not in accepted:
             raise UserError(f"{setting}: got {given!r}, expected one of {', '.join(accepted)}")
-    for setting, accepted, fits in [
-        *((setting, "a number over 0", lambda x: 0 < x < math.inf) for setting in POSITIVE),
-        *((setting, "a number from 0 on", lambda x: 0 <= x < math.inf) for setting in NOT_NEGATIVE),
-        *((setting, "a number from 0 to 1", lambda x: 0 <= x <= 1) for setting in FRACTIONS),
-    ]:
-        given = _lookup(config, setting)
-        # Only settings that may be absent are None.
-        if given is not None and not fits(given):
-            raise UserError(f"{setting}: got {given!r}, expected {accepted}")
+    bounds: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
+        (POSITIVE, "a number over 0", lambda x: 0 < x < math.inf),
+        (NOT_NEGATIVE, "a number from 0 on", lambda x: 0 <= x < math.inf),
+        (FRACTIONS, "a number from 0 to 1", lambda x: 0 <= x <= 1),
+    )
+    for settings, expected, fits in bounds:
+        for setting in settings:
+            given = _lookup(config, setting)
+            # Only a setting that may be absent is None.
+            if given is not None and not fits(given):
+                raise UserError(f"{setting}: got {given!r}, expected {expected}")
     return config
 
 

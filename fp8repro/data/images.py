@@ -1,0 +1,230 @@
+"""Image data sets: handwritten digits, ImageNet, any folder of images. Augmentation is keyed by (seed, epoch, image).
+
+Nothing here may depend on worker state for randomness.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fp8repro.config import DataConfig, build_dataclass
+from fp8repro.data.folders import ImageFiles, stratified_split, train_and_val_files
+from fp8repro.data.image_batches import Sample
+from fp8repro.data.keys import derived_seed, seeded_torch
+from fp8repro.errors import UserError
+from fp8repro.models.resnet import LARGEST_SMALL_IMAGE
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+AUGMENTATIONS = ("auto", "imagenet", "small", "none")
+DIGITS_VAL_FRACTION = 0.2
+Transform = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set as training sees it; datasets are indexed by (epoch, index) and give (FP32 [C, H, W], class).
+
+    Attributes:
+        train: augmented as configured. val, train_plain: not augmented.
+        classes: their names. channels, image_size: of every sample.
+        identity: hash of which images in which classes make up the data.
+    """
+
+    train: Dataset[Sample]
+    val: Dataset[Sample]
+    train_plain: Dataset[Sample]
+    classes: list[str]
+    channels: int
+    image_size: int
+    identity: str
+
+
+@dataclass(frozen=True)
+class DigitsSettings:
+    """`shift`: training images are moved by up to so many pixels in each direction."""
+
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class FolderSettings:
+    """Settings of a folder of images.
+
+    Attributes:
+        val_fraction: share of a single folder that validates; None where there are train/ and val/.
+        augmentation: "imagenet" (random resized crop), "small" (shift by up to an eighth), "none", "auto" by size.
+        flip: mirror half of the training images.
+        mean, std: normalization by channel.
+    """
+
+    val_fraction: float | None = None
+    augmentation: str = "auto"
+    flip: bool = True
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+def load_images(config: DataConfig, seed: int) -> ImageData:
+    """Load an image data set by name.
+
+    Args:
+        config: names it; `seed` keys its augmentation.
+        seed: of the run.
+
+    Raises:
+        UserError: an unknown name or option, or data that is missing or malformed.
+    """
+    if config.name == "digits":
+        return _load_digits(build_dataclass(DigitsSettings, config.options, "data.options"), config, seed)
+    if config.name in ("imagenet", "image_folder"):
+        settings = build_dataclass(FolderSettings, config.options, "data.options")
+        if settings.augmentation not in AUGMENTATIONS:
+            accepted = ", ".join(AUGMENTATIONS)
+            raise UserError(f"data.options.augmentation: got {settings.augmentation!r}, expected one of {accepted}")
+        return _load_folder(settings, config, seed)
+    raise UserError(f"data.name: got {config.name!r}, expected one of digits, imagenet, image_folder")
+
+
+class DigitImages(Dataset[Sample]):
+    """Scikit-learn's handwritten digits in memory, shifted when training."""
+
+    def __init__(self, images: Tensor, labels: list[int], shift: int, seed: int) -> None:
+        """`images` are [N, 1, 8, 8], normalized; zero is the background's value before normalization."""
+        self.images, self.labels, self.shift, self.seed = images, labels, shift, seed
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The sample (epoch, index)."""
+        epoch, index = key
+        image = self.images[index]
+        if self.shift:
+            span = 2 * self.shift + 1
+            draw = derived_seed("augment", self.seed, epoch, index) % (span * span)
+            image = shifted(image, draw // span - self.shift, draw % span - self.shift)
+        return image, self.labels[index]
+
+
+def shifted(image: Tensor, down: int, right: int) -> Tensor:
+    """An image [C, H, W] moved by whole pixels; its corner pixel's value fills what is uncovered."""
+    height, width = image.shape[-2:]
+    result = image[..., :1, :1].expand_as(image).clone()
+    result[..., max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = image[
+        ..., max(-down, 0) : height + min(-down, 0), max(-right, 0) : width + min(-right, 0)
+    ]
+    return result
+
+
+def _load_digits(settings: DigitsSettings, config: DataConfig, seed: int) -> ImageData:
+    if config.image_size not in (None, 8):
+        raise UserError(f"data.image_size: got {config.image_size}, expected 8 for the digits")
+    if not 0 <= settings.shift <= 2:
+        raise UserError(f"data.options.shift: got {settings.shift}, expected 0, 1 or 2 pixels")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    labels = [int(label) for label in digits.target]
+    train, val = stratified_split(labels, DIGITS_VAL_FRACTION, "digits")
+    pixels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1)
+    # Of the training split: 16 grey levels, mean and standard deviation in FP64.
+    std, mean = torch.std_mean(pixels[train].double())
+    pixels = (pixels - mean.float()) / std.float()
+
+    def subset(indices: list[int], shift: int) -> DigitImages:
+        return DigitImages(pixels[indices], [labels[i] for i in indices], shift, seed)
+
+    identity = hashlib.sha256(digits.images.tobytes() + bytes(labels)).hexdigest()
+    names = [str(name) for name in digits.target_names]
+    return ImageData(subset(train, settings.shift), subset(val, 0), subset(train, 0), names, 1, 8, identity)
+
+
+class FileImages(Dataset[Sample | UserError]):
+    """Images read from files."""
+
+    def __init__(self, files: ImageFiles, transform: Transform, seed: int) -> None:
+        """`transform` takes an RGB PIL image and may draw from torch's global generator."""
+        self.files, self.transform, self.seed = files, transform, seed
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.files.paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | UserError:
+        """The sample (epoch, index), or the error that names its file."""
+        epoch, index = key
+        path = self.files.paths[index]
+        try:
+            image = read_rgb(path)
+        except UserError as error:
+            return error
+        with seeded_torch(derived_seed("augment", self.seed, epoch, index)):
+            return self.transform(image), self.files.labels[index]
+
+
+def read_rgb(path: str) -> Any:
+    """An image file as an RGB PIL image.
+
+    Raises:
+        UserError: names the file that cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    # PIL's decoders raise whatever their parsing trips over; each means that this file cannot be used.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"data.root: image {path!r} cannot be read ({reason})") from None
+
+
+def _load_folder(settings: FolderSettings, config: DataConfig, seed: int) -> ImageData:
+    if config.root is None:
+        raise UserError(f"data.root: missing, expected the folder of the {config.name} data")
+    size = config.image_size or 224
+    if size < 4:
+        raise UserError(f"data.image_size: got {size}, expected at least 4 pixels")
+    train, val = train_and_val_files(Path(config.root), settings.val_fraction)
+    augmented, plain = _train_transform(settings, size), _plain_transform(settings, size)
+    digest = hashlib.sha256("\0".join(train.classes).encode())
+    for files in (train, val):
+        names = (f"{label}/{Path(path).name}" for path, label in zip(files.paths, files.labels, strict=True))
+        digest.update("\0".join(names).encode())
+    # The dataset's errors are values; the loader turns them into exceptions.
+    datasets: list[Any] = [FileImages(*parts, seed) for parts in ((train, augmented), (val, plain), (train, plain))]
+    return ImageData(datasets[0], datasets[1], datasets[2], train.classes, 3, size, digest.hexdigest())
+
+
+def _train_transform(settings: FolderSettings, size: int) -> Transform:
+    """What the augmentation makes of a PIL image; "imagenet" is torchvision's reference."""
+    from torchvision import transforms as T
+
+    kind = settings.augmentation
+    if kind == "auto":
+        kind = "small" if size <= LARGEST_SMALL_IMAGE else "imagenet"
+    if kind == "none":
+        return _plain_transform(settings, size)
+    geometry: list[Any] = [T.RandomResizedCrop(size)]
+    if kind == "small":
+        geometry = [T.Resize(size), T.CenterCrop(size), T.RandomCrop(size, padding=max(1, size // 8))]
+    flip = [T.RandomHorizontalFlip()] if settings.flip else []
+    return T.Compose([*geometry, *flip, T.ToTensor(), T.Normalize(settings.mean, settings.std)])  # type: ignore[no-any-return]
+
+
+def _plain_transform(settings: FolderSettings, size: int) -> Transform:
+    """Resize and center crop; from ImageNet's size on with its 256 to 224 margin."""
+    from torchvision import transforms as T
+
+    resized = size if size <= LARGEST_SMALL_IMAGE else round(size * 256 / 224)
+    steps = [T.Resize(resized), T.CenterCrop(size), T.ToTensor(), T.Normalize(settings.mean, settings.std)]
+    return T.Compose(steps)  # type: ignore[no-any-return]

@@ -1,0 +1,200 @@
+"""Checkpoints that survive a crash at any moment. Nothing in one is ever executed, and a damaged one is never used."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fp8repro.errors import RunFailure, UserError
+
+FORMAT = 1
+KEYS = ("format", "step", "model", "optimizer", "scaler", "data", "identity", "config", "seconds", "results")
+# Settings that say how a run is watched or where it happens, not what it computes.
+FREE_SETTINGS = (
+    "data.root",
+    "data.workers",
+    "logger",
+    "profile",
+    "experiment",
+    "device",
+    "backend",
+    "run_dir",
+    "resume",
+    "overwrite",
+    "trainer.max_steps",
+    "trainer.eval_batch_size",
+    "trainer.log_every",
+    "trainer.eval_every_epochs",
+    "trainer.eval_train",
+    "trainer.telemetry_every",
+    "trainer.checkpoint_every_steps",
+    "trainer.checkpoint_every_minutes",
+    "trainer.keep_checkpoints",
+    "trainer.max_skipped_in_a_row",
+)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies."""
+    return folder / f"step-{step:09d}.pt"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(folder.glob("step-*.pt"))
+
+
+def save_checkpoint(folder: Path, content: Mapping[str, Any], keep: int) -> Path:
+    """Write a checkpoint and remove all but the last `keep`.
+
+    Args:
+        folder: the run's `checkpoints/`.
+        content: plain values and tensors under `KEYS`.
+        keep: how many to leave.
+
+    Raises:
+        RunFailure: it cannot be written (a full disk); the ones before stay whole.
+    """
+    path = checkpoint_path(folder, content["step"])
+    write_tensors(path, content)
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+        checksum_path(old).unlink(missing_ok=True)
+    return path
+
+
+def write_tensors(path: Path, content: Mapping[str, Any]) -> None:
+    """Write plain values and tensors so that `path` and its checksum exist whole or not at all.
+
+    Raises:
+        RunFailure: the file system refuses.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        # The checksum comes first: a checkpoint that is there always has one.
+        _write_text(checksum_path(path), f"{_sha256(temporary)}  {path.name}\n")
+        temporary.replace(path)
+        _flush_folder(path.parent)
+    # torch.save reports a failing write as a RuntimeError.
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise RunFailure(f"checkpoints: {path.name} cannot be written ({reason}); the ones before are whole") from error
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Read a file of `write_tensors`; a file without a checksum beside it (a copy) is read too.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint: {str(path)!r} is missing, expected a file")
+    expected = checksum_path(path)
+    try:
+        if expected.is_file() and expected.read_text().split()[:1] != [_sha256(path)]:
+            raise UserError(f"checkpoint: {path.name} is damaged (its checksum differs)")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    # The unpickler and the archive reader raise whatever their parsing trips over.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint: {path.name} cannot be read ({reason[:200]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"checkpoint: {path.name} holds a {type(content).__name__}, expected a dictionary")
+    return content
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A whole checkpoint of a run.
+
+    Raises:
+        UserError: it is missing, damaged, or no checkpoint of this format.
+    """
+    content = read_tensors(path)
+    missing = [key for key in KEYS if key not in content]
+    if missing or content["format"] != FORMAT:
+        reason = f"{missing[0]} is missing" if missing else f"format {content['format']}"
+        raise UserError(
+            f"checkpoint: {path.name} is none of a run of this version ({reason}, expected format {FORMAT})"
+        )
+    return content
+
+
+def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest whole checkpoint of a run, or None; damaged ones are reported, set aside and passed over."""
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return read_checkpoint(path)
+        except UserError as error:
+            report(f"{error}; the one before is used")
+            path.replace(path.with_name(path.name + ".damaged"))
+            checksum_path(path).unlink(missing_ok=True)
+    return None
+
+
+def require_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another model, recipe, data set or schedule.
+
+    Args:
+        saved, wanted: the `identity` in the checkpoint and of the run.
+
+    Raises:
+        UserError: names the first setting that differs, and both values.
+    """
+    old, new = flat(saved), flat(wanted)
+    for name in sorted(old.keys() | new.keys()):
+        if name not in FREE_SETTINGS and old.get(name) != new.get(name):
+            raise UserError(
+                f"resume: {name} is {old.get(name)!r} in the checkpoint and {new.get(name)!r} in this run, "
+                "expected the same"
+            )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
+
+
+def checksum_path(path: Path) -> Path:
+    """Where a file's SHA-256 lies, in `sha256sum`'s form."""
+    return path.with_name(path.name + ".sha256")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

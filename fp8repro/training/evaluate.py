@@ -1,0 +1,78 @@
+"""Measuring a model: inside a run, or from a checkpoint or torchvision's weights. Always rounds to nearest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp8repro.config import RunConfig, run_config
+from fp8repro.context import StepContext
+from fp8repro.errors import UserError
+from fp8repro.injection import inject
+from fp8repro.training.checkpoint import FORMAT, read_checkpoint, read_tensors
+from fp8repro.training.distributed import World, choose_device
+from fp8repro.training.task import Task, autocast, make_task
+
+
+@torch.no_grad()
+def measure(task: Task[Any], model: nn.Module, config: RunConfig, world: World, split: str = "val") -> dict[str, float]:
+    """Figures of a model on a split; the model's mode is the same afterwards."""
+    training = model.training
+    model.eval()
+    # Telemetry counts training steps only.
+    model.fp8_context.telemetry.active = False  # type: ignore[union-attr]
+    try:
+        with autocast(config, world.device):
+            return task.evaluate(model, split)
+    finally:
+        model.train(training)
+
+
+def evaluate(path: str | Path, config: RunConfig) -> dict[str, float]:
+    """Figures of saved weights on the validation split, in the configuration's precision.
+
+    Args:
+        path: a checkpoint of a run, or a state dict with torchvision's names (`.pth`).
+        config: data, model and precision; see `checkpoint_config` for a checkpoint's own.
+
+    Raises:
+        UserError: a file that is missing or damaged, or weights of another model.
+    """
+    world = World(device=choose_device(config.device))
+    content = read_tensors(Path(path))
+    weights = content["model"] if content.get("format") == FORMAT and "model" in content else content
+    task = make_task(config, world)
+    model = task.model()
+    load_weights(model, weights, str(path))
+    model.to(world.device)
+    inject(model, config.precision, StepContext(config.seed), config.backend)
+    return measure(task, model, config, world)
+
+
+def checkpoint_config(path: str | Path) -> RunConfig:
+    """The configuration of the run that wrote a checkpoint.
+
+    Raises:
+        UserError: a file that is missing or damaged, or no checkpoint of a run.
+    """
+    return run_config(read_checkpoint(Path(path))["config"])
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any], where: str) -> None:
+    """Copy a state dict into a model of the same architecture.
+
+    Raises:
+        UserError: names the first difference.
+    """
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in weights or name not in own:
+            place = "the file" if name not in weights else "the model"
+            raise UserError(f"checkpoint: {name} is missing in {place} ({where!r}), expected weights of this model")
+        if not isinstance(weights[name], torch.Tensor) or weights[name].shape != own[name].shape:
+            got = tuple(getattr(weights[name], "shape", ()))
+            raise UserError(f"checkpoint: {name} has shape {got} in {where!r}, expected {tuple(own[name].shape)}")
+    model.load_state_dict(weights)

@@ -1,0 +1,95 @@
+"""Classifying images, as the training loop sees it."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fp8repro.config import RunConfig
+from fp8repro.data.image_batches import ImageBatch, TrainImages, load_batches
+from fp8repro.data.images import load_images
+from fp8repro.models.resnet import make_resnet
+from fp8repro.training.distributed import World
+
+
+class ImageTask:
+    """A `Task`: a ResNet on a data set of images; cross-entropy, top-1 and top-5 in per cent."""
+
+    unit = "images"
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        """Load the data.
+
+        Raises:
+            UserError: data that is missing or malformed.
+        """
+        self.config, self.world = config, world
+        self.data = load_images(config.data, config.seed)
+        self._pinned = world.device.type == "cuda"
+        self.batches = TrainImages(
+            self.data.train,
+            config.trainer.batch_size,
+            config.seed,
+            config.trainer.micro_steps,
+            world.rank,
+            world.size,
+            config.data.workers,
+            self._pinned,
+        )
+        self._layout = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
+
+    def model(self) -> nn.Module:
+        """See `Task`."""
+        config, data = self.config.model, self.data
+        model = make_resnet(config.name, len(data.classes), data.channels, data.image_size, config.stem)
+        return model.to(memory_format=self._layout)
+
+    def identity(self) -> dict[str, Any]:
+        """See `Task`."""
+        return {"classes": len(self.data.classes), "train_images": self.batches.size, "data": self.data.identity}
+
+    def count(self, batch: ImageBatch) -> int:
+        """See `Task`."""
+        return len(batch.labels)
+
+    def loss(self, model: nn.Module, batch: ImageBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Task`; the figures are the images whose class came out first."""
+        logits, labels = self._logits(model, batch)
+        smoothing = self.config.trainer.label_smoothing
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+        return loss, {"top1": 100 * (logits.detach().argmax(1) == labels).sum()}
+
+    def _logits(self, model: nn.Module, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+        batch = batch.to(self.world.device)
+        return model(batch.images.contiguous(memory_format=self._layout)).float(), batch.labels
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """See `Task`: loss (not smoothed), top1, top5."""
+        dataset = self.data.val if split == "val" else self.data.train_plain
+        mine = range(self.world.rank, len(dataset), self.world.size)  # type: ignore[arg-type]
+        size = self.config.trainer.eval_batch_size
+        keys = [[(0, i) for i in mine[start : start + size]] for start in range(0, len(mine), size)]
+        # Loss, top-1, top-5 and images.
+        sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
+        with closing(load_batches(dataset, keys, self.config.data.workers, self._pinned)) as batches:
+            for batch in batches:
+                logits, labels = self._logits(model, batch)
+                hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+                losses = F.cross_entropy(logits, labels, reduction="none")
+                images = torch.full_like(labels[0], len(labels))
+                sums += torch.stack([losses.double().sum(), hits[:, 0].sum(), hits.sum(), images])
+        loss, top1, top5, count = self.world.sum(sums.tolist())
+        return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """See `Task`."""
+        return metrics["top1"]
+
+    def finish(self, model: nn.Module, metrics: dict[str, float], folder: Path) -> dict[str, Any]:
+        """See `Task`."""
+        return {"top1": metrics["top1"], "top5": metrics["top5"]}

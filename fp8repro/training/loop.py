@@ -1,0 +1,434 @@
+"""The training loop, top to bottom. It never decides numerics: the recipe, the scaler and the master weights do."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fp8repro
+from fp8repro.config import RunConfig
+from fp8repro.context import StepContext
+from fp8repro.data.keys import derived_seed, seed_torch
+from fp8repro.errors import RunFailure, UserError
+from fp8repro.injection import InjectionReport, inject
+from fp8repro.loss_scaling import LossScaler, make_scaler
+from fp8repro.master import MasterWeights
+from fp8repro.telemetry import Telemetry
+from fp8repro.training import checkpoint as checkpoints
+from fp8repro.training.averaging import load_averaged_weights, save_epoch_weights
+from fp8repro.training.distributed import World, join_world, leave_world
+from fp8repro.training.evaluate import measure
+from fp8repro.training.memory import counting_saved_bytes, working_weight_bytes
+from fp8repro.training.normalization import NormalizationStatistics, synchronize_normalization
+from fp8repro.training.optimizer import l2_loss, make_optimizer
+from fp8repro.training.progress import Display, NoTracker, Tracker, make_tracker
+from fp8repro.training.record import RunFolder
+from fp8repro.training.schedule import learning_rate
+from fp8repro.training.signals import StopRequest, exit_code
+from fp8repro.training.task import Task, autocast, make_task
+
+
+@dataclass
+class Run:
+    """What a run is made of, and what it has come to.
+
+    Attributes:
+        step: updates so far, skipped ones counted.
+        seconds: spent in the loop, by former processes too.
+        results: plain values that a checkpoint keeps: last evaluation, its step, the best one.
+    """
+
+    config: RunConfig
+    world: World
+    task: Task[Any]
+    model: nn.Module
+    context: StepContext
+    report: InjectionReport
+    masters: MasterWeights
+    scaler: LossScaler
+    statistics: NormalizationStatistics
+    steps_per_epoch: int
+    total_steps: int
+    step: int = 0
+    seconds: float = 0.0
+    results: dict[str, Any] = field(default_factory=lambda: {"evaluated": 0, "metrics": {}, "best": {}})
+
+    @property
+    def last_step(self) -> int:
+        """Where the loop ends."""
+        return min(self.total_steps, self.config.trainer.max_steps or self.total_steps)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs so far."""
+        return self.step / self.steps_per_epoch
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with a run that resumes it."""
+        return {**self.config.to_dict(), "processes": self.world.size, "task": self.task.identity()}
+
+    def state(self) -> dict[str, Any]:
+        """A checkpoint's content. Random numbers are functions of (seed, step), so no generator is part of it."""
+        return {
+            "format": checkpoints.FORMAT,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.masters.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "data": self.task.batches.state_dict(),
+            "identity": self.identity(),
+            "config": self.config.to_dict(),
+            "seconds": self.seconds,
+            "results": self.results,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            UserError: it is another run's.
+        """
+        checkpoints.require_same_run(state["identity"], self.identity())
+        self.step, self.seconds, self.results = state["step"], state["seconds"], state["results"]
+        self.model.load_state_dict(state["model"])
+        self.masters.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.task.batches.load_state_dict(state["data"])
+
+
+@dataclass
+class StepResult:
+    """One step: whether it was applied, its rate, the scale it ran under, and sums over this rank's batches."""
+
+    applied: bool
+    lr: float
+    scale: float
+    count: float
+    loss: Tensor
+    figures: dict[str, Tensor]
+    stop: bool
+    forward_finite: bool = True
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Train, and leave config, environment, metrics, checkpoints and summary in the run's folder.
+
+    Returns:
+        The summary.
+
+    Raises:
+        UserError: a setting or data that cannot be used, or no memory for a step.
+        RunFailure: the run cannot go on; the summary says so.
+        SystemExit: a signal asked to stop; a checkpoint is written, the exit code is 128 + its number.
+    """
+    world = join_world(config.device)
+    torch.backends.cudnn.deterministic = True
+    # FP32 means FP32; TF32 would round operands that the recipe leaves alone.
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with RunFolder(config, writes=world.is_main) as record:
+            run = build(config, world)
+            with StopRequest() as stop:
+                return _train(run, record, stop)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            batch = config.trainer.batch_size
+            raise UserError(
+                f"trainer.batch_size: got {batch}, no memory on {world.device} for it, expected a smaller one or "
+                "more trainer.micro_steps"
+            ) from error
+        raise
+    finally:
+        leave_world(world)
+
+
+def build(config: RunConfig, world: World) -> Run:
+    """Everything a run needs, at step 0.
+
+    Raises:
+        UserError: a setting or data that cannot be used.
+    """
+    task = make_task(config, world)
+    steps_per_epoch = math.ceil(len(task.batches) / config.trainer.micro_steps)
+    total_steps = max(1, round(config.trainer.epochs * steps_per_epoch))
+    # The same weights for every precision: only the seed decides.
+    torch.manual_seed(config.seed)
+    model = task.model().to(world.device)
+    if config.trainer.sync_batchnorm:
+        synchronize_normalization(model, world)
+    world.share_model(model)
+    context = StepContext(config.seed, world.rank, telemetry=Telemetry(config.trainer.telemetry_every))
+    report = inject(model, config.precision, context, config.backend)
+    optimizer = make_optimizer(model, config.optimizer)
+    masters = MasterWeights(model, optimizer, config.precision, context)
+    scaler = make_scaler(config.loss_scaling, total_steps)
+    statistics = NormalizationStatistics(model)
+    return Run(
+        config, world, task, model, context, report, masters, scaler, statistics, steps_per_epoch, total_steps
+    )  # fmt: skip
+
+
+def resume(run: Run, record: RunFolder, display: Display) -> None:
+    """Load the checkpoint that `resume` asks for, if there is one; every rank the same."""
+    wanted = run.config.resume
+    if wanted == "never":
+        return
+    if wanted == "auto":
+        newest = checkpoints.newest_checkpoint(record.checkpoints, display.say) if run.world.is_main else None
+        (step,) = run.world.sum([newest["step"] + 1 if newest else 0])
+        if not step:
+            return
+        state = newest or checkpoints.read_checkpoint(checkpoints.checkpoint_path(record.checkpoints, int(step) - 1))
+    else:
+        state = checkpoints.read_checkpoint(Path(wanted))
+    run.load(state)
+
+
+def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
+    config, trainer, world = run.config, run.config.trainer, run.world
+    display = Display(run.last_step, run.step, visible=world.is_main)
+    finished = record.finished_summary()
+    resume(run, record, display)
+    (already_done,) = world.sum([float(bool(finished) and run.step == run.last_step)])
+    if already_done:
+        return finished or {}
+    record.begin(run.step)
+    table = run.report.table()
+    display.say(table if config.precision.converts else table.splitlines()[0])
+    if run.step:
+        record.event(run.step, "resume", f"continued from the checkpoint after step {run.step}")
+    else:
+        record.row("convert", 0, rows=[vars(row) for row in run.report.rows])
+    tracker = _tracker(run, record, display)
+    clock = time.monotonic()
+    saved_at, saved_step = clock, run.step
+    started = clock - run.seconds
+    window, window_units = clock, 0.0
+    groups = _groups(run)
+    try:
+        run.model.train()
+        while True:
+            at_boundary = run.step == run.last_step or _every(run.step, trainer.eval_every_epochs * run.steps_per_epoch)
+            if at_boundary and run.results["evaluated"] != run.step:
+                _evaluate(run, record, display, tracker)
+                window, window_units = time.monotonic(), 0.0
+            run.seconds = time.monotonic() - started
+            if run.step == run.last_step:
+                break
+
+            measuring_memory = run.step == 0
+            run.context.telemetry.begin(run.step)
+            with counting_saved_bytes(run.model, measuring_memory) as saved:
+                result = train_step(run, next(groups), bool(stop.signal))
+            run.step += 1
+            window_units += result.count
+
+            if measuring_memory:
+                record.row(
+                    "memory", run.step, saved_for_backward_bytes=saved.total(), master_bytes=run.masters.bytes(),
+                    weight_bytes=working_weight_bytes(run.model),
+                )  # fmt: skip
+            if _every(run.step, trainer.log_every) or run.step == run.last_step:
+                now = time.monotonic()
+                _log(run, result, window_units / max(now - window, 1e-9), record, display, tracker)
+                window, window_units = now, 0.0
+            if run.context.telemetry.active:
+                _log_telemetry(run, record, tracker)
+            if not result.applied:
+                _check_skipped(run, result, record, display)
+            if trainer.average_checkpoints and _every(run.step, run.steps_per_epoch):
+                save_epoch_weights(run.model, record, round(run.epoch), trainer.average_checkpoints)
+
+            run.seconds = time.monotonic() - started
+            minutes = (time.monotonic() - saved_at) / 60
+            due = _every(run.step, trainer.checkpoint_every_steps or 0)
+            due = due or minutes >= (trainer.checkpoint_every_minutes or math.inf)
+            if (due or result.stop) and record.writes:
+                checkpoints.save_checkpoint(record.checkpoints, run.state(), trainer.keep_checkpoints)
+                saved_at, saved_step = time.monotonic(), run.step
+            if result.stop:
+                display.say(f"stopped after step {run.step} of {run.last_step}; resume=auto goes on from there")
+                raise SystemExit(exit_code(stop.signal))
+
+        if run.scaler.skipped == run.step:
+            raise RunFailure(f"every one of the {run.step} steps was skipped: no gradient was finite")
+        if saved_step != run.step and record.writes:
+            checkpoints.save_checkpoint(record.checkpoints, run.state(), trainer.keep_checkpoints)
+        # The other ranks read what the first one wrote.
+        world.wait()
+        if trainer.average_checkpoints and load_averaged_weights(run.model, record, trainer.average_checkpoints):
+            run.results["metrics"] = measure(run.task, run.model, config, world)
+        run.model.eval()
+        with torch.no_grad(), autocast(config, world.device):
+            figures = run.task.finish(run.model, run.results["metrics"], record.folder)
+        summary = _summary(run, "finished") | figures
+        record.summary(summary)
+        return summary
+    except RunFailure as error:
+        record.event(run.step, "failure", str(error))
+        record.summary(_summary(run, "failed") | {"reason": str(error)})
+        raise
+    finally:
+        groups.close()
+        tracker.close()
+        display.close()
+
+
+def train_step(run: Run, batches: list[Any], stop: bool) -> StepResult:
+    """One update from the batches of all micro-steps: forward, backward, update of masters and of the loss scale.
+
+    Args:
+        run: its masters, scaler and normalization statistics change.
+        batches: one for each micro-step.
+        stop: this rank wants to stop after the step.
+    """
+    config, world, step = run.config, run.world, run.step
+    count, stops = world.sum([sum(run.task.count(batch) for batch in batches), float(stop)])
+    scale = run.scaler.scale
+    lr = learning_rate(config.schedule, config.optimizer.lr, step, run.total_steps)
+    for group in run.masters.optimizer.param_groups:
+        group["lr"] = lr
+    run.masters.optimizer.zero_grad(set_to_none=True)
+    run.statistics.keep()
+    result = StepResult(False, lr, scale, count, torch.zeros((), device=world.device), {}, stops > 0)
+    for micro_step, batch in enumerate(batches):
+        run.context.begin(step, micro_step)
+        # Dropout draws from the global generator: it must draw the same after a resume.
+        seed_torch(derived_seed("forward", config.seed, step, micro_step, world.rank), world.device)
+        with autocast(config, world.device):
+            loss, figures = run.task.loss(run.model, batch)
+        # The mean over all micro-steps and ranks, so that a scale means the same everywhere.
+        (loss * (scale / count)).backward()
+        result.loss += loss.detach()
+        for name, value in figures.items():
+            result.figures[name] = result.figures.get(name, 0) + value  # type: ignore[operator]
+    world.sum_tensors(p.grad for p in run.model.parameters() if p.grad is not None)
+    world.average_tensors(run.statistics.tensors)
+    result.applied = run.masters.step(scale, config.trainer.clip_norm)
+    run.scaler.update(not result.applied)
+    if not result.applied:
+        finite = bool(result.loss.isfinite()) and run.statistics.finite()
+        (nonfinite,) = world.sum([float(not finite)])
+        result.forward_finite = not nonfinite
+        if nonfinite:
+            run.statistics.restore()
+    return result
+
+
+def _groups(run: Run) -> Generator[list[Any], None, None]:
+    """The batches of one update after the other, epoch after epoch."""
+    while True:
+        with closing(iter(run.task.batches)) as batches:  # type: ignore[type-var]
+            while group := list(islice(batches, run.config.trainer.micro_steps)):
+                yield group
+
+
+def _every(step: int, interval: int) -> bool:
+    return interval > 0 and step > 0 and step % interval == 0
+
+
+def _evaluate(run: Run, record: RunFolder, display: Display, tracker: Tracker) -> None:
+    splits = ("val", "train") if run.config.trainer.eval_train else ("val",)
+    for split in splits:
+        metrics = measure(run.task, run.model, run.config, run.world, split)
+        record.row("eval", run.step, epoch=run.epoch, split=split, **metrics)
+        tracker.log(run.step, {f"{split}/{name}": value for name, value in metrics.items()})
+        display.say(f"epoch {run.epoch:.4g}  {split}  " + "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
+        if split == "val":
+            best = run.results["best"]
+            if not best or run.task.score(metrics) > run.task.score(best["metrics"]):
+                best = {"step": run.step, "metrics": metrics}
+            run.results = {"evaluated": run.step, "metrics": metrics, "best": best}
+
+
+def _log(run: Run, result: StepResult, rate: float, record: RunFolder, display: Display, tracker: Tracker) -> None:
+    names = list(result.figures)
+    sums = run.world.sum([float(result.loss), *(float(result.figures[name]) for name in names)])
+    loss, *figures = (value / result.count for value in sums)
+    values = {
+        "loss": loss,
+        **dict(zip(names, figures, strict=True)),
+        "lr": result.lr,
+        "loss_scale": result.scale,
+        "skipped_steps": run.scaler.skipped,
+        "grad_norm": run.masters.grad_norm,
+        "l2": l2_loss(run.model),
+        f"{run.task.unit}_per_second": rate,
+    }
+    record.row("train", run.step, epoch=run.epoch, **values)
+    tracker.log(run.step, {f"train/{name}": float(value) for name, value in values.items()})
+    shown = {name: values[name] for name in ("loss", *names)}
+    shown |= {"scale": result.scale, f"{run.task.unit}/s": round(rate)}
+    display.show(run.step, shown)
+
+
+def _log_telemetry(run: Run, record: RunFolder, tracker: Tracker) -> None:
+    telemetry = run.context.telemetry
+    record.row("telemetry", run.step, rows=telemetry.rows())
+    shares = {role: telemetry.share(role) for role in ("weight", "activation", "error", "gradient")}
+    tracker.log(run.step, {f"underflow/{role}": share for role, share in shares.items() if not math.isnan(share)})
+
+
+def _check_skipped(run: Run, result: StepResult, record: RunFolder, display: Display) -> None:
+    """Report a skipped step; end a run that does nothing but skip.
+
+    Raises:
+        RunFailure: `trainer.max_skipped_in_a_row` steps in a row.
+    """
+    scaler = run.scaler
+    if result.forward_finite:
+        record.event(run.step, "skipped", f"a gradient was not finite at loss scale {result.scale:g}")
+    else:
+        text = (
+            "the forward pass was not finite: no loss scale cures it; normalization statistics were left as they were"
+        )
+        record.event(run.step, "nonfinite_forward", text)
+        display.say(f"step {run.step}: {text}")
+    if scaler.skipped_in_a_row >= run.config.trainer.max_skipped_in_a_row:
+        where = f"{scaler.skipped_in_a_row} steps in a row were skipped up to step {run.step}"
+        if not result.forward_finite:
+            raise RunFailure(
+                f"{where}: the forward pass is not finite, no loss scale cures it (learning rate too high?)"
+            )
+        state = f"collapsed to its floor {scaler.floor:g}" if scaler.at_floor else f"fell to {scaler.scale:g}"
+        if run.config.loss_scaling.policy in ("none", "constant"):
+            state = f"is fixed at {scaler.scale:g}"
+        raise RunFailure(f"{where}: gradients are not finite, and the loss scale {state}")
+
+
+def _tracker(run: Run, record: RunFolder, display: Display) -> Tracker:
+    if not record.writes:
+        return NoTracker()
+    return make_tracker(run.config.logger, record.folder, run.config.to_dict(), run.step, display.say)
+
+
+def _summary(run: Run, status: str) -> dict[str, Any]:
+    config = run.config
+    return {
+        "status": status,
+        "experiment": config.experiment,
+        "model": config.model.name,
+        "data": config.data.name,
+        "precision": config.precision.name,
+        "loss_scaling": config.loss_scaling.policy,
+        "profile": config.profile,
+        "seed": config.seed,
+        "steps": run.step,
+        "skipped_steps": run.scaler.skipped,
+        "epochs": run.epoch,
+        "train_seconds": run.seconds,
+        "best": run.results["best"],
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "device": run.world.device.type,
+        "backend": run.report.backend,
+        "version": fp8repro.__version__,
+    }

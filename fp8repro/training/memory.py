@@ -1,0 +1,58 @@
+"""Bytes that a training step really keeps: saved activations, master weights, working weights (paper, claim C7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fp8repro.injection import sites
+
+
+class SavedBytes:
+    """Distinct storages that autograd saved for backward, in bytes; parameters and rounded weights are no part."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """`model` says what to leave out."""
+        self._model = model
+        # The tensors are held, so that no address is used twice.
+        self._saved: dict[int, Tensor] = {}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Note a tensor on its way to the graph."""
+        self._saved[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        return tensor
+
+    def total(self) -> int:
+        """Bytes so far."""
+        weights = [*self._model.parameters(), *_working_weights(self._model)]
+        left_out = {t.untyped_storage().data_ptr() for t in weights}
+        return sum(t.untyped_storage().nbytes() for address, t in self._saved.items() if address not in left_out)
+
+
+@contextmanager
+def counting_saved_bytes(model: nn.Module, active: bool = True) -> Iterator[SavedBytes]:
+    """Count what is saved for backward inside."""
+    saved = SavedBytes(model)
+    if not active:
+        yield saved
+        return
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        yield saved
+
+
+def working_weight_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that products read: rounded ones where layers are converted, else the parameters."""
+    rounded = _working_weights(model)
+    if not rounded:
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+    replaced = {id(getattr(m, "weight", None)) for m in model.modules() if hasattr(m, "site")}
+    others = [p for p in model.parameters() if id(p) not in replaced]
+    return sum(t.numel() * t.element_size() for t in (*rounded, *others))
+
+
+def _working_weights(model: nn.Module) -> list[Tensor]:
+    """Encodings of the weights that were rounded in this step."""
+    return [site._weight.codes for site in sites(model).values() if site._weight is not None]

@@ -1,0 +1,193 @@
+"""A run's folder: config, environment, metrics, summary. Locked while open; nothing is ever written outside of it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from fp8repro.config import RunConfig
+from fp8repro.errors import RunFailure, UserError
+from fp8repro.training.environment import describe_environment
+
+METRICS, SUMMARY, CONFIG, ENVIRONMENT = "metrics.jsonl", "summary.json", "config.yaml", "environment.json"
+CHECKPOINTS, TENSORBOARD, LOCK = "checkpoints", "tensorboard", ".lock"
+
+
+def run_name(config: RunConfig) -> str:
+    """What a run's folder is called where none is given: model, data, precision, loss scaling and seed."""
+    scaling = config.loss_scaling
+    parts = [config.model.name, config.data.name, config.precision.name]
+    if scaling.policy != "none":
+        parts.append(scaling.policy + (f"{scaling.scale:g}" if scaling.policy == "constant" else ""))
+    name = "-".join([*parts, f"seed{config.seed}"])
+    # A recipe's name is a user's text; it must not lead out of the folder.
+    return re.sub(r"[^A-Za-z0-9_.+-]", "_", name).lstrip(".")
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where a run is recorded."""
+    return Path(config.run_dir) if config.run_dir else Path("runs") / run_name(config)
+
+
+class RunFolder:
+    """The records of one run; with `writes=False` (every process but the first) it does nothing."""
+
+    def __init__(self, config: RunConfig, writes: bool = True) -> None:
+        """Claim the folder.
+
+        Raises:
+            UserError: another run is in it, an earlier one was and neither `overwrite` nor `resume` says what to do,
+                or it cannot be written.
+        """
+        self.config, self.writes = config, writes
+        self.folder = run_folder(config)
+        self._lock: Any = None
+        if not writes:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / LOCK).open("a")
+        except OSError as error:
+            raise UserError(f"run_dir: {str(self.folder)!r} cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UserError(f"run_dir: {str(self.folder)!r} is in use by another run") from None
+        if config.overwrite and config.resume == "never":
+            self._clear()
+        if self.exists and config.resume == "never":
+            self.close()
+            raise UserError(
+                f"run_dir: {str(self.folder)!r} holds a run, expected overwrite=true, resume=auto or another run_dir"
+            )
+
+    @property
+    def exists(self) -> bool:
+        """True when the folder holds a run."""
+        return (self.folder / METRICS).exists() or (self.folder / CHECKPOINTS).exists()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / CHECKPOINTS
+
+    def _clear(self) -> None:
+        """Remove a former run's own files and nothing else."""
+        for name in (METRICS, SUMMARY, CONFIG, ENVIRONMENT):
+            (self.folder / name).unlink(missing_ok=True)
+        for name in (CHECKPOINTS, TENSORBOARD):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def begin(self, step: int) -> None:
+        """Write config and environment; forget what was measured after `step` (the run goes on from there)."""
+        if not self.writes:
+            return
+        kept = [line for line, row in _rows(self.folder / METRICS) if step and row["step"] <= step]
+        self._write(METRICS, "".join(kept))
+        (self.folder / SUMMARY).unlink(missing_ok=True)
+        self._write(CONFIG, yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True))
+        self._write(ENVIRONMENT, json.dumps(describe_environment(), indent=2) + "\n")
+
+    def row(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line to metrics.jsonl; numbers that are not finite become null."""
+        if not self.writes:
+            return
+        line = json.dumps(_finite({"kind": kind, "step": step, **values})) + "\n"
+        try:
+            with (self.folder / METRICS).open("a") as file:
+                file.write(line)
+        except OSError as error:
+            raise RunFailure(f"run_dir: {METRICS} cannot be written ({error.strerror})") from error
+
+    def event(self, step: int, what: str, text: str) -> None:
+        """Append something that happened."""
+        self.row("event", step, what=what, text=text)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        if self.writes:
+            self._write(SUMMARY, json.dumps(_finite(dict(values)), indent=2) + "\n")
+
+    def finished_summary(self) -> dict[str, Any] | None:
+        """The summary of a run that finished here, or None."""
+        if not self.writes:
+            return None
+        try:
+            values = json.loads((self.folder / SUMMARY).read_text())
+        except (OSError, ValueError):
+            return None
+        return values if isinstance(values, dict) and values.get("status") == "finished" else None
+
+    def _write(self, name: str, text: str) -> None:
+        path = self.folder / name
+        temporary = path.with_name(name + ".tmp")
+        try:
+            temporary.write_text(text)
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise RunFailure(f"run_dir: {name} cannot be written ({error.strerror})") from error
+
+    def close(self) -> None:
+        """Give the folder free; a folder in which no run began is removed."""
+        if self._lock is None:
+            return
+        if not self.exists:
+            (self.folder / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()
+        self._lock.close()
+        self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        """The record itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the folder free."""
+        self.close()
+
+
+def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Whole lines of a metrics file and what they say; a line that a crash cut off ends it."""
+    rows: list[tuple[str, dict[str, Any]]] = []
+    if not path.exists():
+        return rows
+    with path.open(errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                int(row["step"])
+            except (ValueError, KeyError, TypeError):
+                break
+            if not line.endswith("\n"):
+                break
+            rows.append((line, row))
+    return rows
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value

@@ -1,0 +1,107 @@
+"""What the training loop asks of a kind of work, and no more: classifying images and translating both answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fp8repro.config import RunConfig
+from fp8repro.training.distributed import World
+
+
+class TrainBatches(Protocol):
+    """Endless training batches of one rank; iterating gives the rest of the present epoch.
+
+    Every epoch has the same number of batches. The state counts the batches that were handed out.
+    """
+
+    epoch: int
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]:
+        """The rest of the present epoch; afterwards the next one is present."""
+        ...
+
+    def state_dict(self) -> dict[str, int]:
+        """Plain numbers."""
+        ...
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where `state_dict` was taken."""
+        ...
+
+
+B = TypeVar("B", contravariant=True)
+
+
+class Task(Protocol[B]):
+    """A kind of work; `B` is its batch.
+
+    Attributes:
+        unit: what is counted: "images" or "tokens". The loss is a mean over these.
+        batches: the training batches.
+    """
+
+    unit: str
+
+    @property
+    def batches(self) -> TrainBatches:
+        """The training batches."""
+        ...
+
+    def model(self) -> nn.Module:
+        """A fresh model on the CPU, drawn from torch's global generator."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values that tell this data from other data, as a checkpoint must know it (vocabulary, classes)."""
+        ...
+
+    def count(self, batch: B) -> int:
+        """Images or target tokens in a batch."""
+        ...
+
+    def loss(self, model: nn.Module, batch: B) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward pass of a training batch (on the CPU): sum of the loss in FP32, and sums of other figures."""
+        ...
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """Figures of a model in evaluation mode on "val" or "train" (not augmented), over all ranks."""
+        ...
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """The figure of `evaluate` by which models are compared; more is better."""
+        ...
+
+    def finish(self, model: nn.Module, metrics: dict[str, float], folder: Path) -> dict[str, Any]:
+        """The summary's figures, after the last step; may write files into the run's folder on the first rank.
+
+        Args:
+            model: in evaluation mode; with `trainer.average_checkpoints`, its weights are the averaged ones.
+            metrics: of the last `evaluate`.
+            folder: the run's.
+        """
+        ...
+
+
+def make_task(config: RunConfig, world: World) -> Task[Any]:
+    """The task of a configuration."""
+    if config.model.task == "translation":
+        from fp8repro.training.translation import TranslationTask
+
+        return TranslationTask(config, world)
+    from fp8repro.training.image import ImageTask
+
+    return ImageTask(config, world)
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """Torch's autocast where the recipe asks for it, else nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision.autocast == "bf16")
