@@ -18,7 +18,7 @@ SUMMARY, CONFIG, METRICS = "summary.json", "config.yaml", "metrics.jsonl"
 SCORES = ("top1", "bleu")
 # A record's own files are a few kilobytes; whatever is larger is something else.
 MAX_BYTES = 1_000_000
-MAX_SETTINGS = 2_000
+MAX_SETTINGS, MAX_NAME = 2_000, 500
 # Settings that leave a run's result as it is.
 NO_EFFECT = (
     "backend",
@@ -66,6 +66,13 @@ class RunRecord:
     score: float
     settings: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without merge keys, which our files never have and which can make a small file unfold without end."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Leave a merge key as it stands; constructing it then fails."""
 
 
 class _Unreadable(Exception):
@@ -117,7 +124,7 @@ def _read_record(folder: Path) -> RunRecord:
     if not (folder / SUMMARY).is_file():
         raise _Unreadable(f"unfinished, it has no {SUMMARY} yet")
     summary = _mapping(folder / SUMMARY, json.loads)
-    config = _mapping(folder / CONFIG, yaml.safe_load) if (folder / CONFIG).is_file() else {}
+    config = _mapping(folder / CONFIG, _read_yaml) if (folder / CONFIG).is_file() else {}
     if summary.get("status", "finished") != "finished":
         raise _Unreadable(f"its status is {summary['status']!r:.40}, only finished runs count")
     texts: dict[str, str] = {}
@@ -143,6 +150,10 @@ def _read_record(folder: Path) -> RunRecord:
     return RunRecord(folder, **texts, seed=seed, metric=metric, score=float(score), settings=deciding, summary=summary)
 
 
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
 def _mapping(path: Path, parse: Any) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
@@ -159,27 +170,21 @@ def _mapping(path: Path, parse: Any) -> dict[str, Any]:
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings as {"trainer.epochs": 30, ...}."""
+    """Nested settings as {"trainer.epochs": 30, "optimizer.betas[0]": 0.9, ...}."""
     flat: dict[str, Any] = {}
     pending: list[tuple[str, Any]] = [("", values)]
     while pending:
         prefix, value = pending.pop()
         if isinstance(value, Mapping) and value:
             pending += [(f"{prefix}.{key}" if prefix else str(key), item) for key, item in value.items()]
+        elif isinstance(value, list) and value:
+            pending += [(f"{prefix}[{number}]", item) for number, item in enumerate(value)]
         else:
-            flat[prefix] = _plain_text(value) if isinstance(value, (list, tuple, Mapping)) else value
+            flat[prefix] = value
         # YAML's references can make a small file unfold without end.
-        if len(flat) + len(pending) > MAX_SETTINGS or len(prefix) > 1_000:
-            raise _Unreadable(f"{CONFIG} has over {MAX_SETTINGS} settings, not a run's record")
+        if len(flat) + len(pending) > MAX_SETTINGS or len(prefix) > MAX_NAME:
+            raise _Unreadable(f"{CONFIG} has over {MAX_SETTINGS} settings or names over {MAX_NAME} characters")
     return flat
-
-
-def _plain_text(value: Any) -> str:
-    try:
-        text = json.dumps(value, default=str)
-    except (ValueError, RecursionError):
-        raise _Unreadable(f"{CONFIG} holds a list that contains itself, not a run's record") from None
-    return text
 
 
 def _policy(policy: str, settings: Mapping[str, Any]) -> str:
