@@ -68,6 +68,10 @@ class ImageTask:
         batch = batch.to(self.world.device)
         return model(batch.images.contiguous(memory_format=self._layout)).float(), batch.labels
 
+    def figures(self, means: dict[str, float]) -> dict[str, float]:
+        """See `Task`."""
+        return means
+
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """See `Task`: loss (not smoothed), top1, top5."""
         dataset = self.data.val if split == "val" else self.data.train_plain

@@ -353,10 +353,11 @@ def _evaluate(run: Run, record: RunFolder, display: Display, tracker: Tracker) -
 def _log(run: Run, result: StepResult, rate: float, record: RunFolder, display: Display, tracker: Tracker) -> None:
     names = list(result.figures)
     sums = run.world.sum([float(result.loss), *(float(result.figures[name]) for name in names)])
-    loss, *figures = (value / result.count for value in sums)
+    loss, *means = (value / result.count for value in sums)
+    figures = run.task.figures(dict(zip(names, means, strict=True)))
     values = {
         "loss": loss,
-        **dict(zip(names, figures, strict=True)),
+        **figures,
         "lr": result.lr,
         "loss_scale": result.scale,
         "skipped_steps": run.scaler.skipped,
@@ -366,7 +367,7 @@ def _log(run: Run, result: StepResult, rate: float, record: RunFolder, display: 
     }
     record.row("train", run.step, epoch=run.epoch, **values)
     tracker.log(run.step, {f"train/{name}": float(value) for name, value in values.items()})
-    shown = {name: values[name] for name in ("loss", *names)}
+    shown = {name: values[name] for name in ("loss", *figures)}
     shown |= {"scale": result.scale, f"{run.task.unit}/s": round(rate)}
     display.show(run.step, shown)
 

@@ -72,6 +72,10 @@ class Task(Protocol[B]):
         """Forward pass of a training batch (on the CPU): sum of the loss in FP32, and sums of other figures."""
         ...
 
+    def figures(self, means: dict[str, float]) -> dict[str, float]:
+        """The other figures of `loss` as people read them, from their means over images or tokens."""
+        ...
+
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """Figures of a model in evaluation mode on "val" or "train" (not augmented), over all ranks."""
         ...
