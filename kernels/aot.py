@@ -19,9 +19,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fp8repro.formats import E4M3, E5M2, FP16, FloatFormat
-from fp8repro.kernels import quantize, rounding
+from fp8repro.formats import E4M3, E5M2, FP16, FP32, FloatFormat
+from fp8repro.kernels import configs, convolutions, products, quantize, rounding
 from fp8repro.kernels.launch import INTERPRETED
+from fp8repro.kernels.tiles import FP16_MMA, UNPROMOTED
 
 
 @dataclass
@@ -74,9 +75,64 @@ def _quantize_cases() -> Iterator[Case]:
         yield Case(name, rounding.round_transpose, types, constants, aligned=aligned)
 
 
-def cases() -> Iterator[Case]:
+def _product_cases(capability: int) -> Iterator[Case]:
+    """Products as `configs.choose` picks their tiles; an E5M2 epilogue takes the small one."""
+    generation = configs.generation((capability // 10, capability % 10))
+    large, little = configs.TILES[generation]
+    promoted = configs.accumulation("promoted", (capability // 10, capability % 10))
+    words = rounding.RANDOM_WORDS
+    plain = quantize.rounding_options(FP32, "nearest", "inf", "same")
+    rounded = quantize.rounding_options(E5M2, "stochastic", "inf", "same")
+    sizes = ("M", "N", "K", "chunk", "a_batch", "a_row", "a_column", "b_batch", "b_row", "b_column")
+    integers = dict.fromkeys((*sizes, *words, "batches"), "i32")
+    pointers = {"a_ptr": "*fp8e5", "b_ptr": "*fp8e5", "c_ptr": "*fp32", "inverse_scale": "fp32"}
+
+    def product(name: str, tile: configs.Tile, accumulate: int, unit: tuple[str, str], **changes: str) -> Case:
+        types = {**pointers, **integers, **changes}
+        options = rounded if types["c_ptr"] == "*u8" else plain
+        constants: dict[str, Any] = {**options, "ACCUMULATE": accumulate, "SPLITS": 1, "GROUP": 8, "EVEN_K": True}
+        constants |= {"bias_ptr": None, "overflow_ptr": None, "BM": tile.m, "BN": tile.n, "BK": tile.k}
+        for argument in unit:
+            constants[argument] = types.pop(argument) and 1
+        minimum = 89 if "e4m3" in name else 80
+        kernel = products.multiply
+        return Case(name, kernel, types, constants, tile.warps, tile.stages, minimum, "product", sizes)
+
+    nt, nn, tn = ("a_column", "b_row"), ("a_column", "b_column"), ("a_row", "b_column")
+    yield product("matmul e5m2 x e5m2 NT", large, promoted, nt)
+    yield product("matmul e5m2 x e5m2 NT small", little, promoted, nt)
+    yield product("matmul e5m2 x e5m2 NN", large, promoted, nn)
+    yield product("matmul e5m2 x e5m2 TN", large, promoted, tn)
+    yield product("matmul e4m3 x e5m2 NT", large, promoted, nt, a_ptr="*fp8e4nv")
+    yield product("matmul e4m3 x e4m3 NT", large, promoted, nt, a_ptr="*fp8e4nv", b_ptr="*fp8e4nv")
+    yield product("matmul e5m2 x e5m2 NT -> e5m2 stochastic", little, promoted, nt, c_ptr="*u8")
+    yield product("matmul e5m2 x e5m2 NT fp16_mma", large, FP16_MMA.value, nt)
+    yield product("matmul e5m2 x e5m2 NT unpromoted", large, UNPROMOTED.value, nt)
+
+    def convolution(name: str, kernel: Any, tile: configs.Tile, pointers: dict[str, str], result: str) -> Case:
+        constants: dict[str, Any] = {"ACCUMULATE": promoted, "BM": tile.m, "BN": tile.n, "BK": tile.k}
+        if kernel is convolutions.gather_product:
+            constants |= {**(rounded if result == "*u8" else plain), "GROUP": 8, "bias_ptr": None, "overflow_ptr": None}
+        else:
+            constants["SPLITS"] = 8
+        types = {name: "i32" for name in kernel.arg_names if name not in constants}
+        types |= {**pointers, "inverse_scale": "fp32"}
+        aligned = ("channels", "outputs", "weight_row")
+        return Case(name, kernel, types, constants, tile.warps, tile.stages, 80, "product", aligned)
+
+    gathered = {"x_ptr": "*fp8e5", "weight_ptr": "*fp8e5"}
+    for label, tile, result in (("", large, "*fp32"), (" small", little, "*fp32"), (" -> e5m2", little, "*u8")):
+        name = f"conv2d forward and error{label}"
+        yield convolution(name, convolutions.gather_product, tile, {**gathered, "y_ptr": result}, result)
+    summed = {"error_ptr": "*fp8e5", "x_ptr": "*fp8e5", "partial_ptr": "*fp32"}
+    for label, tile in (("", large), (" small", little)):
+        yield convolution(f"conv2d weight gradient{label}", convolutions.weight_gradient, tile, summed, "*fp32")
+
+
+def cases(capability: int) -> Iterator[Case]:
     """Every kernel, in the configurations that training launches."""
     yield from _quantize_cases()
+    yield from _product_cases(capability)
 
 
 def compile_case(case: Case, capability: int) -> dict[str, Any]:
@@ -145,7 +201,7 @@ def main() -> int:
     rows = [
         compile_case(case, capability)
         for capability in arguments.capabilities
-        for case in cases()
+        for case in cases(capability)
         if arguments.only in case.name and capability >= case.minimum
     ]
     print(json.dumps(rows) if arguments.json else table(rows))

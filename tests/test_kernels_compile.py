@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -30,6 +31,27 @@ def test_sm_90_quantizers_never_saturate_in_hardware(rows):
 
 def test_sm_90_kernels_do_not_spill(rows):
     assert {name: row["spilled"] for name, row in rows.items() if row["spilled"]} == {}
+
+
+def test_sm_90_products_use_fp8_tensor_cores_and_promote(rows):
+    for name, row in rows.items():
+        if row["group"] != "product" or "fp16_mma" in name:
+            continue
+        formats = "e4m3.e4m3" if "e4m3 x e4m3" in name else "e4m3.e5m2" if "e4m3 x" in name else "e5m2.e5m2"
+        (instruction,) = row["products"]
+        assert re.fullmatch(rf"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.{formats}", instruction)
+        assert (row["fp32_adds"] == 0) == ("unpromoted" in name), name
+    assert all("f32.f16.f16" in i for i in rows["matmul e5m2 x e5m2 NT fp16_mma"]["products"])
+
+
+def test_e4m3_products_need_sm_89():
+    assert [row["name"] for row in compiled(80, "matmul e4m3")] == []
+
+
+@pytest.mark.parametrize("capability", [80, 89, 100])
+def test_matmul_compiles(capability):
+    rows = compiled(capability, "NT small")
+    assert [(row["capability"], row["spilled"]) for row in rows] == [(capability, 0)]
 
 
 @pytest.mark.parametrize("capability", [80, 89, 100])

@@ -1,0 +1,92 @@
+"""The table of tile sizes, per GPU generation. Checked in, small, and not tuned at run time.
+
+Written without a GPU at hand: no entry spills registers; which is the fastest is to be measured with
+`fp8repro bench kernels`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from fp8repro.kernels.launch import INTERPRETED
+from fp8repro.kernels.tiles import EXACT, FP16_MMA, PROMOTED, PROMOTED_FMA, UNPROMOTED
+
+GROUP = 8  # tile rows that share operands in the L2 cache
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Output tile, step along the summed dimension (elements of FP8), warps, pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+# Wider tiles than 128 x 128 spill once partial sums are promoted: they need two accumulators.
+TILES: dict[str, tuple[Tile, ...]] = {
+    "sm_80": (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+    "sm_89": (Tile(64, 128, 128, 8, 3), Tile(64, 64, 128, 4, 3)),
+    "sm_90": (Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 4, 4)),
+    "sm_100": (Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 4, 4)),
+    "sm_120": (Tile(64, 128, 128, 8, 2), Tile(64, 64, 128, 4, 3)),
+}
+
+
+def generation(capability: tuple[int, int]) -> str:
+    """The newest entry of `TILES` that is not newer than the GPU."""
+    number = capability[0] * 10 + capability[1]
+    known = sorted(int(name[3:]) for name in TILES)
+    return f"sm_{max([k for k in known if k <= number], default=known[0])}"
+
+
+def accumulation(accumulate: str, capability: tuple[int, int]) -> int:
+    """How the kernels of a GPU do what the recipe's `accumulate` says.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    codes = {"promoted": PROMOTED, "fp16_mma": FP16_MMA, "unpromoted": UNPROMOTED}
+    if accumulate not in codes:
+        raise ValueError(f"accumulate: got {accumulate!r}, expected one of {', '.join(codes)}")
+    if INTERPRETED:
+        return EXACT.value
+    if capability < (8, 9):
+        return FP16_MMA.value
+    if accumulate == "promoted" and generation(capability) in ("sm_89", "sm_120"):
+        return PROMOTED_FMA.value
+    return int(codes[accumulate].value)
+
+
+def choose(
+    device: torch.device, m: int, n: int, k: int, batches: int, splittable: bool, small: bool = False
+) -> tuple[Tile, int, int]:
+    """Tile, number of splits of the summed dimension, and number of resident programs.
+
+    Args:
+        m, n, k, batches: the product's sizes.
+        splittable: partial sums over parts of k may be added afterwards (FP32 results only).
+        small: the epilogue needs registers, so that the large tile would spill.
+    """
+    if INTERPRETED:
+        # The interpreter's cost is per operation, whatever the tile.
+        sides = (min(512, max(16, triton.next_power_of_2(side))) for side in (m, n, k))
+        tile = Tile(*sides, 4, 1)
+        return tile, 1, 1
+    properties = torch.cuda.get_device_properties(device)
+    processors = properties.multi_processor_count
+    large, little = TILES[generation((properties.major, properties.minor))]
+    tiles = batches * triton.cdiv(m, large.m) * triton.cdiv(n, large.n)
+    tile = little if small or tiles < processors else large
+    tiles = batches * triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
+    splits = 1
+    if splittable:
+        # Enough programs to fill the GPU, but at least eight steps each: partial sums cost memory traffic.
+        while splits < 64 and tiles * splits * 2 <= 2 * processors and k >= splits * 16 * tile.k:
+            splits *= 2
+    return tile, splits, processors * (2 if tile is little else 1)

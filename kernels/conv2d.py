@@ -1,0 +1,273 @@
+"""Two-dimensional convolution products of FP8 (or 16-bit) operands: forward, error (dgrad), weight gradient (wgrad).
+
+Works on channels_last memory; other layouts are copied first, as bytes. Must never round an operand.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fp8repro.kernels import configs
+from fp8repro.kernels.convolutions import gather_product, weight_gradient
+from fp8repro.kernels.launch import launch
+from fp8repro.kernels.matmul import (
+    Epilogue,
+    accumulation_of,
+    check_bias,
+    check_operands,
+    raw_result,
+    summed_step,
+)
+from fp8repro.products import Conv2dGeometry
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    geometry: Conv2dGeometry = Conv2dGeometry(),  # noqa: B008 - frozen
+    *,
+    inverse_scale: float = 1.0,
+    accumulate: str = "promoted",
+    epilogue: Epilogue | None = None,
+) -> Tensor:
+    """Forward product.
+
+    Args:
+        x: [B, C, H, W], FP8, FP16 or BF16.
+        weight: [O, C, R, S].
+        bias: FP32 [O].
+        geometry: stride, padding, dilation; one group.
+        inverse_scale, accumulate, epilogue: see `matmul`.
+
+    Returns:
+        [B, O, P, Q], channels_last.
+
+    Raises:
+        ValueError: an argument does not fit; nothing was launched.
+    """
+    check_operands(x, weight, "x", "weight")
+    _check_geometry(x, weight, geometry)
+    check_bias(bias, weight.shape[0], x.device)
+    return _gather(
+        x,
+        weight,
+        bias,
+        output_size(x.shape, weight.shape, geometry),
+        [_forward_axis(geometry, axis, x.shape[2 + axis], weight.shape[2 + axis]) for axis in (0, 1)],
+        inverse_scale,
+        accumulate,
+        epilogue or Epilogue(),
+    )
+
+
+def conv2d_error(
+    error: Tensor,
+    weight: Tensor,
+    input_shape: tuple[int, ...],
+    geometry: Conv2dGeometry = Conv2dGeometry(),  # noqa: B008 - frozen
+    *,
+    inverse_scale: float = 1.0,
+    accumulate: str = "promoted",
+    epilogue: Epilogue | None = None,
+) -> Tensor:
+    """Error product: error [B, O, P, Q], weight [O, C, R, S] -> [B, C, H, W], channels_last.
+
+    A strided convolution is split by the remainder of the input position, so that no tap is multiplied by zero.
+
+    Raises:
+        ValueError: an argument does not fit; nothing was launched.
+    """
+    check_operands(error, weight, "error", "weight")
+    shape = torch.Size(input_shape)
+    _check_geometry(torch.empty(shape, device="meta"), weight, geometry)
+    _check_shape("error", error, output_size(shape, weight.shape, geometry))
+    # Sums over output channels, which become the contiguous ones: a copy of the weight's bytes.
+    turned = weight.transpose(0, 1)
+    axes = [_error_axes(geometry, axis, input_shape[2 + axis], weight.shape[2 + axis]) for axis in (0, 1)]
+    epilogue = epilogue or Epilogue()
+    result = _empty_channels_last(epilogue, tuple(input_shape), error.device)
+    for rows in axes[0]:
+        for columns in axes[1]:
+            _gather(
+                error, turned, None, tuple(input_shape), [rows, columns], inverse_scale, accumulate, epilogue, result
+            )
+    return result
+
+
+def conv2d_gradient(
+    error: Tensor,
+    x: Tensor,
+    weight_shape: tuple[int, ...],
+    geometry: Conv2dGeometry = Conv2dGeometry(),  # noqa: B008 - frozen
+    *,
+    inverse_scale: float = 1.0,
+    accumulate: str = "promoted",
+    splits: int | None = None,
+) -> Tensor:
+    """Weight-gradient product: error [B, O, P, Q], x [B, C, H, W] -> FP32 [O, C, R, S], channels_last; deterministic.
+
+    Raises:
+        ValueError: an argument does not fit; nothing was launched.
+    """
+    check_operands(error, x, "error", "x")
+    shape = torch.Size(weight_shape)
+    _check_geometry(x, torch.empty(shape, device="meta"), geometry)
+    expected = output_size(x.shape, shape, geometry)
+    _check_shape("error", error, expected)
+    outputs, channels, height, width = weight_shape
+    pixels = expected[0] * expected[2] * expected[3]
+    columns = height * width * channels
+    if outputs * columns == 0 or pixels == 0 or x.numel() == 0:
+        return torch.zeros(weight_shape, device=x.device).to(memory_format=torch.channels_last)
+    tile, chosen, programs = configs.choose(x.device, outputs, columns, pixels, 1, splittable=True)
+    splits = chosen if splits is None else splits
+    step = summed_step(tile, x)
+    chunk = triton.cdiv(triton.cdiv(pixels, splits), step) * step
+    partial = torch.empty((splits, outputs, height, width, channels), dtype=torch.float32, device=x.device)
+    g = geometry
+    launch(
+        weight_gradient,
+        (min(programs, splits * triton.cdiv(outputs, tile.m) * triton.cdiv(columns, tile.n)),),
+        x.device,
+        _channels_last(error),
+        _channels_last(x),
+        partial,
+        inverse_scale,
+        pixels,
+        chunk,
+        expected[2],
+        expected[3],
+        x.shape[2],
+        x.shape[3],
+        channels,
+        outputs,
+        height,
+        width,
+        *g.stride,
+        -g.padding[0],
+        -g.padding[1],
+        *g.dilation,
+        ACCUMULATE=accumulation_of(x, accumulate),
+        SPLITS=splits,
+        BM=tile.m,
+        BN=tile.n,
+        BK=step,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return (partial[0] if splits == 1 else partial.sum(0)).permute(0, 3, 1, 2)
+
+
+def output_size(x: torch.Size, weight: torch.Size, geometry: Conv2dGeometry) -> tuple[int, int, int, int]:
+    """Shape [B, O, P, Q] of a convolution's output."""
+    sizes = [
+        (x[2 + a] + 2 * geometry.padding[a] - geometry.dilation[a] * (weight[2 + a] - 1) - 1) // geometry.stride[a] + 1
+        for a in (0, 1)
+    ]
+    return x[0], weight[0], sizes[0], sizes[1]
+
+
+# Along one axis: (grid, start, stride, step, first, taps, apart, tap, tap_step), the names of `gather_product`.
+Axis = tuple[int, int, int, int, int, int, int, int, int]
+
+
+def _forward_axis(g: Conv2dGeometry, axis: int, size: int, kernel: int) -> Axis:
+    grid = (size + 2 * g.padding[axis] - g.dilation[axis] * (kernel - 1) - 1) // g.stride[axis] + 1
+    return grid, 0, 1, g.stride[axis], -g.padding[axis], kernel, g.dilation[axis], 0, 1
+
+
+def _error_axes(g: Conv2dGeometry, axis: int, size: int, kernel: int) -> list[Axis]:
+    stride, padding, dilation = g.stride[axis], g.padding[axis], g.dilation[axis]
+    axes: list[Axis] = []
+    for phase in range(min(stride, size)):
+        # Input position phase + i * stride met tap r at output i + (phase + padding - r * dilation) / stride.
+        taps = [r for r in range(kernel) if (phase + padding - r * dilation) % stride == 0]
+        tap_step = stride // gcd(stride, dilation)
+        tap = taps[0] if taps else 0
+        first = (phase + padding - tap * dilation) // stride
+        grid = (size - phase + stride - 1) // stride
+        axes.append((grid, phase, stride, 1, first, len(taps), -tap_step * dilation // stride, tap, tap_step))
+    return axes
+
+
+def _gather(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, ...],
+    axes: list[Axis],
+    inverse_scale: float,
+    accumulate: str,
+    epilogue: Epilogue,
+    result: Tensor | None = None,
+) -> Tensor:
+    if result is None:
+        result = _empty_channels_last(epilogue, shape, x.device)
+    if result.numel() == 0:
+        return result
+    outputs, channels, height, width = weight.shape
+    by_name: list[tuple[int, ...]] = list(zip(*axes, strict=True))
+    grid, start, stride, step, first, taps, apart, tap, tap_step = by_name
+    pixels = shape[0] * grid[0] * grid[1]
+    summed = taps[0] * taps[1] * channels
+    rounded = epilogue.format.mantissa_bits != 23
+    tile, _, programs = configs.choose(x.device, pixels, outputs, summed, 1, splittable=False, small=rounded)
+    arguments: tuple[Any, ...] = (
+        *(shape[0], x.shape[2], x.shape[3], channels, outputs),
+        *(*grid, shape[2], shape[3], *start, *stride, *step, *first, *taps, *apart, *tap, *tap_step),
+        *(width, height * width * channels),
+    )
+    launch(
+        gather_product,
+        (min(programs, triton.cdiv(pixels, tile.m) * triton.cdiv(outputs, tile.n)),),
+        x.device,
+        _channels_last(x),
+        _channels_last(weight),
+        bias,
+        raw_result(result),
+        epilogue.overflows,
+        inverse_scale,
+        *arguments,
+        *epilogue.words(),
+        **epilogue.options(),
+        ACCUMULATE=accumulation_of(x, accumulate),
+        BM=tile.m,
+        BN=tile.n,
+        BK=summed_step(tile, x),
+        GROUP=configs.GROUP,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return result
+
+
+def _empty_channels_last(epilogue: Epilogue, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    batch, channels, height, width = shape
+    return epilogue.empty((batch, height, width, channels), device).permute(0, 3, 1, 2)
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    """The tensor as contiguous [.., height, width, channels]; a view where it is channels_last already."""
+    return t.permute(0, 2, 3, 1).contiguous()
+
+
+def _check_geometry(x: Tensor, weight: Tensor, geometry: Conv2dGeometry) -> None:
+    if geometry.groups != 1:
+        raise ValueError(f"geometry.groups: got {geometry.groups}, expected 1")
+    if x.dim() != 4:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, H, W]")
+    if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [O, {x.shape[1]}, R, S]")
+    if min(output_size(x.shape, weight.shape, geometry)[2:]) < 1:
+        raise ValueError(f"x: got {tuple(x.shape[2:])} pixels, expected enough for kernel {tuple(weight.shape[2:])}")
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")

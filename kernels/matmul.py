@@ -1,0 +1,184 @@
+"""Matrix products of FP8 (or 16-bit) operands in any layout, with FP32 accumulation and an optional rounding epilogue.
+
+Checks arguments and picks tiles (products.py holds the kernel). Must never round an operand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fp8repro.formats import FP32, FloatFormat
+from fp8repro.kernels import configs
+from fp8repro.kernels.launch import INTERPRETED, check_device, launch, signed_words
+from fp8repro.kernels.products import multiply
+from fp8repro.kernels.quantize import raw_codes, rounding_options
+
+FP8_DTYPES = (torch.float8_e5m2, torch.float8_e4m3fn)
+OPERANDS = "torch.float8_e5m2 or torch.float8_e4m3fn, or both torch.float16 or torch.bfloat16"
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """How a product's FP32 result is stored: rounded once to `format` (FP32: as it is).
+
+    Attributes:
+        format, rounding, overflow, subnormal_rounding, seed, stream: see `fp8repro.quantize`; elements are
+            counted in the result's logical order.
+        overflows: int32 tensor of one value that finite results beyond the format's largest value are added to.
+    """
+
+    format: FloatFormat = FP32
+    rounding: str = "nearest"
+    overflow: str = "inf"
+    subnormal_rounding: str = "same"
+    seed: int = 0
+    stream: int = 0
+    overflows: Tensor | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Compile-time arguments."""
+        return rounding_options(self.format, self.rounding, self.overflow, self.subnormal_rounding)
+
+    def words(self) -> tuple[int, int, int, int]:
+        """The key and stream words of the random bits."""
+        return (*signed_words(self.seed), *signed_words(self.stream))
+
+    def empty(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """A tensor for the result."""
+        if self.format.dtype is None:
+            raise ValueError(f"format: got {self.format.name}, expected a format with a storage dtype")
+        return torch.empty(shape, dtype=self.format.dtype, device=device)
+
+
+def raw_result(t: Tensor) -> Tensor:
+    """What a kernel takes for its result: FP32, or the integers of the codes."""
+    return t if t.dtype == torch.float32 else raw_codes(t)
+
+
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    inverse_scale: float = 1.0,
+    accumulate: str = "promoted",
+    epilogue: Epilogue | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """The product a @ b * inverse_scale + bias, accumulated in FP32 (paper, section 3).
+
+    Args:
+        a: [..., M, K], E5M2, E4M3, FP16 or BF16, any strides.
+        b: [..., K, N] with the same leading dimensions, any strides. FP8 operands may differ in format. FP8 tensor
+            cores want K contiguous in both; other layouts are right too, but slower.
+        bias: FP32 [N].
+        inverse_scale: power of two that undoes the operands' scales.
+        accumulate: "promoted" (FP8 instructions, partial sums of 128 added in FP32), "fp16_mma" (FP16 instructions, all
+            sums in FP32), or, for measurements, "unpromoted".
+        epilogue: how the result is stored; FP32 by default.
+        splits: parts of K that are summed apart, in a fixed order; None chooses.
+
+    Returns:
+        [..., M, N], contiguous.
+
+    Raises:
+        ValueError: an argument's device, dtype or shape does not fit; nothing was launched.
+    """
+    epilogue = epilogue or Epilogue()
+    check_operands(a, b, "a", "b")
+    if a.dim() < 2 or a.dim() != b.dim() or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise ValueError(
+            f"b: got shape {tuple(b.shape)}, expected {(*a.shape[:-2], a.shape[-1] if a.dim() else 'K', 'N')}"
+        )
+    check_bias(bias, b.shape[-1], a.device)
+    lead = a.shape[:-2]
+    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
+    # Leading dimensions that do not merge into one cost a copy of the bytes.
+    a3 = a.reshape(-1, m, k) if a.numel() else a.new_empty(lead.numel(), m, k)
+    b3 = b.reshape(-1, k, n) if b.numel() else b.new_empty(lead.numel(), k, n)
+    result = epilogue.empty((*lead, m, n), a.device)
+    if result.numel() == 0:
+        return result
+    batches = a3.shape[0]
+    plain = epilogue.format is FP32
+    tile, chosen, programs = configs.choose(a.device, m, n, k, batches, plain, small=not plain)
+    splits = chosen if splits is None else splits
+    if splits > 1 and not plain:
+        raise ValueError(f"splits: got {splits}, expected 1 with a rounded result")
+    step = summed_step(tile, a)
+    chunk = triton.cdiv(triton.cdiv(k, splits), step) * step if splits > 1 else k
+    target = result if splits == 1 else torch.empty((batches, splits, m, n), dtype=torch.float32, device=a.device)
+    work = batches * splits * triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
+    launch(
+        multiply,
+        (min(work, programs),),
+        a.device,
+        a3,
+        b3,
+        bias if splits == 1 else None,
+        raw_result(target),
+        epilogue.overflows,
+        inverse_scale,
+        batches,
+        m,
+        n,
+        k,
+        chunk,
+        *a3.stride(),
+        *b3.stride(),
+        *epilogue.words(),
+        **epilogue.options(),
+        ACCUMULATE=accumulation_of(a, accumulate),
+        SPLITS=splits,
+        BM=tile.m,
+        BN=tile.n,
+        BK=step,
+        GROUP=configs.GROUP,
+        EVEN_K=k % step == 0 and chunk % step == 0,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if splits > 1:
+        torch.sum(target, 1, out=result.view(batches, m, n))
+        if bias is not None:
+            result += bias
+    return result
+
+
+def summed_step(tile: configs.Tile, operand: Tensor) -> int:
+    """Elements of the summed dimension in one step of a tile."""
+    return tile.k if operand.element_size() == 1 or INTERPRETED else tile.k // 2
+
+
+def accumulation_of(operand: Tensor, accumulate: str) -> int:
+    """The accumulation code for the GPU that holds `operand`."""
+    capability = (0, 0) if INTERPRETED else torch.cuda.get_device_capability(operand.device)
+    return configs.accumulation(accumulate, capability)
+
+
+def check_operands(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
+    """Raise ValueError unless both operands are on one device that can multiply them."""
+    check_device(name_a, a)
+    if b.device != a.device:
+        raise ValueError(f"{name_b}: got a tensor on {b.device}, expected {a.device}")
+    both_fp8 = a.dtype in FP8_DTYPES and b.dtype in FP8_DTYPES
+    if not both_fp8 and (a.dtype != b.dtype or a.dtype not in (torch.float16, torch.bfloat16)):
+        raise ValueError(f"{name_a}, {name_b}: got {a.dtype} and {b.dtype}, expected {OPERANDS}")
+    if not INTERPRETED and torch.float8_e4m3fn in (a.dtype, b.dtype):
+        capability = torch.cuda.get_device_capability(a.device)
+        if capability < (8, 9):
+            raise ValueError(
+                f"{name_a}, {name_b}: got E4M3 on sm_{capability[0]}{capability[1]}, expected sm_89 or later"
+            )
+
+
+def check_bias(bias: Tensor | None, size: int, device: torch.device) -> None:
+    """Raise ValueError unless the bias is FP32 [size] on the device."""
+    if bias is not None and (bias.shape != (size,) or bias.dtype != torch.float32 or bias.device != device):
+        given = f"{bias.dtype} of shape {tuple(bias.shape)} on {bias.device}"
+        raise ValueError(f"bias: got {given}, expected torch.float32 of shape ({size},) on {device}")

@@ -1,0 +1,109 @@
+"""Triton kernel of the matrix product: [batch, M, K] x [batch, K, N] in any layout, persistent over output tiles."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fp8repro.kernels.rounding import RANDOM_WORDS
+from fp8repro.kernels.tiles import multiply_add, store_rounded
+
+
+@triton.jit(do_not_specialize=[*RANDOM_WORDS, "inverse_scale"])
+def multiply(
+    a_ptr,
+    b_ptr,
+    bias_ptr,
+    c_ptr,
+    overflow_ptr,
+    inverse_scale,
+    batches,
+    M,
+    N,
+    K,
+    chunk,
+    a_batch,
+    a_row,
+    a_column,
+    b_batch,
+    b_row,
+    b_column,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    MAX: tl.constexpr,
+    EB: tl.constexpr,
+    MB: tl.constexpr,
+    INF: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SATURATE: tl.constexpr,
+    SUBNORMAL_NEAREST: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """c[batch, split, M, N] = a @ b * inverse_scale + bias, where a split sums `chunk` of K; c is contiguous."""
+    tiles_m = tl.cdiv(M, BM)
+    tiles_n = tl.cdiv(N, BN)
+    tiles = tiles_m * tiles_n
+    for work in range(tl.program_id(0), tiles * batches * SPLITS, tl.num_programs(0)):
+        plane = work // tiles
+        batch = (plane // SPLITS).to(tl.int64)
+        start = (plane % SPLITS) * chunk
+        # Tiles in bands of GROUP rows, so that neighbours share operands in the L2 cache.
+        tile = work % tiles
+        band = tile // (GROUP * tiles_n)
+        band_rows = tl.minimum(tiles_m - band * GROUP, GROUP)
+        tile_m = band * GROUP + tile % (GROUP * tiles_n) % band_rows
+        tile_n = tile % (GROUP * tiles_n) // band_rows
+
+        m = tile_m * BM + tl.arange(0, BM)
+        n = tile_n * BN + tl.arange(0, BN)
+        k = tl.arange(0, BK)
+        # Rows beyond the end are read from the start instead and not stored: no mask in the loop.
+        a_rows = a_ptr + batch * a_batch + (m % M).to(tl.int64)[:, None] * a_row
+        b_columns = b_ptr + batch * b_batch + (n % N).to(tl.int64)[None, :] * b_column
+        length = tl.minimum(chunk, K - start)
+        a = a_rows + (start + k).to(tl.int64)[None, :] * a_column
+        b = b_columns + (start + k).to(tl.int64)[:, None] * b_row
+        accumulator = tl.zeros((BM, BN), dtype=tl.float32)
+        for step in range(0, tl.cdiv(length, BK)):
+            if EVEN_K:
+                a_tile = tl.load(a)
+                b_tile = tl.load(b)
+            else:
+                left = length - step * BK
+                a_tile = tl.load(a, mask=k[None, :] < left, other=0.0)
+                b_tile = tl.load(b, mask=k[:, None] < left, other=0.0)
+            accumulator = multiply_add(a_tile, b_tile, accumulator, ACCUMULATE)
+            a += BK * a_column
+            b += BK * b_row
+
+        result = accumulator * inverse_scale
+        if bias_ptr is not None:
+            result += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
+        index = (plane.to(tl.int64) * M + m[:, None]) * N + n[None, :]
+        mask = (m[:, None] < M) & (n[None, :] < N)
+        store_rounded(
+            c_ptr + index,
+            result,
+            index,
+            mask,
+            overflow_ptr,
+            seed0,
+            seed1,
+            stream0,
+            stream1,
+            MAX,
+            EB,
+            MB,
+            INF,
+            ROUNDING,
+            SATURATE,
+            SUBNORMAL_NEAREST,
+        )

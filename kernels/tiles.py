@@ -1,0 +1,85 @@
+"""Device functions that matrix products and convolutions share: operands, accumulation, epilogue.
+
+Operands come as FP8, FP16 or BF16 tensors. Nothing here may round an operand.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fp8repro.kernels import codec
+from fp8repro.kernels.codec import STOCHASTIC
+
+# How products accumulate (recipe: `accumulate`).
+PROMOTED = tl.constexpr(0)  # native FP8 instructions; on sm_90 partial sums of 128 are added in FP32
+FP16_MMA = tl.constexpr(1)  # operands decoded to FP16, FP16 instructions with FP32 accumulation
+UNPROMOTED = tl.constexpr(2)  # native FP8 instructions alone: on sm_90 about 14 bits; for measurements only
+EXACT = tl.constexpr(3)  # operands decoded to FP32: the interpreter's way
+PROMOTED_FMA = tl.constexpr(4)  # the same for GPUs whose compiler knows no promotion
+
+PROMOTION_INTERVAL = tl.constexpr(128)
+
+
+@triton.jit
+def to_fp32(x):
+    """FP8, FP16 or BF16 values as FP32, on bits: the interpreter decodes FP8 infinities and NaNs wrongly."""
+    if x.dtype == tl.float8e5:
+        return codec.decode(x.to(tl.uint8, bitcast=True).to(tl.uint32), 5, 2, True)
+    if x.dtype == tl.float8e4nv:
+        return codec.decode(x.to(tl.uint8, bitcast=True).to(tl.uint32), 4, 3, False)
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def multiply_add(a, b, accumulator, ACCUMULATE: tl.constexpr):
+    """accumulator + a @ b for one step of at least `PROMOTION_INTERVAL` along the summed dimension."""
+    if ACCUMULATE == EXACT:
+        # The interpreter's tl.dot multiplies wrongly decoded FP8 and raw BF16 bits, so it gets FP32.
+        accumulator = tl.dot(to_fp32(a), to_fp32(b), accumulator, input_precision="ieee")
+    elif a.dtype.primitive_bitwidth == 16 or ACCUMULATE == UNPROMOTED:
+        accumulator = tl.dot(a, b, accumulator)
+    elif ACCUMULATE == FP16_MMA:
+        accumulator = tl.dot(a.to(tl.float16), b.to(tl.float16), accumulator)
+    elif ACCUMULATE == PROMOTED_FMA:
+        # As an addition the compiler would fold it back into the product's own accumulator.
+        accumulator = tl.fma(tl.dot(a, b), 1.0, accumulator)
+    else:
+        accumulator = tl.dot(a, b, accumulator, max_num_imprecise_acc=PROMOTION_INTERVAL)
+    return accumulator
+
+
+@triton.jit
+def store_rounded(
+    pointers,
+    result,
+    index,
+    mask,
+    overflow_ptr,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    MAX: tl.constexpr,
+    EB: tl.constexpr,
+    MB: tl.constexpr,
+    INF: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SATURATE: tl.constexpr,
+    SUBNORMAL_NEAREST: tl.constexpr,
+):
+    """Store an FP32 tile as it is (MB == 23), or rounded once to a format's codes; `index` is the logical one."""
+    if MB == 23:
+        tl.store(pointers, result, mask=mask)
+    else:
+        draw = index
+        if ROUNDING == STOCHASTIC:
+            draw = codec.word_of_index(index, seed0, seed1, stream0, stream1)
+        code = codec.encode(result, draw, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
+        tl.store(pointers, code.to(pointers.dtype.element_ty), mask=mask)
+        if overflow_ptr is not None:
+            magnitude = tl.abs(result)
+            over = mask & (magnitude > MAX) & (magnitude < float("inf"))
+            tl.atomic_add(overflow_ptr, tl.sum(over.to(tl.int32)))
