@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fp8repro.formats import E4M3, E5M2, FP16, FP32, FloatFormat
-from fp8repro.kernels import configs, convolutions, products, quantize, rounding
+from fp8repro.kernels import configs, convolutions, products, quantize, rounding, update, updates
 from fp8repro.kernels.launch import INTERPRETED
 from fp8repro.kernels.tiles import FP16_MMA, UNPROMOTED
 
@@ -129,10 +130,30 @@ def _product_cases(capability: int) -> Iterator[Case]:
         yield convolution(f"conv2d weight gradient{label}", convolutions.weight_gradient, tile, summed, "*fp32")
 
 
+def _update_cases() -> Iterator[Case]:
+    pointers = {"table": "*i64", "chunks": "*i64", "control_ptr": "*fp64"}
+    scalars = ("inverse_scale", "lr", "weight_decay", "momentum", "beta2", "eps", "correction1", "correction2")
+    types = {**pointers, **dict.fromkeys(scalars, "fp32"), "seed0": "i32", "seed1": "i32"}
+    constants: dict[str, Any] = {"NESTEROV": False, "HAS_MOMENTUM": True, "FIRST": False, "MASTER_TYPE": tl.float16}
+    constants |= {"MASTER_EB": 5, "MASTER_MB": 10, "MASTER_ROUNDING": 1, "MASTER_SATURATE": False}
+    constants |= {"MASTER_SUBNORMAL_NEAREST": False, "HAS_WEIGHT": True, "WEIGHT_EB": 5, "WEIGHT_MB": 2}
+    constants |= {"WEIGHT_INF": True, "WEIGHT_ROUNDING": 0, "WEIGHT_SATURATE": False}
+    constants |= {"WEIGHT_SUBNORMAL_NEAREST": False, "ALIGNED": True, "BLOCK": update.BLOCK}
+    for rule, name in enumerate(("sgd", "adam", "adamw")):
+        for permuted in (False, True):
+            specific = {"RULE": rule, "FP8_GRADIENT": name == "sgd", "PERMUTED": permuted}
+            layout = " channels_last" if permuted else ""
+            yield Case(f"update {name}{layout}", updates.update, types, constants | specific, group="update")
+    types = {"table": "*i64", "chunks": "*i64", "partial_ptr": "*fp64", "inverse_scale": "fp32"}
+    constants = {"FP8_GRADIENT": False, "ALIGNED": True, "BLOCK": update.BLOCK}
+    yield Case("gradient norms", updates.gradient_norms, types, constants, group="update")
+
+
 def cases(capability: int) -> Iterator[Case]:
     """Every kernel, in the configurations that training launches."""
     yield from _quantize_cases()
     yield from _product_cases(capability)
+    yield from _update_cases()
 
 
 def compile_case(case: Case, capability: int) -> dict[str, Any]:

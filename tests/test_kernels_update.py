@@ -1,0 +1,132 @@
+"""The fused optimizer step against torch's optimizers and the reference's roundings."""
+
+import pytest
+import torch
+
+from fp8repro import reference
+from fp8repro.formats import E5M2, FP16
+from fp8repro.kernels.launch import LAUNCHES
+from fp8repro.kernels.update import Parameter, Rule, gradient_control, update
+from fp8repro.recipe import RoleSpec
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXACT = RoleSpec("fp32")
+FP8 = RoleSpec("e5m2")
+RULES = {
+    "sgd": Rule("sgd", 0.1, 0.9, weight_decay=1e-4),
+    "plain sgd": Rule("sgd", 0.1, 0.0),
+    "nesterov": Rule("sgd", 0.1, 0.9, weight_decay=1e-4, nesterov=True),
+    "adam": Rule("adam", 0.01, weight_decay=1e-2),
+    "adamw": Rule("adamw", 0.01, weight_decay=1e-2),
+}
+
+
+def torch_optimizer(rule, parameters):
+    if rule.name == "sgd":
+        options = {"momentum": rule.momentum, "weight_decay": rule.weight_decay, "nesterov": rule.nesterov}
+        return torch.optim.SGD(parameters, rule.lr, **options)
+    build = torch.optim.Adam if rule.name == "adam" else torch.optim.AdamW
+    return build(parameters, rule.lr, (rule.momentum, rule.beta2), rule.eps, rule.weight_decay)
+
+
+def states_of(rule):
+    return 2 if rule.name != "sgd" else 1 if rule.momentum else 0
+
+
+def tensors(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(300, 7), (1,), (129,), (40_000,), (8, 6, 3, 3)]
+    made = [torch.randn(shape, generator=generator) for shape in shapes]
+    made[-1] = made[-1].to(memory_format=torch.channels_last)
+    return [t.to(DEVICE) for t in made]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_three_steps_equal_torch(name):
+    rule, scale = RULES[name], 1024.0
+    expected = [torch.nn.Parameter(t.clone()) for t in tensors()]
+    optimizer = torch_optimizer(rule, expected)
+    masters = tensors()
+    states = [tuple(torch.zeros_like(m) for _ in range(states_of(rule))) for m in masters]
+    for step in (1, 2, 3):
+        grads = tensors(seed=step)
+        for parameter, grad in zip(expected, grads, strict=True):
+            parameter.grad = grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(expected, 5.0)
+        optimizer.step()
+        parameters = [Parameter(m, g * scale, s) for m, g, s in zip(masters, grads, states, strict=True)]
+        control = gradient_control(parameters, scale, clip_norm=5.0)
+        update(parameters, rule, step, EXACT, FP8, control, scale)
+        torch.testing.assert_close(control[2].float(), norm, rtol=1e-5, atol=0)
+    for given, wanted in zip(masters, expected, strict=True):
+        torch.testing.assert_close(given, wanted.data, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_masters_and_weights_are_rounded_like_the_reference(rounding):
+    # Without momentum and with a power of two as learning rate, the FP32 result is exact whatever the order.
+    rule, seed = Rule("sgd", 0.5, 0.0), 2**63 + 9
+    made, grads = tensors(), tensors(seed=1)
+    master_spec, weight_spec = RoleSpec("fp16", rounding), RoleSpec("e5m2", rounding)
+    parameters = []
+    for i, (m, g) in enumerate(zip(made, grads, strict=True)):
+        weight = torch.empty_like(m, dtype=torch.float8_e5m2)
+        # The last two keep FP16 values in FP32 tensors, as normalization parameters do.
+        master = m.half() if i < 3 else m.half().float()
+        parameters.append(Parameter(master, g, (), 2**64 - 1 - i, weight, i))
+    expected = [
+        reference.round_to_format((p.master.float() - 0.5 * p.grad).cpu(), FP16, rounding, "inf", seed, p.master_stream)
+        for p in parameters
+    ]
+    update(parameters, rule, 1, master_spec, weight_spec, gradient_control(parameters), seed=seed)
+    for p, master in zip(parameters, expected, strict=True):
+        assert torch.equal(p.master.float().cpu(), master)
+        weight = reference.round_to_format(master, E5M2, rounding, "inf", seed, p.weight_stream)
+        assert torch.equal(p.weight.float().cpu(), weight)
+
+
+def test_fp8_gradients():
+    master, grad = torch.randn(1000, device=DEVICE), torch.randn(1000, device=DEVICE).to(torch.float8_e5m2)
+    expected = master - 0.5 * grad.float() / 64
+    parameter = Parameter(master, grad)
+    update([parameter], Rule("sgd", 0.5, 0.0), 1, EXACT, FP8, gradient_control([parameter], 64.0), 64.0)
+    assert torch.equal(master, expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_non_finite_gradient_stops_every_tensor(bad):
+    masters, grads = tensors(), tensors(seed=1)
+    grads[1][0] = bad
+    before = [m.clone() for m in masters]
+    parameters = [Parameter(m, g, (torch.zeros_like(m),)) for m, g in zip(masters, grads, strict=True)]
+    control = gradient_control(parameters)
+    update(parameters, RULES["sgd"], 1, EXACT, FP8, control)
+    assert control[0] == 1
+    assert all(torch.equal(m, b) for m, b in zip(masters, before, strict=True))
+    assert not any(p.state[0].any() for p in parameters)
+
+
+def test_launches_do_not_grow_with_the_number_of_tensors():
+    parameters = [Parameter(torch.zeros(5, device=DEVICE), torch.ones(5, device=DEVICE)) for _ in range(100)]
+    before = LAUNCHES.copy()
+    update(parameters, Rule("sgd", 1.0, 0.0), 1, EXACT, FP8, gradient_control(parameters))
+    assert (LAUNCHES["update"] - before["update"], LAUNCHES["gradient_norms"] - before["gradient_norms"]) == (1, 1)
+    assert all((p.master == -1).all() for p in parameters)
+
+
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("master", {"master": torch.zeros(4, 4, dtype=torch.bfloat16)}),
+        ("master", {"master": torch.zeros(4, 8)[:, ::2]}),
+        ("grad", {"grad": torch.zeros(4, 4).t()[:3]}),
+        ("grad", {"grad": torch.zeros(4, 4, dtype=torch.float16)}),
+        ("state", {"state": ()}),
+        ("weight", {"weight": torch.zeros(4, 4)}),
+    ],
+)
+def test_bad_argument_is_named(argument, change):
+    given = {"master": torch.zeros(4, 4), "grad": torch.zeros(4, 4), "state": (torch.zeros(4, 4),), **change}
+    moved = {k: tuple(t.to(DEVICE) for t in v) if isinstance(v, tuple) else v.to(DEVICE) for k, v in given.items()}
+    with pytest.raises(ValueError, match=f"^{argument}: got .*, expected "):
+        update([Parameter(**moved)], RULES["sgd"], 1, EXACT, FP8, torch.zeros(3, dtype=torch.float64))
