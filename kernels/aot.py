@@ -21,7 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fp8repro.formats import E4M3, E5M2, FP16, FP32, FloatFormat
-from fp8repro.kernels import configs, convolutions, products, quantize, rounding, update, updates
+from fp8repro.kernels import configs, convolutions, normalizations, products, quantize, rounding, update, updates
+from fp8repro.kernels import norm as norms
 from fp8repro.kernels.launch import INTERPRETED
 from fp8repro.kernels.tiles import FP16_MMA, UNPROMOTED
 
@@ -149,11 +150,35 @@ def _update_cases() -> Iterator[Case]:
     yield Case("gradient norms", updates.gradient_norms, types, constants, group="update")
 
 
+def _norm_cases() -> Iterator[Case]:
+    rounded = quantize.rounding_options(E5M2, "nearest", "inf", "same")
+    errors = quantize.rounding_options(E5M2, "stochastic", "inf", "same")
+    fp8 = ("x_ptr", "residual_ptr", "grad_ptr")
+    codes = ("y_ptr", "grad_x_ptr", "flags_ptr")
+
+    def norm(name: str, kernel: Any, **constants: Any) -> Case:
+        types = {}
+        for argument in kernel.arg_names:
+            if argument.islower() and argument not in constants:
+                pointer = "*fp8e5" if argument in fp8 else "*u8" if argument in codes else "*fp32"
+                scalar = "fp32" if argument in ("eps", "inverse_rows") else "i32"
+                types[argument] = pointer if argument.endswith("_ptr") else scalar
+        return Case(name, kernel, types, constants, group="norm", aligned=("channels", "count", "width", "pixels"))
+
+    yield norm("batch norm statistics", normalizations.channel_statistics, ROWS=16, BLOCK=64)
+    yield norm("batch norm apply", normalizations.batch_apply, **rounded, RELU=True, BLOCK=norms.FLAT_BLOCK)
+    yield norm("batch norm gradient sums", normalizations.batch_gradient_sums, ROWS=16, BLOCK=64)
+    yield norm("batch norm gradient", normalizations.batch_gradient_apply, **errors, BLOCK=norms.FLAT_BLOCK)
+    yield norm("layer norm", normalizations.layer_forward, **rounded, ROWS=2, BLOCK=1024)
+    yield norm("layer norm gradient", normalizations.layer_backward, **errors, ROWS=2, BLOCK=1024)
+
+
 def cases(capability: int) -> Iterator[Case]:
     """Every kernel, in the configurations that training launches."""
     yield from _quantize_cases()
     yield from _product_cases(capability)
     yield from _update_cases()
+    yield from _norm_cases()
 
 
 def compile_case(case: Case, capability: int) -> dict[str, Any]:

@@ -1,0 +1,299 @@
+"""Batch normalization + residual + ReLU + rounding, and layer normalization + rounding, forward and backward.
+
+Inputs may be 8-bit tensors and results are rounded in the same pass; arithmetic is FP32. Training mode only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from fp8repro.kernels import normalizations as kernels
+from fp8repro.kernels.launch import INTERPRETED, block_size, check_device, launch
+from fp8repro.kernels.matmul import Epilogue, raw_result
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn)
+FLAT_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class BatchNormResult:
+    """What `batch_norm` gives.
+
+    Attributes:
+        y: rounded result, channels_last.
+        flags: uint8, one bit an element in memory order, set where the ReLU let it pass; None without ReLU.
+        mean: FP32 [C].
+        inverse_deviation: FP32 [C].
+        variance: FP32 [C], biased.
+    """
+
+    y: Tensor
+    flags: Tensor | None
+    mean: Tensor
+    inverse_deviation: Tensor
+    variance: Tensor
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    eps: float = 1e-5,
+    epilogue: Epilogue | None = None,
+) -> BatchNormResult:
+    """Normalize over batch and pixels, add the residual, clamp, round: two reads of x, one write.
+
+    Args:
+        x: [B, C, H, W] of any floating-point dtype; kept by the caller for `batch_norm_backward`.
+        weight: FP32 [C].
+        bias: FP32 [C].
+        residual: like x in shape, of any floating-point dtype.
+        relu: clamp at zero.
+        eps: added to the variance.
+        epilogue: how the result is stored; FP32 by default.
+
+    Raises:
+        ValueError: an argument does not fit, or there is nothing to take statistics of.
+    """
+    epilogue = epilogue or Epilogue()
+    _check_image(x, "x")
+    _check_vectors(x.shape[1], x.device, weight=weight, bias=bias)
+    if residual is not None:
+        _check_like("residual", residual, x)
+    batch, channels, height, width = x.shape
+    dense = _rows(x)
+    rows, pixels = batch * height * width, height * width
+    partial, counts = _sums(kernels.channel_statistics, (dense,), rows, channels)
+    mean, variance = _combine(partial, counts)
+    inverse = (variance + eps).rsqrt()
+    y = epilogue.empty((batch, height, width, channels), x.device).permute(0, 3, 1, 2)
+    flags = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device) if relu else None
+    block = block_size(FLAT_BLOCK, x.numel())
+    launch(
+        kernels.batch_apply,
+        (triton.cdiv(x.numel(), block),),
+        x.device,
+        dense,
+        mean,
+        inverse,
+        weight,
+        bias,
+        None if residual is None else _rows(residual),
+        raw_result(y),
+        flags,
+        x.numel(),
+        channels,
+        pixels,
+        *epilogue.words(),
+        **epilogue.options(),
+        RELU=relu,
+        BLOCK=block,
+    )
+    return BatchNormResult(y, flags, mean, inverse, variance)
+
+
+def batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    forward: BatchNormResult,
+    *,
+    epilogue: Epilogue | None = None,
+    needs_residual: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of input (rounded by the epilogue), weight, bias, and of the residual (FP32).
+
+    Args:
+        grad: gradient of the result, of any floating-point dtype.
+        x: the forward pass's input.
+        weight: FP32 [C].
+        forward: what `batch_norm` gave; its `y` is not read.
+        epilogue: how the input's gradient is stored; FP32 by default.
+        needs_residual: give the residual's gradient too.
+
+    Raises:
+        ValueError: an argument does not fit; nothing was launched.
+    """
+    epilogue = epilogue or Epilogue()
+    _check_image(x, "x")
+    _check_like("grad", grad, x)
+    _check_vectors(x.shape[1], x.device, weight=weight)
+    batch, channels, height, width = x.shape
+    rows, pixels = batch * height * width, height * width
+    dense, dense_grad = _rows(x), _rows(grad)
+    mean, inverse = forward.mean, forward.inverse_deviation
+    tensors = (dense_grad, forward.flags, dense, mean, inverse)
+    partial, _ = _sums(kernels.batch_gradient_sums, tensors, rows, channels)
+    sums = partial.sum(0)
+    grad_x = epilogue.empty((batch, height, width, channels), x.device).permute(0, 3, 1, 2)
+    residual = torch.empty_like(grad_x, dtype=torch.float32) if needs_residual else None
+    block = block_size(FLAT_BLOCK, x.numel())
+    launch(
+        kernels.batch_gradient_apply,
+        (triton.cdiv(x.numel(), block),),
+        x.device,
+        *tensors,
+        weight,
+        sums,
+        raw_result(grad_x),
+        residual,
+        x.numel(),
+        channels,
+        pixels,
+        1 / rows,
+        *epilogue.words(),
+        **epilogue.options(),
+        BLOCK=block,
+    )
+    return grad_x, sums[1], sums[0], residual
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, epilogue: Epilogue | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize the last dimension and round in the same pass.
+
+    Returns:
+        Result [..., D], mean and inverse deviation (FP32, one a row).
+
+    Raises:
+        ValueError: an argument does not fit; nothing was launched.
+    """
+    epilogue = epilogue or Epilogue()
+    width, rows = _check_rows(x, weight, bias)
+    y = epilogue.empty(tuple(x.shape), x.device)
+    mean, inverse = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    height, block = _row_block(rows, width)
+    launch(
+        kernels.layer_forward,
+        (triton.cdiv(rows, height),),
+        x.device,
+        x.contiguous(),
+        weight,
+        bias,
+        raw_result(y),
+        mean,
+        inverse,
+        rows,
+        width,
+        eps,
+        *epilogue.words(),
+        **epilogue.options(),
+        ROWS=height,
+        BLOCK=block,
+    )
+    return y, mean, inverse
+
+
+def layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    *,
+    epilogue: Epilogue | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input (rounded by the epilogue), weight and bias.
+
+    Raises:
+        ValueError: an argument does not fit; nothing was launched.
+    """
+    epilogue = epilogue or Epilogue()
+    width, rows = _check_rows(x, weight, weight)
+    _check_like("grad", grad, x)
+    grad_x = epilogue.empty(tuple(x.shape), x.device)
+    height, block = _row_block(rows, width)
+    programs = min(triton.cdiv(rows, height), 4 if INTERPRETED else 512)
+    partial = torch.zeros((max(programs, 1), 2, width), dtype=torch.float32, device=x.device)
+    launch(
+        kernels.layer_backward,
+        (programs,),
+        x.device,
+        grad.contiguous(),
+        x.contiguous(),
+        weight,
+        mean,
+        inverse_deviation,
+        raw_result(grad_x),
+        partial,
+        rows,
+        width,
+        *epilogue.words(),
+        **epilogue.options(),
+        ROWS=height,
+        BLOCK=block,
+    )
+    sums = partial.sum(0)
+    return grad_x, sums[0], sums[1]
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[B, C, H, W] as contiguous [B, H, W, C]; a view where it is channels_last already."""
+    return t.permute(0, 2, 3, 1).contiguous()
+
+
+def _sums(kernel: object, tensors: tuple[Tensor | None, ...], rows: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Partial sums [chunks, 2, channels] over chunks of rows, and the number of rows of each chunk."""
+    device = next(t for t in tensors if t is not None).device
+    block = block_size(64, channels, 512)
+    height = block_size(16, rows, 512)
+    # About a thousand programs: enough for any GPU, few enough to combine cheaply.
+    chunks = max(1, min(triton.cdiv(rows, 4 * height), triton.cdiv(1024, triton.cdiv(channels, block))))
+    chunk = triton.cdiv(triton.cdiv(rows, chunks), height) * height
+    chunks = triton.cdiv(rows, chunk)
+    partial = torch.empty((chunks, 2, channels), dtype=torch.float32, device=device)
+    grid = (triton.cdiv(channels, block), chunks)
+    launch(kernel, grid, device, *tensors, partial, rows, channels, chunk, ROWS=height, BLOCK=block)
+    counts = (rows - torch.arange(chunks, device=device) * chunk).clamp(max=chunk)
+    return partial, counts
+
+
+def _combine(partial: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance from each chunk's (Chan et al.)."""
+    means, squares = partial.double().unbind(1)
+    weights = (counts / counts.sum()).double()[:, None]
+    mean = (means * weights).sum(0)
+    variance = squares.sum(0) / counts.sum() + ((means - mean).square() * weights).sum(0)
+    return mean.float(), variance.float()
+
+
+def _row_block(rows: int, width: int) -> tuple[int, int]:
+    block = triton.next_power_of_2(width)
+    return block_size(max(1, 2048 // block), rows, max(1, (1 << 16) // block)), block
+
+
+def _check_image(x: Tensor, name: str) -> None:
+    check_device(name, x)
+    if x.dim() != 4 or x.dtype not in DTYPES:
+        raise ValueError(f"{name}: got {x.dtype} of shape {tuple(x.shape)}, expected floating-point [B, C, H, W]")
+    if x.numel() // max(1, x.shape[1]) < 2:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected more than one value per channel")
+
+
+def _check_rows(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[int, int]:
+    check_device("x", x)
+    if x.dim() < 1 or x.dtype not in DTYPES or not 0 < x.shape[-1] <= 32768:
+        raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, expected floating-point [..., D], D up to 32768")
+    _check_vectors(x.shape[-1], x.device, weight=weight, bias=bias)
+    return x.shape[-1], x.numel() // x.shape[-1]
+
+
+def _check_vectors(size: int, device: torch.device, **vectors: Tensor) -> None:
+    for name, vector in vectors.items():
+        if vector.shape != (size,) or vector.dtype != torch.float32 or vector.device != device:
+            given = f"{vector.dtype} of shape {tuple(vector.shape)} on {vector.device}"
+            raise ValueError(f"{name}: got {given}, expected torch.float32 of shape ({size},) on {device}")
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.shape != x.shape or tensor.device != x.device or tensor.dtype not in DTYPES:
+        given = f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name}: got {given}, expected floating-point of shape {tuple(x.shape)} on {x.device}")

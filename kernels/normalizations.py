@@ -1,0 +1,345 @@
+"""Triton kernels of batch and layer normalization that read and write 8-bit tensors.
+
+Statistics and normalization are FP32; sums are combined in a fixed order, never by atomics.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fp8repro.kernels.rounding import RANDOM_WORDS
+from fp8repro.kernels.tiles import store_rounded, to_fp32
+
+
+@triton.jit
+def channel_statistics(x_ptr, partial_ptr, rows, channels, chunk, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """partial[chunk, 0 or 1, channel]: mean, and sum of squared deviations, of `chunk` rows of x [rows, channels]."""
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(1).to(tl.int64) * chunk
+    end = tl.minimum(start + chunk, rows)
+    inside = channel < channels
+    # Deviations from any value near the mean keep the difference of squares accurate.
+    origin = to_fp32(tl.load(x_ptr + start * channels + channel, mask=inside, other=0.0))
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    squares = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(start, end, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        mask = (row < end) & inside[None, :]
+        x = to_fp32(tl.load(x_ptr + row * channels + channel[None, :], mask=mask, other=0.0))
+        away = tl.where(mask, x - origin[None, :], 0.0)
+        total += tl.sum(away, 0)
+        squares += tl.sum(away * away, 0)
+    count = (end - start).to(tl.float32)
+    place = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * channels + channel
+    tl.store(place, origin + total / count, mask=inside)
+    tl.store(place + channels, squares - total * total / count, mask=inside)
+
+
+@triton.jit
+def _logical_index(offset, channels, pixels):
+    """Index in [batch, channels, pixels] of an element that lies at `offset` of [batch, pixels, channels]."""
+    channel = offset % channels
+    pixel = offset // channels % pixels
+    return (offset // (channels * pixels) * channels + channel) * pixels + pixel
+
+
+@triton.jit(do_not_specialize=RANDOM_WORDS)
+def batch_apply(
+    x_ptr,
+    mean_ptr,
+    inverse_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    flags_ptr,
+    count,
+    channels,
+    pixels,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    MAX: tl.constexpr,
+    EB: tl.constexpr,
+    MB: tl.constexpr,
+    INF: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SATURATE: tl.constexpr,
+    SUBNORMAL_NEAREST: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y = rounded(relu(normalized x + residual)), and one bit an element that says where the ReLU let it pass."""
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offset < count
+    channel = offset % channels
+    x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
+    scale = tl.load(inverse_ptr + channel, mask=mask, other=0.0) * tl.load(weight_ptr + channel, mask=mask, other=0.0)
+    y = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * scale
+    y += tl.load(bias_ptr + channel, mask=mask, other=0.0)
+    if residual_ptr is not None:
+        y += to_fp32(tl.load(residual_ptr + offset, mask=mask, other=0.0))
+    if RELU:
+        passed = (y > 0) & mask
+        # NaN must pass: a diverged run shall be seen.
+        y = tl.where(y <= 0, 0.0, y)
+        bits = tl.reshape(passed.to(tl.int32), [BLOCK // 8, 8]) << tl.arange(0, 8)[None, :]
+        byte = tl.program_id(0).to(tl.int64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+        tl.store(flags_ptr + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < count)
+    index = _logical_index(offset, channels, pixels)
+    store_rounded(
+        y_ptr + offset,
+        y,
+        index,
+        mask,
+        None,
+        seed0,
+        seed1,
+        stream0,
+        stream1,
+        MAX,
+        EB,
+        MB,
+        INF,
+        ROUNDING,
+        SATURATE,
+        SUBNORMAL_NEAREST,
+    )
+
+
+@triton.jit
+def _masked_gradient(grad_ptr, flags_ptr, offset, mask):
+    gradient = to_fp32(tl.load(grad_ptr + offset, mask=mask, other=0.0))
+    if flags_ptr is not None:
+        byte = tl.load(flags_ptr + offset // 8, mask=mask, other=0).to(tl.int32)
+        gradient = tl.where(((byte >> (offset % 8).to(tl.int32)) & 1) != 0, gradient, 0.0)
+    return gradient
+
+
+@triton.jit
+def batch_gradient_sums(
+    grad_ptr,
+    flags_ptr,
+    x_ptr,
+    mean_ptr,
+    inverse_ptr,
+    partial_ptr,
+    rows,
+    channels,
+    chunk,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """partial[chunk, 0 or 1, channel]: sums of the gradient, and of the gradient times the normalized input."""
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(1).to(tl.int64) * chunk
+    end = tl.minimum(start + chunk, rows)
+    inside = channel < channels
+    mean = tl.load(mean_ptr + channel, mask=inside, other=0.0)[None, :]
+    inverse = tl.load(inverse_ptr + channel, mask=inside, other=0.0)[None, :]
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    product = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(start, end, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        mask = (row < end) & inside[None, :]
+        offset = row * channels + channel[None, :]
+        gradient = _masked_gradient(grad_ptr, flags_ptr, offset, mask)
+        x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
+        total += tl.sum(gradient, 0)
+        product += tl.sum(tl.where(mask, gradient * ((x - mean) * inverse), 0.0), 0)
+    place = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * channels + channel
+    tl.store(place, total, mask=inside)
+    tl.store(place + channels, product, mask=inside)
+
+
+@triton.jit(do_not_specialize=RANDOM_WORDS)
+def batch_gradient_apply(
+    grad_ptr,
+    flags_ptr,
+    x_ptr,
+    mean_ptr,
+    inverse_ptr,
+    weight_ptr,
+    sums_ptr,
+    grad_x_ptr,
+    grad_residual_ptr,
+    count,
+    channels,
+    pixels,
+    inverse_rows,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    MAX: tl.constexpr,
+    EB: tl.constexpr,
+    MB: tl.constexpr,
+    INF: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SATURATE: tl.constexpr,
+    SUBNORMAL_NEAREST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of the input (rounded) and of the residual (FP32) from the sums of `batch_gradient_sums`."""
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offset < count
+    channel = offset % channels
+    gradient = _masked_gradient(grad_ptr, flags_ptr, offset, mask)
+    if grad_residual_ptr is not None:
+        tl.store(grad_residual_ptr + offset, gradient, mask=mask)
+    inverse = tl.load(inverse_ptr + channel, mask=mask, other=0.0)
+    x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
+    normalized = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * inverse
+    total = tl.load(sums_ptr + channel, mask=mask, other=0.0)
+    product = tl.load(sums_ptr + channels + channel, mask=mask, other=0.0)
+    centred = gradient - (total + normalized * product) * inverse_rows
+    result = centred * (inverse * tl.load(weight_ptr + channel, mask=mask, other=0.0))
+    index = _logical_index(offset, channels, pixels)
+    store_rounded(
+        grad_x_ptr + offset,
+        result,
+        index,
+        mask,
+        None,
+        seed0,
+        seed1,
+        stream0,
+        stream1,
+        MAX,
+        EB,
+        MB,
+        INF,
+        ROUNDING,
+        SATURATE,
+        SUBNORMAL_NEAREST,
+    )
+
+
+@triton.jit(do_not_specialize=RANDOM_WORDS)
+def layer_forward(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    inverse_ptr,
+    rows,
+    width,
+    eps,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    MAX: tl.constexpr,
+    EB: tl.constexpr,
+    MB: tl.constexpr,
+    INF: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SATURATE: tl.constexpr,
+    SUBNORMAL_NEAREST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Normalize ROWS whole rows of [rows, width], round them, and keep mean and inverse deviation of each."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = column < width
+    mask = (row < rows)[:, None] & inside
+    offset = row[:, None] * width + column
+    x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
+    mean = tl.sum(x, 1) / width
+    away = tl.where(mask, x - mean[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(away * away, 1) / width + eps)
+    tl.store(mean_ptr + row, mean, mask=row < rows)
+    tl.store(inverse_ptr + row, inverse, mask=row < rows)
+    y = away * inverse[:, None] * tl.load(weight_ptr + column, mask=inside, other=0.0)
+    y += tl.load(bias_ptr + column, mask=inside, other=0.0)
+    store_rounded(
+        y_ptr + offset,
+        y,
+        offset,
+        mask,
+        None,
+        seed0,
+        seed1,
+        stream0,
+        stream1,
+        MAX,
+        EB,
+        MB,
+        INF,
+        ROUNDING,
+        SATURATE,
+        SUBNORMAL_NEAREST,
+    )
+
+
+@triton.jit(do_not_specialize=RANDOM_WORDS)
+def layer_backward(
+    grad_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    inverse_ptr,
+    grad_x_ptr,
+    partial_ptr,
+    rows,
+    width,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    MAX: tl.constexpr,
+    EB: tl.constexpr,
+    MB: tl.constexpr,
+    INF: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SATURATE: tl.constexpr,
+    SUBNORMAL_NEAREST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradient of the input, rounded; partial[program, 0 or 1, width] sums those of weight and bias."""
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = column < width
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    grad_weight = tl.zeros((BLOCK,), dtype=tl.float32)
+    grad_bias = tl.zeros((BLOCK,), dtype=tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & inside
+        offset = row[:, None] * width + column
+        gradient = to_fp32(tl.load(grad_ptr + offset, mask=mask, other=0.0))
+        x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
+        inverse = tl.load(inverse_ptr + row, mask=row < rows, other=0.0)[:, None]
+        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
+        normalized = tl.where(mask, (x - mean) * inverse, 0.0)
+        grad_weight += tl.sum(gradient * normalized, 0)
+        grad_bias += tl.sum(gradient, 0)
+        weighted = gradient * weight
+        total = tl.sum(weighted, 1)[:, None] / width
+        product = tl.sum(weighted * normalized, 1)[:, None] / width
+        result = (weighted - total - normalized * product) * inverse
+        store_rounded(
+            grad_x_ptr + offset,
+            result,
+            offset,
+            mask,
+            None,
+            seed0,
+            seed1,
+            stream0,
+            stream1,
+            MAX,
+            EB,
+            MB,
+            INF,
+            ROUNDING,
+            SATURATE,
+            SUBNORMAL_NEAREST,
+        )
+    place = partial_ptr + tl.program_id(0) * 2 * width + tl.arange(0, BLOCK)
+    tl.store(place, grad_weight, mask=tl.arange(0, BLOCK) < width)
+    tl.store(place + width, grad_bias, mask=tl.arange(0, BLOCK) < width)
