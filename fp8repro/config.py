@@ -206,16 +206,17 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         UserError: an unknown setting, a wrong type, or a value that is not accepted.
     """
     values = dict(values)
-    precision = dict(values.pop("precision", None) or {})
+    precision = _mapping(values.pop("precision", None), "precision")
     # A saved run's config.yaml has the policy resolved already and carries no default.
-    defaults = precision.pop("default_loss_scaling", {})
+    defaults = _mapping(precision.pop("default_loss_scaling", None), "precision.default_loss_scaling")
     recipe = recipe_from_mapping(precision)
-    scaling = dict(values.pop("loss_scaling", None) or {})
+    scaling = _mapping(values.pop("loss_scaling", None), "loss_scaling")
     if scaling.get("policy") == "auto":
-        task = (values.get("model") or {}).get("task", "image")
+        task = str(_mapping(values.get("model"), "model").get("task", "image"))
         del scaling["policy"]
         # Single settings given beside `auto` hold over the recipe's.
-        scaling = {**defaults.get(task, {"policy": "none"}), **scaling}
+        default = _mapping(defaults.get(task), f"precision.default_loss_scaling.{task}")
+        scaling = {"policy": "none", **default, **scaling}
     values["loss_scaling"] = scaling
     config: RunConfig = build_dataclass(RunConfig, values, "", precision=recipe)
     for setting, accepted in CHOICES.items():
@@ -262,6 +263,13 @@ def group_options(group: str) -> list[str]:
 
     folder = files("fp8repro.conf").joinpath(group)
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _mapping(value: Any, setting: str) -> dict[str, Any]:
+    """A group of settings, empty where it is absent."""
+    if value is not None and not isinstance(value, Mapping):
+        raise UserError(f"{setting}: got {value!r}, expected a mapping")
+    return dict(value or {})
 
 
 def _lookup(config: RunConfig, setting: str) -> Any:

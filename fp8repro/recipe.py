@@ -154,7 +154,7 @@ def _role_from_mapping(values: Any, setting: str) -> RoleSpec:
 def _patterns(value: Any, setting: str) -> tuple[str, ...] | str:
     if value == AUTO:
         return AUTO
-    if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
+    if not isinstance(value, (list, tuple)) or not all(isinstance(pattern, str) for pattern in value):
         raise UserError(f"{setting}: got {value!r}, expected auto or a list of module name patterns")
     return tuple(value)
 

@@ -54,7 +54,9 @@ def test_step_is_torchs():
     # Fractions written with seven digits hit the same epochs of an ImageNet run.
     thirds = ScheduleConfig(name="step", milestones=(0.3333333, 0.6666667))
     steps, total = 5005, 90 * 5005
-    found = [learning_rate(thirds, 1.0, step, total) for step in (30 * steps - 1, 30 * steps, 60 * steps - 1, 60 * steps)]
+    found = [
+        learning_rate(thirds, 1.0, step, total) for step in (30 * steps - 1, 30 * steps, 60 * steps - 1, 60 * steps)
+    ]
     assert found == pytest.approx([1.0, 0.1, 0.1, 0.01])
 
 
@@ -67,7 +69,13 @@ def test_inverse_sqrt_is_fairseqs():
 def test_gnmt_is_exponential_warmup_and_halvings():
     total, warmup = 1000, 200
     found = rates(
-        total, name="gnmt", warmup=warmup, warmup_start=0.01, warmup_form="exponential", decay_start=0.666, decay_count=4
+        total,
+        name="gnmt",
+        warmup=warmup,
+        warmup_start=0.01,
+        warmup_form="exponential",
+        decay_start=0.666,
+        decay_count=4,
     )
     growth = math.exp(math.log(0.01) / warmup)
     assert found[:warmup] == pytest.approx([LR * growth ** (warmup - n) for n in range(warmup)], rel=1e-9)
