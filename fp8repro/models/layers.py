@@ -35,21 +35,21 @@ class AttentionProduct(nn.Module):
         self.context = MatMul()
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, masked: Tensor | None = None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend.
 
         Args:
             query: [B, heads, T, d], already divided by sqrt(d).
             key: [B, heads, S, d].
             value: [B, heads, S, d].
-            masked: bool, broadcastable to [B, heads, T, S]; True where attention is forbidden.
+            mask: broadcastable to [B, heads, T, S]; 0, or -inf where attention is forbidden.
 
         Returns:
             [B, heads, T, d].
         """
         scores = self.scores(query, key.transpose(-1, -2))
-        if masked is not None:
-            scores = scores.masked_fill(masked, -math.inf)
+        if mask is not None:
+            scores = scores + mask
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(value)
         return self.context(self.dropout(weights), value)
 
@@ -73,13 +73,20 @@ class SinusoidalPositions(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [B, T] -> [B, T, width] in FP32."""
         present = tokens.ne(self.pad)
-        positions = present.cumsum(1) * present + self.pad
-        return self.at(positions) * present.unsqueeze(-1)
+        positions = present.cumsum(1) * present
+        table = self.at(torch.arange(self.pad, self.pad + tokens.shape[1] + 1, device=tokens.device))
+        table[0] = 0.0
+        return table[positions]
 
     def at(self, positions: Tensor) -> Tensor:
         """Positions of any shape (counted from `pad + 1`) -> [..., width] in FP32."""
         angles = positions.unsqueeze(-1) * self.frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def attention_mask(forbidden: Tensor) -> Tensor:
+    """What to add to scores: -inf where `forbidden` (bool) is True, else 0."""
+    return torch.zeros(forbidden.shape, device=forbidden.device).masked_fill(forbidden, -math.inf)
 
 
 class DecoderState(Protocol):

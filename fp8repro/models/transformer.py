@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fp8repro.config import build_dataclass
 from fp8repro.errors import UserError
-from fp8repro.models.layers import AttentionProduct, SinusoidalPositions
+from fp8repro.models.layers import AttentionProduct, SinusoidalPositions, attention_mask
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class LayerCache:
 class TransformerState:
     """Rows under decoding: the caches of each layer, the source's padding [R, 1, 1, S], the number of tokens fed."""
 
-    source_masked: Tensor
+    source_mask: Tensor
     layers: list[LayerCache]
     length: int = field(default=0)
 
     def select(self, rows: Tensor) -> None:
         """Keep (repeat, reorder) rows of every cache."""
-        self.source_masked = self.source_masked.index_select(0, rows)
+        self.source_mask = self.source_mask.index_select(0, rows)
         for cache in self.layers:
             for name, value in vars(cache).items():
                 if value is not None:
@@ -101,10 +101,10 @@ class MultiheadAttention(nn.Module):
         """Project [B, S, width] to keys and values, each [B, heads, S, d]."""
         return self.split(self.k_proj(x)), self.split(self.v_proj(x))
 
-    def forward(self, x: Tensor, key: Tensor, value: Tensor, masked: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Queries from x [B, T, width]; keys and values [B, heads, S, d]; result [B, T, width]."""
         query = self.split(self.q_proj(x) * self.scaling)
-        context = self.product(query, key, value, masked)
+        context = self.product(query, key, value, mask)
         return self.out_proj(context.transpose(1, 2).flatten(2))
 
 
@@ -131,9 +131,9 @@ class Layer(nn.Module):
 class EncoderLayer(Layer):
     """Self-attention and feed-forward, each with residual, then normalization (post-norm)."""
 
-    def forward(self, x: Tensor, masked: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[B, S, width] -> [B, S, width]."""
-        attended = self.self_attn(x, *self.self_attn.keys_and_values(x), masked)
+        attended = self.self_attn(x, *self.self_attn.keys_and_values(x), mask)
         return self.feed_forward(self.self_attn_layer_norm(x + self.dropout(attended)))
 
 
@@ -146,14 +146,14 @@ class DecoderLayer(Layer):
         self.encoder_attn = MultiheadAttention(config.width, config.heads, config.attention_dropout)
         self.encoder_attn_layer_norm = nn.LayerNorm(config.width)
 
-    def forward(self, x: Tensor, cache: LayerCache, source_masked: Tensor, masked: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache, source_mask: Tensor, mask: Tensor | None) -> Tensor:
         """[B, T, width] -> [B, T, width]; appends x's keys and values to the cache, then attends to all of it."""
         key, value = self.self_attn.keys_and_values(x)
         if cache.key is not None and cache.value is not None:
             key, value = torch.cat([cache.key, key], dim=2), torch.cat([cache.value, value], dim=2)
         cache.key, cache.value = key, value
-        x = self.self_attn_layer_norm(x + self.dropout(self.self_attn(x, key, value, masked)))
-        attended = self.encoder_attn(x, cache.cross_key, cache.cross_value, source_masked)
+        x = self.self_attn_layer_norm(x + self.dropout(self.self_attn(x, key, value, mask)))
+        attended = self.encoder_attn(x, cache.cross_key, cache.cross_value, source_mask)
         return self.feed_forward(self.encoder_attn_layer_norm(x + self.dropout(attended)))
 
 
@@ -168,12 +168,12 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList([EncoderLayer(config) for _ in range(config.encoder_layers)])
 
-    def forward(self, source: Tensor, source_masked: Tensor) -> Tensor:
+    def forward(self, source: Tensor, source_mask: Tensor) -> Tensor:
         """Ids [B, S], padding [B, 1, 1, S] -> [B, S, width]."""
         embedded = math.sqrt(self.embed_tokens.embedding_dim) * self.embed_tokens(source)
         x = self.dropout(embedded + self.positions(source))
         for layer in self.layers:
-            x = layer(x, source_masked)
+            x = layer(x, source_mask)
         return x
 
 
@@ -203,11 +203,11 @@ class Decoder(nn.Module):
             positions = self.positions.at(torch.arange(first, first + steps, device=tokens.device))
         embedded = math.sqrt(self.embed_tokens.embedding_dim) * self.embed_tokens(tokens)
         x = self.dropout(embedded + positions)
-        masked = None
+        mask = None
         if steps > 1:
-            masked = torch.ones(steps, steps, dtype=torch.bool, device=tokens.device).triu(1)
+            mask = attention_mask(torch.ones(steps, steps, dtype=torch.bool, device=tokens.device).triu(1))
         for layer, cache in zip(self.layers, state.layers, strict=True):
-            x = layer(x, cache, state.source_masked, masked)
+            x = layer(x, cache, state.source_mask, mask)
         state.length += steps
         return self.output_projection(x)
 
@@ -229,13 +229,13 @@ class Transformer(nn.Module):
 
     def begin(self, source: Tensor) -> TransformerState:
         """Encode source ids [B, S], padded on either side, and project them for every decoder layer once."""
-        source_masked = source.eq(self.pad)[:, None, None, :]
-        encoded = self.encoder(source, source_masked)
+        source_mask = attention_mask(source.eq(self.pad)[:, None, None, :])
+        encoded = self.encoder(source, source_mask)
         caches = []
         for layer in self.decoder.layers:
             assert isinstance(layer, DecoderLayer)
             caches.append(LayerCache(*layer.encoder_attn.keys_and_values(encoded)))
-        return TransformerState(source_masked, caches)
+        return TransformerState(source_mask, caches)
 
     def forward(self, source: Tensor, decoder_input: Tensor) -> Tensor:
         """Source ids [B, S] and decoder input ids [B, T] (EOS first, padded on the right) -> logits [B, T, V]."""
