@@ -189,7 +189,8 @@ def _derived_choices(
     elif data not in fitting[profile]:
         raise UserError(f"data: got {data!r} with profile={profile}, expected one of {', '.join(fitting[profile])}")
     if choices["training"] is None:
-        family = re.sub(r"\d+$", "", first.model.name)
+        # fairseq's model trains as ours does.
+        family = re.sub(r"\d+$", "", first.model.name).removeprefix("fairseq_")
         derived["training"] = f"{data}_{family}"
         if derived["training"] not in known["training"]:
             raise UserError(
