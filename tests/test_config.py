@@ -1,6 +1,7 @@
 """Configuration at the door: plain values in, frozen dataclasses out, one line for every mistake."""
 
 import math
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -78,7 +79,6 @@ names = st.sampled_from([*RunConfig.__dataclass_fields__, "nonsense"])
 
 @given(st.dictionaries(names, plain, max_size=4))
 def test_any_plain_values_give_a_config_or_a_user_error(changed):
-    try:
+    # Any other exception fails the test.
+    with suppress(UserError):
         assert isinstance(run_config(BASE | changed), RunConfig)
-    except UserError as error:
-        assert str(error)

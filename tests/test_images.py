@@ -135,7 +135,7 @@ def test_one_folder_is_split(tmp_path):
 def test_stratified_split_keeps_every_share(sizes, fraction):
     classes = [label for label, size in enumerate(sizes) for _ in range(size)]
     if any(not 0 < round(size * fraction) < size for size in sizes):
-        with pytest.raises(UserError, match="val_fraction"):
+        with pytest.raises(UserError, match=r"val_fraction"):
             stratified_split(classes, fraction, "x")
         return
     train, val = stratified_split(classes, fraction, "x")
@@ -152,20 +152,20 @@ def test_faults_of_folders_are_named(tmp_path):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"data\.root: missing"):
         load_images(DataConfig("imagenet"), seed=0)
-    with pytest.raises(UserError, match="no train/ folder"):
+    with pytest.raises(UserError, match=r"no train/ folder"):
         load()
     write_folder(tmp_path)
     (tmp_path / "val" / "bird").mkdir()
-    with pytest.raises(UserError, match="class folder .*bird.* holds no images"):
+    with pytest.raises(UserError, match=r"class folder .*bird.* holds no images"):
         load()
     Image.new("RGB", (4, 4)).save(tmp_path / "val" / "bird" / "0.png")
-    with pytest.raises(UserError, match="train/ has 2 classes and val/ 3.*'bird'"):
+    with pytest.raises(UserError, match=r"train/ has 2 classes and val/ 3.*'bird'"):
         load()
     with pytest.raises(UserError, match=r"augmentation: got 'strong'"):
         load(augmentation="strong")
     with pytest.raises(UserError, match=r"data\.options\.colour: unknown"):
         load(colour=1)
-    with pytest.raises(UserError, match="val_fraction: got 1.5"):
+    with pytest.raises(UserError, match=r"val_fraction: got 1.5"):
         load(val_fraction=1.5)
     with pytest.raises(UserError, match=r"data\.name: got 'mnist'"):
         load_images(DataConfig("mnist"), seed=0)
@@ -277,7 +277,7 @@ def test_small_stem_keeps_the_resolution():
     assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
     large = make_resnet("resnet18", classes=7, channels=1, image_size=8, stem="imagenet").eval()
     assert large.maxpool(large.conv1(torch.zeros(2, 1, 8, 8))).shape == (2, 64, 2, 2)
-    with pytest.raises(UserError, match="model.name: got 'resnet19'"):
+    with pytest.raises(UserError, match=r"model.name: got 'resnet19'"):
         make_resnet("resnet19", 10)
-    with pytest.raises(UserError, match="model.stem: got 'tiny'"):
+    with pytest.raises(UserError, match=r"model.stem: got 'tiny'"):
         make_resnet("resnet18", 10, stem="tiny")

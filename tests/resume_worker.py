@@ -1,0 +1,43 @@
+"""The run of test_resume.py; as a process of its own it gets a signal before a step."""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+
+from training_tools import tiny_config, use_tiny_network
+
+import fp8repro.training.loop as loop
+from fp8repro.config import DataConfig, LossScalingConfig
+
+
+def resumable_config(run_dir, images):
+    """FP8 with stochastic rounding, a loss scale that makes the first steps overflow, augmentation, two workers."""
+    config = tiny_config(
+        run_dir,
+        "fp8_stochastic",
+        LossScalingConfig("dynamic", scale=2.0**22, window=4),
+        DataConfig("image_folder", str(images), 16, workers=2, options={"augmentation": "small"}),
+        epochs=4,
+        batch_size=12,
+        micro_steps=2,
+        checkpoint_every_steps=4,
+    )
+    return replace(config, resume="auto")
+
+
+def main(run_dir, images, name, at):
+    use_tiny_network()
+    own_step = loop.train_step
+
+    def step(run, batches, stop):
+        if run.step == int(at):
+            os.kill(os.getpid(), getattr(signal, name))
+        return own_step(run, batches, stop)
+
+    loop.train_step = step
+    loop.train(resumable_config(run_dir, images))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

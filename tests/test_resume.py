@@ -1,0 +1,185 @@
+"""A run that is killed and resumed ends with the weights of one that was not, to the bit."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from resume_worker import resumable_config
+from training_tools import rows, use_tiny_network, write_images
+
+from fp8repro.errors import UserError
+from fp8repro.recipe import load_recipe
+from fp8repro.training import train
+from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """As many threads as the killed processes have: sums depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        use_tiny_network(patch)
+        train(resumable_config(run_dir, images))
+    return run_dir
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    use_tiny_network(monkeypatch)
+
+
+def signalled(run_dir, images, name, at):
+    """The exit code of a process that sends itself a signal before a step."""
+    command = [sys.executable, str(HERE / "resume_worker.py"), str(run_dir), str(images), name, str(at)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300).returncode
+
+
+def last_state(run_dir):
+    return read_checkpoint(list_checkpoints(run_dir / "checkpoints")[-1])
+
+
+def assert_same_bits(a, b, where=""):
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert a.numpy().tobytes() == b.numpy().tobytes(), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for name in a:
+            assert_same_bits(a[name], b[name], f"{where}.{name}")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(expected, found):
+    a, b = last_state(expected), last_state(found)
+    for part in ("step", "model", "optimizer", "scaler", "data"):
+        assert_same_bits(a[part], b[part], part)
+    # What was measured is the same too, each step once.
+    timeless = [
+        [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(folder) if row["kind"] != "event"]
+        for folder in (expected, found)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_the_run_has_what_is_hard_to_resume(whole):
+    measured = rows(whole, "train")
+    assert len(measured) == 20
+    assert measured[2]["skipped_steps"] > 0
+    assert measured[-1]["skipped_steps"] < 20
+    assert len({row["loss_scale"] for row in measured}) > 2
+    assert last_state(whole)["model"]["3.weight"].dtype == torch.float16
+
+
+# Five steps an epoch, a checkpoint after 4, 8, ...: all in the middle of an epoch.
+def test_killed_and_resumed_is_the_same_to_the_bit(whole, images, tmp_path):
+    assert signalled(tmp_path / "run", images, "SIGKILL", 11) == -signal.SIGKILL
+    assert last_state(tmp_path / "run")["step"] == 8
+    train(resumable_config(tmp_path / "run", images))
+    assert_same_run(whole, tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run", "event") if row["what"] == "resume"] == [8]
+
+
+@pytest.mark.parametrize(("name", "at", "code"), [("SIGTERM", 6, 143), ("SIGUSR1", 12, 138), ("SIGINT", 2, 130)])
+def test_asked_to_stop_it_writes_a_checkpoint_first(whole, images, tmp_path, name, at, code):
+    assert signalled(tmp_path / "run", images, name, at) == code
+    # The step that the signal met is finished, and the one that then saw the request.
+    assert last_state(tmp_path / "run")["step"] in (at + 1, at + 2)
+    train(resumable_config(tmp_path / "run", images))
+    assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(whole, images, tmp_path, capsys, damage):
+    config = resumable_config(tmp_path / "run", images)
+    train(replace(config, trainer=replace(config.trainer, max_steps=12)))
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes({"cut": content[:-1000], "flipped": content, "empty": b""}[damage])
+    train(config)
+    assert f"{newest.name} is damaged (its checksum differs); the one before is used" in capsys.readouterr().out
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_checkpoint_without_its_checksum_is_still_checked(whole, tmp_path):
+    original = list_checkpoints(whole / "checkpoints")[-1].read_bytes()
+    path = tmp_path / "copy.pt"
+    path.write_bytes(original)
+    assert read_checkpoint(path)["step"] == 20
+    for content in (original[: len(original) // 2], b"", b"PK\x03\x04 nonsense"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"checkpoint: copy\.pt "):
+            read_checkpoint(path)
+
+
+def test_code_in_a_checkpoint_is_not_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    path = tmp_path / "evil.pt"
+    torch.save({"format": 1, "model": Evil()}, path)
+    with pytest.raises(UserError, match=r"evil\.pt cannot be read"):
+        read_checkpoint(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_finished_run_is_not_run_again(whole, images):
+    before = (whole / "metrics.jsonl").read_bytes()
+    summary = train(resumable_config(whole, images))
+    assert summary["steps"] == 20
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_runs_checkpoint_is_refused_and_the_difference_named(whole, images, tmp_path):
+    config = resumable_config(whole, images)
+    other_images = write_images(tmp_path / "other", count=62)
+    for changed, difference in [
+        (replace(config, precision=load_recipe("fp8")), r"precision\.activation\.rounding is 'stochastic' in the "),
+        (replace(config, seed=1), "seed is 0 in the checkpoint and 1 in this run"),
+        (replace(config, trainer=replace(config.trainer, clip_norm=1.0)), r"trainer\.clip_norm is None in the check"),
+        (replace(config, model=replace(config.model, name="resnet34")), "model.name is 'resnet18' in the checkpoint"),
+        (replace(config, data=replace(config.data, root=str(other_images))), r"task\.data is '.*' in the checkpoint"),
+    ]:
+        with pytest.raises(UserError, match=f"^resume: {difference}"):
+            train(changed)
+    # Where the images lie, and how many workers read them, is free.
+    moved = replace(config, data=replace(config.data, root=str(write_images(tmp_path / "moved")), workers=0))
+    assert train(moved)["steps"] == 20
+
+
+def test_resume_from_a_path_writes_a_run_of_its_own(whole, images, tmp_path):
+    first = list_checkpoints(whole / "checkpoints")[0]
+    config = resumable_config(tmp_path / "run", images)
+    train(replace(config, resume=str(first)))
+    a, b = last_state(whole), last_state(tmp_path / "run")
+    assert_same_bits(a["model"], b["model"])
+    assert {row["step"] for row in rows(tmp_path / "run", "train")} == set(
+        range(read_checkpoint(first)["step"] + 1, 21)
+    )
+    with pytest.raises(UserError, match=r"checkpoint: '.*nowhere\.pt' is missing"):
+        train(replace(config, resume=str(tmp_path / "nowhere.pt"), overwrite=True))
