@@ -83,7 +83,13 @@ def comparison(records: Iterable[RunRecord]) -> list[Row]:
     paper = paper_figures()
     notes = _distinctions([group[0] for group in runs])
     rows = [
-        _row(group, baselines.get(_pairing(group[0])), paper["figures"].get(group[0].model, {}), paper["data"], note)
+        _row(
+            group,
+            baselines.get(_pairing(group[0])),
+            paper["figures"].get(group[0].model.removeprefix("fairseq_"), {}),
+            paper["data"],
+            note,
+        )
         for group, note in zip(runs, notes, strict=True)
     ]
     order = list(paper["figures"])
