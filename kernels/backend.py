@@ -1,0 +1,144 @@
+"""Products in real FP8: operands in FP8 (or 16 bit) memory, multiplied by Triton kernels with FP32 accumulation.
+
+What the kernels do not take (FP32 or mixed operands, grouped convolutions) is emulated. Must never round.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from fp8repro.formats import FloatFormat
+from fp8repro.kernels import ops
+from fp8repro.kernels.launch import INTERPRETED
+from fp8repro.kernels.matmul import FP8_DTYPES
+from fp8repro.products import Conv2dGeometry, EmulateBackend, Operand
+
+
+def available(device: torch.device | str) -> str | None:
+    """Why Triton products cannot run on a device, in one line; None when they can.
+
+    A CPU can when Triton interprets (TRITON_INTERPRET=1), which is meant for tests.
+    """
+    device = torch.device(device)
+    if INTERPRETED:
+        return None if device.type == "cpu" else "TRITON_INTERPRET is set: kernels run on the CPU only"
+    if device.type != "cuda":
+        return f"the model is on {device.type}, and the kernels need a CUDA GPU"
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return "this build of torch has no CUDA"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) has no FP8 tensor cores"
+    return None
+
+
+class TritonBackend:
+    """Triton products of operands that are both FP8, both FP16 or both BF16.
+
+    Attributes:
+        accumulate: "promoted" or "fp16_mma" (see `Recipe.accumulate`).
+    """
+
+    name = "triton"
+
+    def __init__(self, accumulate: str = "promoted") -> None:
+        """Nothing is launched or compiled yet."""
+        self.accumulate = accumulate
+        self.emulated = EmulateBackend()
+
+    def value_dtype(self, fmt: FloatFormat) -> torch.dtype | None:
+        """None: codes are enough; FP32 for formats that the kernels cannot read."""
+        return None if fmt.dtype not in (None, torch.float32) else torch.float32
+
+    def linear(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
+        """See `fp8repro.products.Backend`."""
+        if not _native(x, weight):
+            return self.emulated.linear(x, weight, bias)
+        codes = x.codes.flatten(0, -2)
+        result = ops.matmul(codes, weight.codes.t(), bias, _inverse_scale(x, weight), self.accumulate)
+        return result.view(*x.codes.shape[:-1], result.shape[-1])
+
+    def linear_error(self, error: Operand, weight: Operand) -> Tensor:
+        """See `fp8repro.products.Backend`."""
+        if not _native(error, weight):
+            return self.emulated.linear_error(error, weight)
+        codes = error.codes.flatten(0, -2)
+        result = ops.matmul(codes, weight.codes, None, _inverse_scale(error, weight), self.accumulate)
+        return result.view(*error.codes.shape[:-1], result.shape[-1])
+
+    def linear_gradient(self, error: Operand, x: Operand) -> Tensor:
+        """See `fp8repro.products.Backend`."""
+        if not _native(error, x):
+            return self.emulated.linear_gradient(error, x)
+        turned = error.codes.flatten(0, -2).t()
+        return ops.matmul(turned, x.codes.flatten(0, -2), None, _inverse_scale(error, x), self.accumulate)
+
+    def conv2d(self, x: Operand, weight: Operand, bias: Tensor | None, geometry: Conv2dGeometry) -> Tensor:
+        """See `fp8repro.products.Backend`."""
+        if not _native(x, weight, geometry):
+            return self.emulated.conv2d(x, weight, bias, geometry)
+        return ops.conv2d(x.codes, weight.codes, bias, *_lists(geometry), _inverse_scale(x, weight), self.accumulate)
+
+    def conv2d_error(self, error: Operand, weight: Operand, geometry: Conv2dGeometry, like: Tensor) -> Tensor:
+        """See `fp8repro.products.Backend`."""
+        if not _native(error, weight, geometry):
+            return self.emulated.conv2d_error(error, weight, geometry, like)
+        shape = list(like.shape)
+        scale = _inverse_scale(error, weight)
+        result = ops.conv2d_error(error.codes, weight.codes, shape, *_lists(geometry), scale, self.accumulate)
+        return _laid_out_like(result, like)
+
+    def conv2d_gradient(self, error: Operand, x: Operand, geometry: Conv2dGeometry, like: Tensor) -> Tensor:
+        """See `fp8repro.products.Backend`."""
+        if not _native(error, x, geometry):
+            return self.emulated.conv2d_gradient(error, x, geometry, like)
+        shape = list(like.shape)
+        scale = _inverse_scale(error, x)
+        result = ops.conv2d_gradient(error.codes, x.codes, shape, *_lists(geometry), scale, self.accumulate)
+        return _laid_out_like(result, like)
+
+    def matmul(self, a: Operand, b: Operand) -> Tensor:
+        """See `fp8repro.products.Backend`."""
+        if not _native(a, b):
+            return self.emulated.matmul(a, b)
+        return ops.matmul(a.codes, b.codes, None, _inverse_scale(a, b), self.accumulate)
+
+    def matmul_error_a(self, error: Operand, b: Operand) -> Tensor:
+        """See `fp8repro.products.Backend`."""
+        if not _native(error, b):
+            return self.emulated.matmul_error_a(error, b)
+        turned = b.codes.transpose(-1, -2)
+        return ops.matmul(error.codes, turned, None, _inverse_scale(error, b), self.accumulate)
+
+    def matmul_error_b(self, error: Operand, a: Operand) -> Tensor:
+        """See `fp8repro.products.Backend`."""
+        if not _native(error, a):
+            return self.emulated.matmul_error_b(error, a)
+        turned = a.codes.transpose(-1, -2)
+        return ops.matmul(turned, error.codes, None, _inverse_scale(error, a), self.accumulate)
+
+
+def _native(a: Operand, b: Operand, geometry: Conv2dGeometry | None = None) -> bool:
+    """True where a kernel takes the operands as they are."""
+    if geometry is not None and geometry.groups != 1:
+        warnings.warn("backend=triton: grouped convolutions are emulated in FP32", stacklevel=3)
+        return False
+    both_fp8 = a.codes.dtype in FP8_DTYPES and b.codes.dtype in FP8_DTYPES
+    return both_fp8 or (a.codes.dtype == b.codes.dtype and a.codes.dtype in (torch.float16, torch.bfloat16))
+
+
+def _inverse_scale(a: Operand, b: Operand) -> float:
+    return 1.0 / ((a.scale or 1.0) * (b.scale or 1.0))
+
+
+def _lists(g: Conv2dGeometry) -> tuple[list[int], list[int], list[int]]:
+    return list(g.stride), list(g.padding), list(g.dilation)
+
+
+def _laid_out_like(result: Tensor, like: Tensor) -> Tensor:
+    if result.stride() == like.stride():
+        return result
+    return torch.empty_like(like, dtype=result.dtype).copy_(result)

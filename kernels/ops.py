@@ -1,0 +1,149 @@
+"""Quantizer and products as torch operators, so that torch.compile, CUDA graphs and the profiler understand them.
+
+No gradients are registered: what a product's gradient is, the recipe says (functional.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp8repro.formats import get_format
+from fp8repro.kernels import conv2d as convolution
+from fp8repro.kernels import matmul as product
+from fp8repro.kernels import quantize
+from fp8repro.products import Conv2dGeometry
+
+
+@torch.library.custom_op("fp8repro::round_into", mutates_args=("values", "codes", "stats"))
+def round_into(
+    x: Tensor,
+    format: str,
+    rounding: str,
+    overflow: str,
+    seed: int,
+    stream: int,
+    subnormal_rounding: str,
+    values: Tensor | None,
+    codes: Tensor | None,
+    stats: Tensor | None,
+) -> None:
+    """See `kernels.quantize`; seed and stream are signed here, with the same 64 bits. No fake: it makes no tensor."""
+    fmt = get_format(format)
+    quantize.round_into(x, fmt, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
+
+
+@torch.library.custom_op("fp8repro::matmul", mutates_args=())
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None, inverse_scale: float, accumulate: str) -> Tensor:
+    """a [..., M, K] @ b [..., K, N] * inverse_scale + bias -> FP32 [..., M, N]; see `kernels.matmul`."""
+    return product.matmul(a, b, bias, inverse_scale=inverse_scale, accumulate=accumulate)
+
+
+@matmul.register_fake
+def _(a: Tensor, b: Tensor, bias: Tensor | None, inverse_scale: float, accumulate: str) -> Tensor:
+    return a.new_empty((*a.shape[:-1], b.shape[-1]), dtype=torch.float32)
+
+
+def geometry_of(stride: list[int], padding: list[int], dilation: list[int]) -> Conv2dGeometry:
+    """A geometry from an operator's lists of two."""
+    return Conv2dGeometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]))
+
+
+def _empty_channels_last(like: Tensor, shape: tuple[int, ...] | list[int]) -> Tensor:
+    batch, channels, height, width = shape
+    return like.new_empty((batch, height, width, channels), dtype=torch.float32).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("fp8repro::conv2d", mutates_args=())
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    inverse_scale: float,
+    accumulate: str,
+) -> Tensor:
+    """x [B, C, H, W], weight [O, C, R, S] -> FP32 [B, O, P, Q], channels_last; see `kernels.conv2d`."""
+    geometry = geometry_of(stride, padding, dilation)
+    return convolution.conv2d(x, weight, bias, geometry, inverse_scale=inverse_scale, accumulate=accumulate)
+
+
+@conv2d.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    inverse_scale: float,
+    accumulate: str,
+) -> Tensor:
+    geometry = geometry_of(stride, padding, dilation)
+    return _empty_channels_last(x, convolution.output_size(x.shape, weight.shape, geometry))
+
+
+@torch.library.custom_op("fp8repro::conv2d_error", mutates_args=())
+def conv2d_error(
+    error: Tensor,
+    weight: Tensor,
+    input_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    inverse_scale: float,
+    accumulate: str,
+) -> Tensor:
+    """error [B, O, P, Q], weight [O, C, R, S] -> FP32 [B, C, H, W], channels_last; see `kernels.conv2d`."""
+    geometry = geometry_of(stride, padding, dilation)
+    return convolution.conv2d_error(
+        error, weight, tuple(input_shape), geometry, inverse_scale=inverse_scale, accumulate=accumulate
+    )
+
+
+@conv2d_error.register_fake
+def _(
+    error: Tensor,
+    weight: Tensor,
+    input_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    inverse_scale: float,
+    accumulate: str,
+) -> Tensor:
+    return _empty_channels_last(error, input_shape)
+
+
+@torch.library.custom_op("fp8repro::conv2d_gradient", mutates_args=())
+def conv2d_gradient(
+    error: Tensor,
+    x: Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    inverse_scale: float,
+    accumulate: str,
+) -> Tensor:
+    """error [B, O, P, Q], x [B, C, H, W] -> FP32 [O, C, R, S], channels_last; see `kernels.conv2d`."""
+    geometry = geometry_of(stride, padding, dilation)
+    return convolution.conv2d_gradient(
+        error, x, tuple(weight_shape), geometry, inverse_scale=inverse_scale, accumulate=accumulate
+    )
+
+
+@conv2d_gradient.register_fake
+def _(
+    error: Tensor,
+    x: Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    inverse_scale: float,
+    accumulate: str,
+) -> Tensor:
+    return _empty_channels_last(error, weight_shape)

@@ -1,0 +1,246 @@
+"""backend=triton beside backend=emulate: each product of the same operands, and whole training steps."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from fp8repro import products, quantizer
+from fp8repro.context import StepContext
+from fp8repro.formats import E4M3, E5M2, FP16, FP16_169, get_format
+from fp8repro.injection import inject, sites
+from fp8repro.kernels import ops
+from fp8repro.kernels.backend import TritonBackend, available
+from fp8repro.kernels.launch import INTERPRETED, LAUNCHES
+from fp8repro.kernels.quantize import round_into
+from fp8repro.kernels.update import Parameter, Rule, gradient_control, update
+from fp8repro.master import MasterWeights
+from fp8repro.models.transformer import transformer
+from fp8repro.products import Conv2dGeometry, EmulateBackend, Operand
+from fp8repro.recipe import RoleSpec, load_recipe
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCALE = 1024.0
+TOLERANCE = 1e-3 if torch.cuda.is_available() else 2e-6
+
+
+def draw(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(DEVICE)
+
+
+def operand(x, fmt=E5M2, scale=None):
+    codes = (x if scale is None else x * scale).to(fmt.dtype or torch.float32)
+    return Operand(codes, fmt, scale)
+
+
+def assert_near(given, expected):
+    assert given.shape == expected.shape
+    assert given.dtype == torch.float32
+    assert float((given - expected).norm() / expected.norm()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("fmt", [E5M2, E4M3, FP16], ids=lambda f: f.name)
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_linear_and_matmul_products(fmt, scale):
+    triton, emulate = TritonBackend(), EmulateBackend()
+    x, w, e, bias = draw(3, 7, 40), draw(24, 40), draw(3, 7, 24), draw(24)
+    a, b, ab = draw(2, 3, 9, 16), draw(2, 3, 16, 11), draw(2, 3, 9, 11)
+    qx, qw, qe, qa, qb, qab = (operand(t, fmt, scale) for t in (x, w, e, a, b, ab))
+    before = LAUNCHES["multiply"]
+    assert_near(triton.linear(qx, qw, bias), emulate.linear(qx, qw, bias))
+    assert_near(triton.linear_error(qe, qw), emulate.linear_error(qe, qw))
+    assert_near(triton.linear_gradient(qe, qx), emulate.linear_gradient(qe, qx))
+    assert_near(triton.matmul(qa, qb), emulate.matmul(qa, qb))
+    assert_near(triton.matmul_error_a(qab, qb), emulate.matmul_error_a(qab, qb))
+    assert_near(triton.matmul_error_b(qab, qa), emulate.matmul_error_b(qab, qa))
+    assert LAUNCHES["multiply"] == before + 6
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_convolution_products_and_layouts(channels_last):
+    triton, emulate = TritonBackend(), EmulateBackend()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    geometry = Conv2dGeometry((2, 2), (1, 1))
+    x, w = (draw(*s).contiguous(memory_format=layout) for s in ((2, 6, 9, 9), (4, 6, 3, 3)))
+    qx, qw = operand(x), operand(w, scale=4.0)
+    y = triton.conv2d(qx, qw, None, geometry)
+    assert_near(y, emulate.conv2d(qx, qw, None, geometry))
+    qe = operand(draw(*y.shape, seed=1).contiguous(memory_format=layout))
+    for given, expected, like in (
+        (triton.conv2d_error(qe, qw, geometry, x), emulate.conv2d_error(qe, qw, geometry, x), x),
+        (triton.conv2d_gradient(qe, qx, geometry, w), emulate.conv2d_gradient(qe, qx, geometry, w), w),
+    ):
+        assert_near(given, expected)
+        assert given.stride() == like.stride()
+
+
+def test_what_the_kernels_do_not_take_is_emulated():
+    triton = TritonBackend()
+    before = LAUNCHES.copy()
+    x, w = draw(5, 8), draw(4, 8)
+    for qx, qw in ((Operand(x), Operand(w)), (operand(x), Operand(w)), (operand(x, FP16_169), operand(w, FP16_169))):
+        assert torch.equal(triton.linear(qx, qw, None), qx.decoded() @ qw.decoded().t())
+    grouped = Conv2dGeometry(groups=2)
+    with pytest.warns(UserWarning, match="grouped convolutions are emulated"):
+        y = triton.conv2d(operand(draw(1, 4, 5, 5)), operand(draw(6, 2, 3, 3)), None, grouped)
+    assert y.shape == (1, 6, 3, 3)
+    assert before == LAUNCHES
+    assert triton.value_dtype(get_format("e5m2")) is None
+    assert triton.value_dtype(get_format("fp16_1_6_9")) == torch.float32
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about the interpreter")
+def test_where_it_can_run():
+    assert available("cpu") is None
+    assert "TRITON_INTERPRET" in available("cuda")
+
+
+@pytest.mark.parametrize("op", ["round_into", "matmul", "conv2d", "conv2d_error", "conv2d_gradient"])
+def test_operators_hold_what_torch_asks_of_them(op):
+    # In 16 bit: the checker itself cannot compute with FP8 tensors.
+    def half(*shape):
+        return draw(*shape).half()
+
+    geometry = ([2, 2], [1, 1], [1, 1], 1.0, "promoted")
+    outputs = (draw(5, 8), half(5, 8), torch.zeros(4, dtype=torch.float64, device=DEVICE))
+    arguments = {
+        "round_into": (draw(5, 8), "fp16", "stochastic", "inf", -1, -(2**63), "same", *outputs),
+        "matmul": (half(2, 5, 8), half(2, 8, 3), draw(3), 1.0, "promoted"),
+        "conv2d": (half(2, 4, 7, 7), half(6, 4, 3, 3), draw(6), *geometry),
+        "conv2d_error": (half(2, 6, 4, 4), half(6, 4, 3, 3), [2, 4, 7, 7], *geometry),
+        "conv2d_gradient": (half(2, 6, 4, 4), half(2, 4, 7, 7), [6, 4, 3, 3], *geometry),
+    }[op]
+    torch.library.opcheck(getattr(ops, op), arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiled_graph_holds_the_operators():
+    def product(x, w):
+        codes = torch.empty_like(x, dtype=torch.float8_e5m2)
+        torch.ops.fp8repro.round_into(x, "e5m2", "stochastic", "inf", 1, 2, "same", None, codes, None)
+        return torch.ops.fp8repro.matmul(codes, w.t(), None, 1.0, "promoted") + 1
+
+    x, w = draw(5, 16), draw(7, 16).to(torch.float8_e5m2)
+    compiled = torch.compile(product, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, w), product(x, w))
+
+
+def tiny_resnet():
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
+    model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(128, 5)
+    x = draw(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    target = torch.tensor([1, 3], device=DEVICE)
+    return model.to(DEVICE, memory_format=torch.channels_last), lambda m: F.cross_entropy(m(x), target)
+
+
+def tiny_transformer():
+    size = {"width": 32, "ffn_width": 48, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0}
+    source = torch.tensor([[5, 6, 7, 8, 2], [9, 4, 2, 1, 1]], device=DEVICE)
+    target = torch.tensor([[2, 6, 5, 4], [2, 9, 1, 1]], device=DEVICE)
+
+    def loss(model):
+        logits = model(source, target).flatten(0, 1)
+        return F.cross_entropy(logits, target.roll(-1, 1).flatten())
+
+    return transformer(12, **size).to(DEVICE), loss
+
+
+@pytest.fixture
+def triton_quantizer(monkeypatch):
+    """Every rounding by Triton, compared on the spot with the other engine's bytes; gives the number of roundings."""
+    torch_engine = quantizer._torch_round_into
+    count = Counter()
+
+    def engine(x, fmt, rounding, overflow, seed, stream, subnormal, values, codes, stats):
+        options = (fmt, rounding, overflow, seed, stream, subnormal)
+        expected_values, expected_codes = (None if t is None else torch.empty_like(t) for t in (values, codes))
+        torch_engine(x.cpu().clone(), *options, expected_values, expected_codes, None)
+        round_into(x, *options, values, codes, stats)
+        for given, expected in ((values, expected_values), (codes, expected_codes)):
+            if given is not None:
+                assert torch.equal(given.float(), expected.float())
+        count["roundings"] += 1
+
+    monkeypatch.setattr(quantizer, "_torch_round_into", engine)
+    monkeypatch.setattr(quantizer.native, "available", lambda: False)
+    return count
+
+
+def one_step(build, backend):
+    """Loss, gradients and masters after one step, and the operands' codes of each product."""
+    torch.manual_seed(0)
+    model, loss_of = build()
+    recipe = load_recipe("fp8_stochastic")
+    inject(model, recipe, StepContext(seed=1), "emulate")
+    for site in sites(model).values():
+        site.backend = backend
+    masters = MasterWeights(model, torch.optim.SGD(model.parameters(), lr=0.01), recipe)
+    seen = []
+    with products.observe(lambda name, kind, operands: seen.append((name, kind, operands))):
+        model.fp8_context.begin(0)
+        loss = loss_of(model)
+        (loss * SCALE).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return float(loss.detach()), gradients, model, masters, seen
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compares with CPU engines")
+@pytest.mark.parametrize("build", [tiny_resnet, tiny_transformer])
+def test_one_training_step(build, triton_quantizer):
+    expected_loss, expected, *_ = one_step(build, EmulateBackend())
+    roundings = triton_quantizer["roundings"]
+    before = LAUNCHES.copy()
+    loss, gradients, model, masters, seen = one_step(build, TritonBackend())
+    launched = LAUNCHES - before
+
+    assert triton_quantizer["roundings"] == 2 * roundings > 0
+    assert abs(loss - expected_loss) <= 1e-3 * expected_loss
+    # Another order of summation flips a rounding here and there, and a flip in E5M2 is a quarter of the value.
+    for name, gradient in gradients.items():
+        assert float((gradient - expected[name]).norm() / expected[name].norm()) <= 0.1, name
+
+    kinds = Counter(type(model.get_submodule(name)).__name__ + " " + kind for name, kind, _ in seen)
+    matrix = sum(count for kind, count in kinds.items() if "Conv2d" not in kind)
+    assert launched["multiply"] == matrix > 0
+    assert launched["weight_gradient"] == kinds["FP8Conv2d gradient"]
+    # A strided convolution's error takes a launch for each remainder of the position.
+    assert launched["gather_product"] >= kinds["FP8Conv2d forward"] + kinds["FP8Conv2d error"]
+    assert any("Conv2d" in kind for kind in kinds) == (build is tiny_resnet)
+    # Every product of the step went to a kernel: products of operands in FP8, exempt layers in FP16.
+    formats = {operand.codes.dtype for _, _, operands in seen for operand in operands}
+    assert formats == {torch.float8_e5m2, torch.float16}
+    assert_fused_update_does_what_the_masters_do(model, masters)
+
+
+def assert_fused_update_does_what_the_masters_do(model, masters):
+    context, spec = model.fp8_context, load_recipe("fp8_stochastic").master
+    parameters, names = [], []
+    for name, p in model.named_parameters():
+        grad = torch.empty_like(p.data, dtype=torch.float32).copy_(p.grad)
+        parameters.append(Parameter(p.data.clone(), grad, (), context.stream(name, 0, "master", "master")))
+        names.append(name)
+    before = LAUNCHES["update"]
+    update(
+        parameters,
+        Rule("sgd", 0.01, 0.0),
+        1,
+        spec,
+        RoleSpec(),
+        gradient_control(parameters, SCALE),
+        SCALE,
+        context.seed,
+    )
+    assert 0 < LAUNCHES["update"] - before <= 4
+    assert masters.step(SCALE)
+    wrong = total = 0
+    for name, parameter in zip(names, parameters, strict=True):
+        expected = model.get_parameter(name).data
+        assert parameter.master.dtype == expected.dtype
+        wrong += int((parameter.master != expected).sum())
+        total += expected.numel()
+    # The two differ where a fused multiplication-addition of FP32 changes a last bit that the random draw then meets.
+    assert wrong <= total // 10_000
