@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fp8repro import native, reference
-from fp8repro.formats import FloatFormat, get_format
+from fp8repro.formats import FP32, FloatFormat, get_format
 from fp8repro.reference import OVERFLOWS, ROUNDINGS, SUBNORMAL_ROUNDINGS
 
 INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -97,7 +97,7 @@ def round_into(
     if x.device.type == "cuda":
         # Imported here, because Triton is only needed on a GPU and is missing on many laptops.
         from fp8repro.kernels.quantize import round_into as engine
-    elif native.available():
+    elif format.mantissa_bits < FP32.mantissa_bits and native.available():
         engine = native.round_into
     else:
         engine = _torch_round_into
@@ -148,10 +148,10 @@ def _check_options(x: Tensor, rounding: str, overflow: str, subnormal_rounding: 
     if not isinstance(x, Tensor) or x.dtype not in INPUT_DTYPES:
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x: got {given}, expected a torch.float32, torch.float16 or torch.bfloat16 tensor")
-    for name, given, accepted in (
+    for name, value, accepted in (
         ("rounding", rounding, ROUNDINGS),
         ("overflow", overflow, OVERFLOWS),
         ("subnormal_rounding", subnormal_rounding, SUBNORMAL_ROUNDINGS),
     ):
-        if given not in accepted:
-            raise ValueError(f"{name}: got {given!r}, expected one of {', '.join(accepted)}")
+        if value not in accepted:
+            raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(accepted)}")

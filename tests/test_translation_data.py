@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fp8repro.cache import cache_root
 from fp8repro.data.translation import datasets
 from fp8repro.data.translation.batching import Batch, TranslationBatches, bucket_batches, make_batch, pair_lengths
-from fp8repro.data.translation.cache import cache_root
 from fp8repro.data.translation.corpus import read_lines, read_pairs
 from fp8repro.data.translation.datasets import Split, TranslationData, load_translation
 from fp8repro.data.translation.synthetic import synthetic_corpus

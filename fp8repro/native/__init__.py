@@ -1,15 +1,175 @@
-"""The C++ CPU engine, compiled for this machine at first use; absent where there is no compiler."""
+"""The C++ CPU engine, compiled for this machine at first use; absent where there is no compiler.
+
+It gives the bytes of `fp8repro.reference` for every layout and thread count.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import math
+import struct
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8repro.formats import FloatFormat
+from fp8repro.native import build
+from fp8repro.native.layout import plan
+
+_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+_ROUNDINGS = {"nearest": 0, "stochastic": 1, "toward_zero": 2}
+# torch's own grain: smaller tensors are not worth waking a second thread.
+_GRAIN = 32768
+
+
+class _Format(ctypes.Structure):
+    """Mirrors `Format` in quantize.cpp."""
+
+    _fields_ = (
+        ("rounding", ctypes.c_int32),
+        ("subnormal_nearest", ctypes.c_int32),
+        ("drop", ctypes.c_int32),
+        ("smallest_normal", ctypes.c_uint32),
+        ("largest", ctypes.c_uint32),
+        ("beyond", ctypes.c_uint32),
+        ("infinity", ctypes.c_uint32),
+        ("nan_code", ctypes.c_uint32),
+    )
+
+
+@functools.cache
+def library(march: str = "native") -> Any:
+    """The compiled quantizer, or None."""
+    found = build.load("quantize", march)
+    if found is None:
+        return None
+    pointer, int64 = ctypes.c_void_p, ctypes.c_int64
+    uint64, int32 = ctypes.c_uint64, ctypes.c_int32
+    common: list[Any] = [pointer, pointer, pointer, int32, pointer, uint64, uint64, pointer, int32]
+    found.fp8repro_linear.argtypes = [*common, int64]
+    found.fp8repro_runs.argtypes = [*common, int64, pointer]
+    found.fp8repro_transposed.argtypes = [*common, int64, int64, int64]
+    found.fp8repro_decode.argtypes = [pointer, pointer, int32, int32, int32, int64]
+    found.fp8repro_words.argtypes = [uint64, uint64, uint64, pointer]
+    return found
 
 
 def available() -> bool:
-    """True when the engine is compiled and loaded."""
-    return False
+    """True when the engine is compiled and loaded; the first call compiles it."""
+    return library() is not None
 
 
-def round_into(*arguments: Any) -> None:
-    """See `fp8repro.quantizer.round_into`."""
-    raise RuntimeError("the native engine is not available")
+def round_into(
+    x: Tensor,
+    format: FloatFormat,
+    rounding: str,
+    overflow: str,
+    seed: int,
+    stream: int,
+    subnormal_rounding: str,
+    values: Tensor | None,
+    codes: Tensor | None,
+    stats: Tensor | None,
+    engine: Any = None,
+) -> None:
+    """See `fp8repro.quantize.round_into`; `engine` is another build of the library."""
+    if x.numel() == 0:
+        return
+    engine = engine or library()
+    outputs = [out for out in (values, codes) if out is not None]
+    if x.is_contiguous() and all(out.is_contiguous() for out in outputs):
+        kernel, arguments = "linear", (x.numel(),)
+    else:
+        strides = tuple(out.stride() for out in outputs)
+        kernel, arguments = plan(tuple(x.shape), x.stride(), strides, values is not None, rounding == "stochastic")
+        if kernel == "copy":
+            _round_copies(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats, engine)
+            return
+    types = _TYPES[x.dtype]
+    if values is not None:
+        types |= _TYPES[values.dtype] << 4
+    if codes is not None:
+        types |= (4 if codes.element_size() == 1 else 5) << 8
+    getattr(engine, "fp8repro_" + kernel)(
+        x.data_ptr(),
+        None if values is None else values.data_ptr(),
+        None if codes is None else codes.data_ptr(),
+        types,
+        _format(format, rounding, overflow, subnormal_rounding)[1],
+        seed,
+        stream,
+        None if stats is None else stats.data_ptr(),
+        torch.get_num_threads() if x.numel() > _GRAIN else 1,
+        *arguments,
+    )
+
+
+def decode(codes: Tensor, values: Tensor) -> None:
+    """Write the values of FP8 bytes into an FP32 or BF16 tensor of the same shape and layout; exact.
+
+    Args:
+        codes: float8_e5m2 or float8_e4m3fn tensor.
+        values: float32 or bfloat16 tensor.
+    """
+    if codes.stride() != values.stride() or not _dense(codes):
+        values.copy_(codes)
+        return
+    count = codes.numel()
+    is_e4m3 = int(codes.dtype is torch.float8_e4m3fn)
+    threads = torch.get_num_threads() if count > _GRAIN else 1
+    library().fp8repro_decode(codes.data_ptr(), values.data_ptr(), is_e4m3, _TYPES[values.dtype], threads, count)
+
+
+def _round_copies(
+    x: Tensor,
+    format: FloatFormat,
+    rounding: str,
+    overflow: str,
+    seed: int,
+    stream: int,
+    subnormal_rounding: str,
+    values: Tensor | None,
+    codes: Tensor | None,
+    stats: Tensor | None,
+    engine: Any,
+) -> None:
+    """Layouts that no kernel walks: round a copy in logical order."""
+    inner = [None if out is None else torch.empty(out.shape, dtype=out.dtype) for out in (values, codes)]
+    x = x.contiguous()
+    round_into(x, format, rounding, overflow, seed, stream, subnormal_rounding, inner[0], inner[1], stats, engine)
+    for out, copy in zip((values, codes), inner, strict=True):
+        if out is not None and copy is not None:
+            out.copy_(copy)
+
+
+@functools.cache
+def _format(format: FloatFormat, rounding: str, overflow: str, subnormal_rounding: str) -> tuple[_Format, int]:
+    """The kernel's view of a format and its address."""
+    unbounded = math.inf if format.has_infinity else math.nan
+    stays_finite = rounding == "toward_zero" or overflow == "saturate"
+    built = _Format(
+        rounding=_ROUNDINGS[rounding],
+        subnormal_nearest=int(rounding == "stochastic" and subnormal_rounding == "nearest"),
+        drop=23 - format.mantissa_bits,
+        smallest_normal=_bits(format.smallest_normal),
+        largest=_bits(format.max),
+        beyond=_bits(format.max if stays_finite else unbounded),
+        infinity=_bits(unbounded),
+        nan_code=0x7F if format.is_fp8 else _nan_code(format),
+    )
+    return built, ctypes.addressof(built)
+
+
+def _bits(value: float) -> int:
+    return int(struct.unpack("<I", struct.pack("<f", value))[0]) if value == value else 0x7FFFFFFF
+
+
+def _nan_code(format: FloatFormat) -> int:
+    """The quiet NaN with no payload."""
+    return (2 ** (format.exponent_bits + 1) - 1) << (format.mantissa_bits - 1)
+
+
+def _dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or plan(tuple(tensor.shape), tensor.stride(), (), False, False)[0] == "linear"

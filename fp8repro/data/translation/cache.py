@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-
-def cache_root() -> Path:
-    """`$FP8REPRO_CACHE`, else `$XDG_CACHE_HOME/fp8repro`, else `~/.cache/fp8repro`."""
-    own, shared = os.environ.get("FP8REPRO_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own) if own else Path(shared) / "fp8repro" if shared else Path.home() / ".cache" / "fp8repro"
+from fp8repro.cache import cache_root
 
 
 def content_key(settings: Mapping[str, Any], files: Iterable[Path]) -> str:

@@ -1,0 +1,94 @@
+"""How the native engine is built: its cache, its fallbacks, and the code it gives lesser machines."""
+
+import os
+import platform
+import subprocess
+import sys
+import zlib
+
+import pytest
+import torch
+
+import fp8repro
+from fp8repro import native, reference
+from fp8repro.formats import BF16, E4M3, E5M2, FP16
+from fp8repro.native.layout import plan
+
+PROGRAM = """
+import zlib, torch, fp8repro
+from fp8repro import native
+x = torch.linspace(-3, 3, 1000)
+q = fp8repro.quantize(x, rounding="stochastic", seed=3, stream=4).view(torch.uint8)
+print(native.available(), zlib.crc32(q.numpy().tobytes()))
+"""
+
+
+def run(**environment: str) -> subprocess.CompletedProcess[str]:
+    settings = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", PROGRAM], env=settings, capture_output=True, text=True, check=True)
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+def test_without_a_compiler_one_line_says_so_and_the_bytes_are_the_same(tmp_path):
+    fallback = run(FP8REPRO_CACHE=str(tmp_path), CXX="", PATH=str(tmp_path))
+    off = run(FP8REPRO_NATIVE="0")
+    x = torch.linspace(-3, 3, 1000)
+    codes = fp8repro.quantize(x, rounding="stochastic", seed=3, stream=4).view(torch.uint8)
+    expected = str(zlib.crc32(codes.numpy().tobytes()))
+    assert fallback.stdout.split() == off.stdout.split() == ["False", expected]
+    assert len(fallback.stderr.splitlines()) == 1
+    assert "no C++ compiler" in fallback.stderr
+    assert off.stderr == ""
+
+
+def test_a_broken_compiler_is_reported_in_one_line(tmp_path):
+    broken = run(FP8REPRO_CACHE=str(tmp_path), CXX="false")
+    assert broken.stdout.split()[0] == "False"
+    assert len(broken.stderr.splitlines()) == 1
+    assert "using torch" in broken.stderr
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+def test_two_processes_that_build_at_once_leave_one_library(tmp_path):
+    settings = {**os.environ, "FP8REPRO_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", PROGRAM]
+    both = [subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert all(process.communicate()[0].startswith("True") for process in both)
+    assert len(list((tmp_path / "native").iterdir())) == 1
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not native.available(), reason="needs an x86-64 compiler")
+@pytest.mark.parametrize("march", ["x86-64", pytest.param("x86-64-v3", marks=pytest.mark.long)])
+def test_lesser_machines_get_the_same_bytes(march):
+    engine = native.library(march)
+    assert engine is not None
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randint(-(2**31), 2**31, (6000,), generator=generator).to(torch.int32).view(torch.float32)
+    x = torch.cat([patterns, torch.randn(6000, generator=generator) * 1e-5])[:11_970].reshape(7, 18, 5, 19)
+    for source in (x, x.contiguous(memory_format=torch.channels_last), x.half(), x.bfloat16()):
+        for format in (E5M2, E4M3, FP16, BF16):
+            for rounding in reference.ROUNDINGS:
+                got, mine = (torch.empty_like(source, dtype=torch.float32) for _ in range(2))
+                codes, my_codes = (torch.empty_like(source, dtype=format.dtype) for _ in range(2))
+                native.round_into(source, format, rounding, "inf", 1, 2, "same", got, codes, None, engine)
+                native.round_into(source, format, rounding, "inf", 1, 2, "same", mine, my_codes, None)
+                assert torch.equal(got.view(torch.int32), mine.view(torch.int32))
+                width = torch.uint8 if format.is_fp8 else torch.int16
+                assert torch.equal(codes.view(width), my_codes.view(width))
+
+
+@pytest.mark.parametrize(
+    ("make", "ordered", "expected"),
+    [
+        (lambda: torch.empty(4, 8, 6, 6), True, ("linear", (1152,))),
+        (lambda: torch.empty(4, 8, 6, 6).to(memory_format=torch.channels_last), False, ("linear", (1152,))),
+        (lambda: torch.empty(4, 8, 6, 6).to(memory_format=torch.channels_last), True, ("transposed", (4, 36, 8))),
+        (lambda: torch.empty(5, 7).t(), True, ("transposed", (1, 5, 7))),
+        (lambda: torch.empty(6, 1, 7, 1), True, ("linear", (42,))),
+        (lambda: torch.empty(40)[::2], True, ("copy", ())),
+    ],
+)
+def test_the_kernel_follows_the_layout(make, ordered, expected):
+    x = make()
+    assert plan(tuple(x.shape), x.stride(), (x.stride(),), True, ordered) == expected
