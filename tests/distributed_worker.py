@@ -1,0 +1,60 @@
+"""The processes of test_training_distributed.py, started by torchrun."""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from training_tools import tiny_config, tiny_network
+
+import fp8repro.training.image
+import fp8repro.training.loop as loop
+from fp8repro.config import LossScalingConfig
+
+
+def without_dropout(*arguments):
+    """Dropout draws other bits on every rank; without it, two processes must equal one."""
+    model = tiny_network(*arguments)
+    model[6].p = 0.0
+    return model
+
+
+def synchronized_config(run_dir):
+    """FP32 with normalization over all processes; 1,438 images in batches that do not divide evenly."""
+    return tiny_config(run_dir, batch_size=250, epochs=2, micro_steps=2, sync_batchnorm=True, eval_batch_size=100)
+
+
+def fp8_config(run_dir):
+    """Stochastic rounding everywhere, and a loss scale that makes the first steps overflow."""
+    scaling = LossScalingConfig("dynamic", scale=2.0**22, window=4)
+    config = tiny_config(run_dir, "fp8_stochastic", scaling, batch_size=120, epochs=1, checkpoint_every_steps=4)
+    return replace(config, resume="auto")
+
+
+def main(run_dir, what):
+    rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    fp8repro.training.image.make_resnet = without_dropout
+    own_step, scales = loop.train_step, []
+
+    def step(run, batches, stop):
+        if what == "dying" and rank == 1 and attempt == 0 and run.step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = own_step(run, batches, stop)
+        scales.append((run.scaler.scale, result.applied))
+        if run.step + 1 == run.last_step:
+            state = {
+                "model": run.model.state_dict(),
+                "scales": scales,
+                "bits": run.context.stream("x", 0, "y", "error"),
+            }
+            torch.save(state, Path(run_dir) / f"rank{rank}.pt")
+        return result
+
+    loop.train_step = step
+    loop.train(synchronized_config(run_dir) if what == "synchronized" else fp8_config(run_dir))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

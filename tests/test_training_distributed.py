@@ -1,0 +1,96 @@
+"""Several processes under torchrun (gloo on the CPU) against one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_worker import fp8_config, synchronized_config, without_dropout
+from training_tools import rows
+
+import fp8repro.training.image
+from fp8repro.errors import UserError
+from fp8repro.training import train
+from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint
+from fp8repro.training.distributed import World, join_world
+
+HERE = Path(__file__).parent
+
+
+def torchrun(run_dir, what, restarts=0, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [f"--max-restarts={restarts}", str(HERE / "distributed_worker.py"), str(run_dir), what]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def ranks(run_dir, processes=2):
+    return [torch.load(run_dir / f"rank{rank}.pt") for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def fp8_run(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("fp8") / "run"
+    torchrun(run_dir, "fp8")
+    return run_dir
+
+
+def test_two_processes_with_synchronized_normalization_equal_one(tmp_path, monkeypatch):
+    torchrun(tmp_path / "two", "synchronized")
+    monkeypatch.setattr(fp8repro.training.image, "make_resnet", without_dropout)
+    train(synchronized_config(tmp_path / "one"))
+    a, b = ranks(tmp_path / "two")
+    one = read_checkpoint(list_checkpoints(tmp_path / "one" / "checkpoints")[-1])["model"]
+    for name, value in one.items():
+        assert torch.equal(a["model"][name], b["model"][name]), name
+        # Two ranks times two micro-steps against two micro-steps: statistics are of a micro-step.
+        assert torch.allclose(a["model"][name].double(), value.double(), atol=2e-4), name
+    # Metrics are sums over all examples: 359 validation images do not divide by two ranks or by the batch.
+    for kind, figures in (("train", ("loss", "top1", "grad_norm", "l2")), ("eval", ("loss", "top1", "top5"))):
+        for mine, theirs in zip(rows(tmp_path / "one", kind), rows(tmp_path / "two", kind), strict=True):
+            assert mine["step"] == theirs["step"]
+            for figure in figures:
+                assert theirs[figure] == pytest.approx(mine[figure], rel=2e-3, abs=0.3 if "top" in figure else 1e-6)
+
+
+def test_ranks_agree_on_weights_and_scale_but_not_on_the_bits_of_errors(fp8_run):
+    a, b = ranks(fp8_run)
+    for name, value in a["model"].items():
+        assert value.numpy().tobytes() == b["model"][name].numpy().tobytes(), name
+    assert a["scales"] == b["scales"]
+    assert {applied for _, applied in a["scales"]} == {True, False}
+    assert a["bits"] != b["bits"]
+    # One process wrote, once.
+    assert [row["step"] for row in rows(fp8_run, "train")] == list(range(1, 13))
+    assert len(rows(fp8_run, "convert")) == 1
+
+
+def test_another_number_of_processes_is_refused(fp8_run, monkeypatch):
+    monkeypatch.setattr(fp8repro.training.image, "make_resnet", without_dropout)
+    with pytest.raises(UserError, match="resume: processes is 2 in the checkpoint and 1 in this run"):
+        train(fp8_config(fp8_run))
+
+
+@pytest.mark.long
+def test_a_process_that_dies_is_restarted_and_the_weights_are_the_same_to_the_bit(fp8_run, tmp_path):
+    torchrun(tmp_path / "run", "dying", restarts=1)
+    assert [row["step"] for row in rows(tmp_path / "run", "event") if row["what"] == "resume"] == [4]
+    for mine, theirs in zip(ranks(fp8_run), ranks(tmp_path / "run"), strict=True):
+        for name, value in mine["model"].items():
+            assert value.numpy().tobytes() == theirs["model"][name].numpy().tobytes(), name
+
+
+def test_one_process_is_a_world(monkeypatch):
+    world = World()
+    tensor = torch.tensor([1.0])
+    world.sum_tensors([tensor])
+    world.average_tensors([tensor])
+    assert (world.sum([1, 2.5]), tensor.item(), world.is_main) == ([1, 2.5], 1.0, True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE: got 2 without RANK"):
+        join_world("cpu")
