@@ -9,20 +9,20 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
+from fp8repro.backends import select_backend
 from fp8repro.context import StepContext
 from fp8repro.errors import UserError
 from fp8repro.functional import Site
 from fp8repro.layers import FP8Conv2d, FP8Linear, FP8MatMul, MasterEmbedding
 from fp8repro.models.layers import MatMul
 from fp8repro.normalization import FusedBatchNorm2d, fuse_normalizations
-from fp8repro.products import Backend, EmulateBackend
 from fp8repro.recipe import AUTO, ROLES, Recipe, RoleSpec, load_recipe
 
 CONVERTED = {nn.Linear: FP8Linear, nn.Conv2d: FP8Conv2d, MatMul: FP8MatMul}
 OPERAND_ROLES = ROLES[:4]
-BACKENDS = ("auto", "emulate", "triton")
 # Modules with parameters, or products, that stay as they are; everything else without parameters is not worth a line.
 _LEFT: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.modules.batchnorm._NormBase, "normalization stays in FP32"),
@@ -50,10 +50,15 @@ class InjectionRow:
 
 @dataclass
 class InjectionReport:
-    """What `inject` did."""
+    """What `inject` did.
+
+    Attributes:
+        backend: what multiplies; `why`: what kept "auto" from FP8 tensor cores, or "".
+    """
 
     recipe: str
     backend: str
+    why: str = ""
     rows: list[InjectionRow] = field(default_factory=list)
 
     def names(self, status: str) -> list[str]:
@@ -67,7 +72,8 @@ class InjectionReport:
         widths = [max(len(line[column]) for line in lines) for column in range(3)]
         body = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]) for line in lines]
         counts = ", ".join(f"{len(self.names(s))} {s}" for s in ("converted", "exempt", "left"))
-        return "\n".join([f"recipe {self.recipe}, products: {self.backend}; {counts}", *body])
+        why = f" ({self.why})" if self.why else ""
+        return "\n".join([f"recipe {self.recipe}, products: {self.backend}{why}; {counts}", *body])
 
 
 def inject(
@@ -95,8 +101,9 @@ def inject(
         raise UserError("model: got a model that is converted already, expected a fresh one")
     context = context or StepContext()
     model.fp8_context = context  # type: ignore[assignment]
-    products = select_backend(backend, model)
-    report = InjectionReport(recipe.name, products.name)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    products, why = select_backend(backend, device, recipe.accumulate)
+    report = InjectionReport(recipe.name, products.name, why)
     modules = dict(model.named_modules())
     kinds = {name: type(module).__name__ for name, module in modules.items()}
     candidates = [name for name, module in modules.items() if type(module) in CONVERTED]
@@ -170,17 +177,6 @@ def exempt_layers(recipe: Recipe, modules: dict[str, nn.Module], candidates: lis
             raise UserError(f"precision.exempt: got {pattern!r}, which matches none of the layers ({some})")
         matched.update(hits)
     return matched
-
-
-def select_backend(backend: str, model: nn.Module) -> Backend:
-    """What multiplies, for a setting and the device of the model's parameters.
-
-    Raises:
-        UserError: an unknown name, or Triton where it cannot run.
-    """
-    if backend not in BACKENDS:
-        raise UserError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
-    return EmulateBackend()
 
 
 def _roles(recipe: Recipe, exempt: bool) -> dict[str, RoleSpec]:

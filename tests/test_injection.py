@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -224,3 +227,21 @@ def test_matmul_operands_both_get_rounded_errors() -> None:
     model.product(a, b).sum().backward()
     for grad in (a.grad, b.grad):
         assert torch.equal(grad, grad.to(torch.float8_e5m2).float())  # type: ignore[union-attr]
+
+
+def test_triton_where_it_cannot_run_is_an_error_that_says_why() -> None:
+    code = (
+        "import torch, fp8repro\n"
+        "from fp8repro.errors import UserError\n"
+        "try:\n    fp8repro.inject(torch.nn.Sequential(torch.nn.Linear(2, 2)), 'fp8', backend='triton')\n"
+        "except UserError as error:\n    print(error)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert result.stdout.startswith("backend: got 'triton', but ")
+    assert "expected auto or emulate" in result.stdout
+
+
+def test_an_unknown_backend_is_named() -> None:
+    with pytest.raises(UserError, match="backend: got 'cuda', expected one of auto, emulate, triton"):
+        inject(nn.Sequential(nn.Linear(2, 2)), "fp8", backend="cuda")

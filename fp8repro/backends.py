@@ -1,0 +1,42 @@
+"""Which backend multiplies, for a setting and a device. It must never change what a recipe means."""
+
+from __future__ import annotations
+
+import torch
+
+from fp8repro.errors import UserError
+from fp8repro.products import Backend, EmulateBackend
+
+BACKENDS = ("auto", "emulate", "triton")
+
+
+def select_backend(backend: str, device: torch.device, accumulate: str) -> tuple[Backend, str]:
+    """Choose what multiplies.
+
+    Args:
+        backend: "emulate" for exact values multiplied in FP32, "triton" for FP8 tensor cores, "auto" for the fastest
+            exact one that the device has.
+        device: where the model is.
+        accumulate: how real FP8 products accumulate (see `Recipe`).
+
+    Returns:
+        The backend, and why "auto" did not take FP8 tensor cores (or "").
+
+    Raises:
+        UserError: an unknown name, or Triton where it cannot run.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend == "emulate" or (backend == "auto" and device.type == "cpu"):
+        return EmulateBackend(), ""
+    try:
+        from fp8repro.kernels.backend import TritonBackend, available
+    except ImportError:
+        missing: str | None = "Triton is not installed"
+    else:
+        missing = available(device)
+        if missing is None:
+            return TritonBackend(accumulate), ""
+    if backend == "triton":
+        raise UserError(f"backend: got 'triton', but {missing}; expected auto or emulate here")
+    return EmulateBackend(), missing or ""
