@@ -51,7 +51,8 @@ def accumulation(accumulate: str, capability: tuple[int, int]) -> int:
     Raises:
         ValueError: an unknown name.
     """
-    codes = {"promoted": PROMOTED, "fp16_mma": FP16_MMA, "unpromoted": UNPROMOTED}
+    codes = {"promoted": PROMOTED.value, "fp16_mma": FP16_MMA.value, "unpromoted": UNPROMOTED.value}
+    codes |= {"promoted_64": 64, "promoted_32": 32}
     if accumulate not in codes:
         raise ValueError(f"accumulate: got {accumulate!r}, expected one of {', '.join(codes)}")
     if INTERPRETED:
@@ -60,7 +61,7 @@ def accumulation(accumulate: str, capability: tuple[int, int]) -> int:
         return FP16_MMA.value
     if accumulate == "promoted" and generation(capability) in ("sm_89", "sm_120"):
         return PROMOTED_FMA.value
-    return int(codes[accumulate].value)
+    return codes[accumulate]
 
 
 def choose(

@@ -79,7 +79,8 @@ def matmul(
         bias: FP32 [N].
         inverse_scale: power of two that undoes the operands' scales.
         accumulate: "promoted" (FP8 instructions, partial sums of 128 added in FP32), "fp16_mma" (FP16 instructions, all
-            sums in FP32), or, for measurements, "unpromoted".
+            sums in FP32), or, for measurements, "unpromoted", "promoted_64",
+            "promoted_32".
         epilogue: how the result is stored; FP32 by default.
         splits: parts of K that are summed apart, in a fixed order; None chooses.
 

@@ -12,13 +12,12 @@ from fp8repro.kernels import codec
 from fp8repro.kernels.codec import STOCHASTIC
 
 # How products accumulate (recipe: `accumulate`).
-PROMOTED = tl.constexpr(0)  # native FP8 instructions; on sm_90 partial sums of 128 are added in FP32
 FP16_MMA = tl.constexpr(1)  # operands decoded to FP16, FP16 instructions with FP32 accumulation
 UNPROMOTED = tl.constexpr(2)  # native FP8 instructions alone: on sm_90 about 14 bits; for measurements only
 EXACT = tl.constexpr(3)  # operands decoded to FP32: the interpreter's way
-PROMOTED_FMA = tl.constexpr(4)  # the same for GPUs whose compiler knows no promotion
-
-PROMOTION_INTERVAL = tl.constexpr(128)
+PROMOTED_FMA = tl.constexpr(4)  # PROMOTED for GPUs whose compiler knows no promotion
+PROMOTED = tl.constexpr(128)  # native FP8 instructions; on sm_90 partial sums of so many are added in FP32
+# 32 and 64 promote more often; for measurements only.
 
 
 @triton.jit
@@ -35,7 +34,7 @@ def to_fp32(x):
 
 @triton.jit
 def multiply_add(a, b, accumulator, ACCUMULATE: tl.constexpr):
-    """accumulator + a @ b for one step of at least `PROMOTION_INTERVAL` along the summed dimension."""
+    """accumulator + a @ b for one step of at least 128 (FP8) along the summed dimension."""
     if ACCUMULATE == EXACT:
         # The interpreter's tl.dot multiplies wrongly decoded FP8 and raw BF16 bits, so it gets FP32.
         accumulator = tl.dot(to_fp32(a), to_fp32(b), accumulator, input_precision="ieee")
@@ -47,7 +46,7 @@ def multiply_add(a, b, accumulator, ACCUMULATE: tl.constexpr):
         # As an addition the compiler would fold it back into the product's own accumulator.
         accumulator = tl.fma(tl.dot(a, b), 1.0, accumulator)
     else:
-        accumulator = tl.dot(a, b, accumulator, max_num_imprecise_acc=PROMOTION_INTERVAL)
+        accumulator = tl.dot(a, b, accumulator, max_num_imprecise_acc=ACCUMULATE)
     return accumulator
 
 

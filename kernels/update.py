@@ -191,7 +191,11 @@ def _tables(members: Sequence[Parameter]) -> tuple[Tensor, Tensor]:
             (p.grad.data_ptr(), p.master.data_ptr(), *state, weight, p.master.numel(), *streams, channels, taps)
         )
     device = members[0].master.device
-    return torch.tensor(rows, dtype=torch.int64).to(device), _chunks(tuple(r[5] for r in rows), device)
+    table = torch.tensor(rows, dtype=torch.int64)
+    if device.type == "cuda":
+        # From pinned memory the copy does not make the host wait.
+        table = table.pin_memory().to(device, non_blocking=True)
+    return table, _chunks(tuple(r[5] for r in rows), device)
 
 
 @lru_cache(maxsize=64)

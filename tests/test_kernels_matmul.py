@@ -92,7 +92,7 @@ def test_split_sums_are_the_same_at_every_run(splits):
     assert torch.equal(result, matmul(a, b, bias, splits=splits))
 
 
-@pytest.mark.parametrize("accumulate", ["promoted", "fp16_mma", "unpromoted"])
+@pytest.mark.parametrize("accumulate", ["promoted", "promoted_32", "fp16_mma", "unpromoted"])
 def test_accumulations_agree(accumulate):
     a, b = small_integers(70, 300, dtype=DTYPES[0]), small_integers(300, 40, dtype=DTYPES[1])
     assert torch.equal(matmul(a, b, accumulate=accumulate).double(), a.double() @ b.double())
@@ -168,7 +168,7 @@ def test_accumulator_of_this_gpu():
     exact = a.double() @ b.double()
     error = {
         form: float((matmul(a, b, accumulate=form, splits=1) - exact).norm() / exact.norm())
-        for form in ("promoted", "fp16_mma", "unpromoted")
+        for form in ("promoted", "promoted_64", "promoted_32", "fp16_mma", "unpromoted")
     }
     assert error["promoted"] <= 2e-4, error
     assert error["fp16_mma"] <= 2e-4, error

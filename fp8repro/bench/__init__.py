@@ -1,0 +1,1 @@
+"""Benchmarks: what the machine can do, and what this code reaches of it, measured in the same run."""

@@ -1,0 +1,289 @@
+"""What `fp8repro bench kernels` checks and measures, and the bars of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fp8repro import reference
+from fp8repro.bench.kernels import Bench
+from fp8repro.errors import RunFailure
+from fp8repro.formats import E4M3, E5M2
+from fp8repro.kernels.conv2d import conv2d, conv2d_error, conv2d_gradient
+from fp8repro.kernels.matmul import matmul
+from fp8repro.kernels.quantize import round_into, round_transpose
+from fp8repro.kernels.update import Parameter, Rule, gradient_control, update
+from fp8repro.products import Conv2dGeometry
+from fp8repro.recipe import RoleSpec
+
+GEMM = 8192
+# (name, rows, outputs, inputs): Transformer-base at 4,096 tokens; GNMT at 128 sentences of 50 words, and one LSTM step.
+LAYERS = (
+    ("Transformer attention projection", 4096, 512, 512),
+    ("Transformer feed-forward in", 4096, 2048, 512),
+    ("Transformer feed-forward out", 4096, 512, 2048),
+    ("GNMT LSTM input gates", 6400, 4096, 1024),
+    ("GNMT LSTM recurrent gates", 128, 4096, 1024),
+)
+
+
+def parity(bench: Bench) -> None:
+    """Check the kernels on this device before any number is taken; the tests check far more.
+
+    Raises:
+        RunFailure: a result is wrong.
+    """
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (bench.size(1 << 20),), generator=generator).to(torch.int32)
+    x = bits.view(torch.float32)
+    for fmt in (E5M2, E4M3):
+        for rounding in ("nearest", "stochastic"):
+            codes = torch.empty_like(x, dtype=fmt.dtype, device=bench.device)
+            round_into(x.to(bench.device), fmt, rounding, "inf", 3, 2**63, "same", None, codes, None)
+            expected = reference.encode(reference.round_to_format(x, fmt, rounding, "inf", 3, 2**63), fmt)
+            wrong = int((codes.cpu().view(torch.uint8) != expected).sum())
+            if wrong:
+                raise RunFailure(f"parity: quantize {fmt.name} {rounding}: {wrong} of {x.numel()} bytes are wrong")
+    a, b = (torch.randn(bench.size(1024), bench.size(2048), device=bench.device).to(E5M2.dtype) for _ in "ab")
+    exact = a.double() @ b.double().t()
+    error = float((matmul(a, b.t()) - exact).norm() / exact.norm())
+    if not error <= 3e-4:
+        raise RunFailure(f"parity: matmul: got a relative error of {error:.1e} against FP64, expected at most 3e-4")
+    print("parity: bytes of the quantizer and the product against FP64 are right", flush=True)
+
+
+def copy_bandwidth(bench: Bench) -> float:
+    """Bytes a millisecond (read and written) that a plain copy of 64M FP32 values reaches."""
+    x = torch.empty(bench.size(1 << 26), device=bench.device)
+    y = torch.empty_like(x)
+    return 2 * x.numel() * 4 / bench.milliseconds(lambda: y.copy_(x))
+
+
+def measure_ceilings(bench: Bench) -> None:
+    """The two ceilings: copy bandwidth and the BF16 product."""
+    n = bench.size(1 << 26)
+    rate = copy_bandwidth(bench)
+    bench.add(f"copy FP32, {rate / 1e9:.2f} TB/s", str(n), 8 * n / rate, None, None, None)
+    side = bench.size(GEMM)
+    a, b = (torch.randn(side, side, device=bench.device, dtype=torch.bfloat16) for _ in "ab")
+    ms = bench.milliseconds(lambda: a @ b)
+    bench.add(f"torch.matmul BF16, {2 * side**3 / ms / 1e9:.0f} TFLOP/s", f"{side}^3", ms, None, None, None)
+
+
+def measure_quantize(bench: Bench) -> None:
+    """Quantizer and quantizer with transpose, relative to copy bandwidth."""
+    rate = copy_bandwidth(bench)
+    n = bench.size(1 << 26)
+    x = torch.randn(n, device=bench.device)
+    codes = torch.empty_like(x, dtype=E5M2.dtype)
+    for rounding, bar in (("nearest", 0.85), ("stochastic", 0.80)):
+        ms = bench.milliseconds(partial(round_into, x, E5M2, rounding, "inf", 1, 2, "same", None, codes, None))
+        bench.add(f"quantize FP32 -> E5M2 {rounding}", str(n), ms, 5 * n / ms / rate, "copy bandwidth", bar)
+    side = bench.size(GEMM)
+    matrix = torch.randn(side, side, device=bench.device)
+    for rounding in ("nearest", "stochastic"):
+        ms = bench.milliseconds(partial(round_transpose, matrix, E5M2, rounding))
+        ratio = 6 * side * side / ms / rate
+        bench.add(f"quantize + transpose {rounding}", f"{side}^2", ms, ratio, "copy bandwidth", 0.75)
+
+
+def measure_matmul(bench: Bench) -> None:
+    """Products beside BF16 and beside torch's E4M3 product, which is the nearest that torch has."""
+    shapes: list[tuple[str, int, int, int, float | None]] = [
+        ("matmul", bench.size(GEMM), bench.size(GEMM), bench.size(GEMM), 1.5)
+    ]
+    shapes += [(name, bench.size(m), bench.size(n), bench.size(k), None) for name, m, n, k in LAYERS]
+    for name, m, n, k, bar in shapes:
+        x, w = torch.randn(m, k, device=bench.device), torch.randn(n, k, device=bench.device)
+        a, b = x.to(E5M2.dtype), w.to(E5M2.dtype)
+        ms = bench.milliseconds(partial(matmul, a, b.t()))
+        other = bench.milliseconds(partial(torch.matmul, x.to(torch.bfloat16), w.to(torch.bfloat16).t()))
+        bench.add(f"{name} E5M2", f"{m}x{n}x{k}", ms, other / ms, "torch.matmul BF16", bar)
+        if bench.device.type == "cuda":
+            one = torch.ones((), device=bench.device)
+            operands = (x.to(E4M3.dtype), w.to(E4M3.dtype).t(), one, one)
+            options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": False}
+            other = bench.milliseconds(partial(torch._scaled_mm, *operands, **options))
+            bench.add(f"{name} E5M2", f"{m}x{n}x{k}", ms, other / ms, "torch._scaled_mm E4M3", 0.9)
+    for form, layouts in (("NN", (False, False)), ("TN", (True, False))):
+        side = bench.size(GEMM)
+        a, b = (torch.randn(side, side, device=bench.device).to(E5M2.dtype) for _ in "ab")
+        a = a.t() if layouts[0] else a
+        ms = bench.milliseconds(partial(matmul, a, b))
+        bench.add(f"matmul E5M2 {form}, {2 * side**3 / ms / 1e9:.0f} TFLOP/s", f"{side}^3", ms, None, None, None)
+
+
+def measure_error(bench: Bench) -> None:
+    """Frobenius error of the product at K = 16,384 against FP64, by promotion interval and in the FP16 form."""
+    side, k = bench.size(512), bench.size(16384)
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(side, k, generator=generator).to(E5M2.dtype).to(bench.device) for _ in "ab")
+    exact = a.double() @ b.double().t()
+    for form in ("promoted_32", "promoted_64", "promoted", "unpromoted", "fp16_mma"):
+        error = float((matmul(a, b.t(), accumulate=form, splits=1) - exact).norm() / exact.norm())
+        bar = -2e-4 if form == "promoted" else None
+        bench.add(f"error of matmul, {form}", f"{side}x{side}x{k}", 0.0, error, "FP64 (relative error)", bar)
+
+
+def resnet50_convolutions(batch: int, side: int) -> list[tuple[tuple[int, ...], nn.Conv2d]]:
+    """Input shape and module of every convolution of ResNet-50 but the first, which the paper leaves in 16 bit."""
+    from torchvision.models import resnet50
+
+    found: list[tuple[tuple[int, ...], nn.Conv2d]] = []
+    with torch.device("meta"):
+        model = resnet50().eval()
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(lambda m, args, y: found.append((tuple(args[0].shape), m)))
+        model(torch.empty(batch, 3, side, side))
+    return found[1:]
+
+
+def measure_convolutions(bench: Bench) -> None:
+    """Forward, error and gradient of ResNet-50's convolutions, summed, beside cuDNN in BF16 channels_last."""
+    batch, side = (256, 224) if bench.scale == 1 else (1, 32)
+    layers = resnet50_convolutions(batch, side)
+    layers = layers if bench.scale == 1 else layers[:4]
+    times: dict[Any, tuple[float, float]] = {}
+    for shape, module in layers:
+        key = (shape, module.out_channels, module.kernel_size, module.stride)
+        if key not in times:
+            times[key] = _convolution_times(bench, shape, module)
+    ours, theirs = (
+        sum(times[(shape, m.out_channels, m.kernel_size, m.stride)][i] for shape, m in layers) for i in (0, 1)
+    )
+    name = "ResNet-50 convolutions, forward + error + gradient"
+    bench.add(name, f"batch {batch}, {side}^2", ours, theirs / ours, "cuDNN BF16 channels_last", 1.2)
+
+
+def _convolution_times(bench: Bench, shape: tuple[int, ...], module: nn.Conv2d) -> tuple[float, float]:
+    def make(*size: int) -> Tensor:
+        return torch.randn(size, device=bench.device).to(memory_format=torch.channels_last)
+
+    stride, padding = module.stride, module.padding
+    assert isinstance(padding, tuple)
+    geometry = Conv2dGeometry((stride[0], stride[1]), (padding[0], padding[1]))
+    x, w = make(*shape), make(*module.weight.shape)
+    error = make(*_output(shape, module))
+    x8, w8, e8 = (t.to(E5M2.dtype) for t in (x, w, error))
+    ours = [
+        lambda: conv2d(x8, w8, None, geometry),
+        lambda: conv2d_error(e8, w8, tuple(x.shape), geometry),
+        lambda: conv2d_gradient(e8, x8, tuple(w.shape), geometry),
+    ]
+    x16, w16, e16 = (t.to(torch.bfloat16) for t in (x, w, error))
+    back = torch.ops.aten.convolution_backward
+
+    def backward(wanted: list[bool]) -> Callable[[], object]:
+        return lambda: back(e16, x16, w16, None, stride, padding, (1, 1), False, (0, 0), 1, wanted)
+
+    theirs = [
+        lambda: F.conv2d(x16, w16, None, stride, padding),
+        backward([True, False, False]),
+        backward([False, True, False]),
+    ]
+    return sum(map(bench.milliseconds, ours)), sum(map(bench.milliseconds, theirs))
+
+
+def _output(shape: tuple[int, ...], module: nn.Conv2d) -> tuple[int, ...]:
+    with torch.device("meta"):
+        return tuple(module(torch.empty(shape)).shape)
+
+
+def measure_update(bench: Bench) -> None:
+    """The fused SGD step (norm and finite check included) beside copy bandwidth and torch's fused SGD."""
+    rate = copy_bandwidth(bench)
+    for millions in (25, 200):
+        n = bench.size(millions * 1_000_000)
+        weight = torch.randn(n, device=bench.device)
+        grad, momentum = torch.randn_like(weight), torch.zeros_like(weight)
+        parameter = Parameter(weight.half(), grad, (momentum,), 1, torch.empty_like(weight, dtype=E5M2.dtype))
+        rule, master = Rule("sgd", 1e-3, 0.9, weight_decay=1e-4), RoleSpec("fp16", "stochastic")
+
+        def step(p: Parameter = parameter, rule: Rule = rule, master: RoleSpec = master) -> None:
+            update([p], rule, 2, master, RoleSpec(), gradient_control([p], 1024.0), 1024.0)
+
+        ms = bench.milliseconds(step)
+        # Gradient twice (check, update), master and momentum read and written, weight written.
+        ratio = n * (4 + 4 + 4 + 8 + 1) / ms / rate
+        bench.add("update SGD", f"{millions}M", ms, ratio, "copy bandwidth", 0.8)
+        leaf = nn.Parameter(weight)
+        leaf.grad = grad
+        fused = torch.optim.SGD([leaf], 1e-3, 0.9, weight_decay=1e-4, fused=True)
+        fused.step()
+        other = bench.milliseconds(fused.step)
+        bench.add("update SGD", f"{millions}M", ms, other / ms, "torch.optim.SGD(fused=True), FP32", 1.0)
+
+
+def measure_step(bench: Bench) -> None:
+    """A training step of ResNet-50 in FP8 beside BF16 autocast, both channels_last: time and peak memory."""
+    from torchvision.models import resnet18, resnet50
+
+    from fp8repro.injection import inject, sites
+    from fp8repro.kernels.backend import TritonBackend
+    from fp8repro.master import MasterWeights
+    from fp8repro.recipe import load_recipe
+
+    small = bench.scale != 1
+    batch, side = (2, 32) if small else (256, 224)
+    x = torch.randn(batch, 3, side, side, device=bench.device).to(memory_format=torch.channels_last)
+    target = torch.zeros(batch, dtype=torch.long, device=bench.device)
+
+    def measured(prepare: Callable[[nn.Module], Callable[[], object]]) -> tuple[float, float]:
+        model = (resnet18(num_classes=8) if small else resnet50()).to(bench.device, memory_format=torch.channels_last)
+        step = prepare(model)
+        step()
+        if bench.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            step()
+        memory = float(torch.cuda.max_memory_allocated()) if bench.device.type == "cuda" else 1.0
+        return bench.milliseconds(step), memory
+
+    def fp8(model: nn.Module) -> Callable[[], object]:
+        recipe = load_recipe("fp8")
+        inject(model, recipe, backend="emulate")
+        for site in sites(model).values():
+            site.backend = TritonBackend(recipe.accumulate)
+        masters = MasterWeights(model, torch.optim.SGD(model.parameters(), 0.1, 0.9), recipe)
+
+        def step() -> None:
+            model.zero_grad()
+            (F.cross_entropy(model(x), target) * 10_000).backward()
+            masters.step(10_000)
+
+        return step
+
+    def bf16(model: nn.Module) -> Callable[[], object]:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+
+        def step() -> None:
+            model.zero_grad()
+            with torch.autocast(bench.device.type, torch.bfloat16):
+                loss = F.cross_entropy(model(x), target)
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    ms, memory = measured(fp8)
+    other, other_memory = measured(bf16)
+    shape = f"batch {batch}, {side}^2"
+    bench.add("ResNet-50 training step FP8", shape, ms, other / ms, "BF16 autocast", 1.0)
+    bench.add("ResNet-50 peak memory FP8", shape, 0.0, memory / other_memory, "BF16 autocast", -0.7)
+
+
+# In the order in which they matter, should time run out.
+MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
+    "ceilings": measure_ceilings,
+    "quantize": measure_quantize,
+    "matmul": measure_matmul,
+    "error": measure_error,
+    "update": measure_update,
+    "convolutions": measure_convolutions,
+    "training step": measure_step,
+}
