@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from fp8repro.errors import UserError
 
@@ -98,7 +99,13 @@ def join_world(device: str) -> World:
     if "RANK" not in os.environ:
         raise UserError(f"WORLD_SIZE: got {size} without RANK, expected a start by torchrun")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        store, rank, size = next(iter(rendezvous("env://")))
+        # torchrun's store outlives a restart, and with it the addresses of the processes that died. Over several nodes
+        # the count differs between them: there, torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return World(dist.get_rank(), dist.get_world_size(), chosen)
 
 
