@@ -22,18 +22,18 @@ from fp8repro.data.translation.lexicon import (
     FINITE,
     FREQUENCIES,
     LINKS,
-    MIXED,
     NAMES,
     NOUNS,
     PLACES,
     PRONOUNS,
     QUESTIONS,
     REPORTS,
-    STRONG,
     TENSES,
     TIMES,
     VERBS,
     Noun,
+    contract,
+    determiner,
     rows,
 )
 
@@ -272,13 +272,13 @@ class Grammar:
         draw = rng.random()
         if verb.motion:
             place = self._phrase(rng, ("place",), adjective=0.2)
-            return f"into {place.english[1]}", _contract(f"in {place.german['acc']}"), place.pairs
+            return f"into {place.english[1]}", contract(f"in {place.german['acc']}"), place.pairs
         if draw < 0.22:
             word_en, word_de = _pick(rng, rows(PLACES))
             place = self._phrase(rng, ("place",), adjective=0.2)
             return (
                 f"{word_en.replace('_', ' ')} {place.english[1]}",
-                _contract(f"{word_de} {place.german['dat']}"),
+                contract(f"{word_de} {place.german['dat']}"),
                 place.pairs,
             )
         if draw < 0.34:
@@ -330,7 +330,7 @@ class Grammar:
         lemma, pairs = noun.english[0], set()
         german = {}
         for case in CASES:
-            parts = [_determiner(stem, kind, case, column)]
+            parts = [determiner(stem, kind, case, column)]
             if described:
                 parts.append(described[2] + ADJECTIVE[kind][case].split()[column].replace("-", ""))
             german[case] = _join(*parts, noun.form(case, plural))
@@ -371,22 +371,6 @@ class Grammar:
 def _pick(rng: random.Random, choices: Sequence[T]) -> T:
     # Not rng.choice: only random() is documented to give the same sequence in every Python version.
     return choices[int(rng.random() * len(choices))]
-
-
-def _determiner(stem: str, kind: str, case: str, column: int) -> str:
-    if stem == "d":
-        return DEFINITE[case].split()[column]
-    if kind == "num":
-        return "vielen" if stem == "viele" and case == "dat" else stem
-    endings = STRONG if kind == "der" else MIXED
-    return stem + endings[case].split()[column].replace("-", "")
-
-
-def _contract(phrase: str) -> str:
-    for full, short in (("in dem ", "im "), ("in das ", "ins "), ("bei dem ", "beim ")):
-        if phrase.startswith(full):
-            return short + phrase.removeprefix(full)
-    return phrase
 
 
 def _english_verb(

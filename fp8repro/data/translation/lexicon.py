@@ -1,6 +1,6 @@
 """Lexicon of the synthetic corpus: words of English and German with their principal parts, and inflectional endings.
 
-Tables only, and how a noun declines; sentences are made in grammar.py, and nothing here is drawn at random.
+Tables only, and how nouns and determiners decline; sentences are made in grammar.py, and nothing here is drawn at random.
 """
 
 from __future__ import annotations
@@ -181,3 +181,21 @@ def is_monosyllabic(word: str) -> bool:
     """True for a word with one group of vowels."""
     vowel = [letter in "aeiouäöü" for letter in word.lower()]
     return sum(now and not before for now, before in zip(vowel, [False, *vowel], strict=False)) == 1
+
+
+def determiner(stem: str, kind: str, case: str, column: int) -> str:
+    """A German determiner in a case; column: masculine, feminine, neuter, plural."""
+    if stem == "d":
+        return DEFINITE[case].split()[column]
+    if kind == "num":
+        return "vielen" if stem == "viele" and case == "dat" else stem
+    endings = STRONG if kind == "der" else MIXED
+    return stem + endings[case].split()[column].replace("-", "")
+
+
+def contract(phrase: str) -> str:
+    """Preposition and article as German contracts them."""
+    for full, short in (("in dem ", "im "), ("in das ", "ins "), ("bei dem ", "beim ")):
+        if phrase.startswith(full):
+            return short + phrase.removeprefix(full)
+    return phrase
