@@ -1,6 +1,6 @@
 """Lexicon of the synthetic corpus: words of English and German with their principal parts, and inflectional endings.
 
-Tables only, and how nouns and determiners decline; sentences are made in grammar.py, and nothing here is drawn at random.
+Tables, and how nouns and determiners decline. Sentences are made in grammar.py; nothing here is drawn at random.
 """
 
 from __future__ import annotations
