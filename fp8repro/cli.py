@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -198,6 +199,22 @@ def compare(arguments: list[str]) -> int:
     return 0
 
 
+def bench(arguments: list[str]) -> int:
+    """`fp8repro bench`: measurements of speed, each a module of fp8repro.bench with a `main`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        from fp8repro.cli_help import bench_help
+
+        print(bench_help(BENCHES))
+        return 0
+    name, *rest = arguments
+    if name not in BENCHES:
+        from fp8repro.cli_choices import nearest
+
+        raise UserError(f"bench: got {name!r}, expected one of {nearest(name, BENCHES)}")
+    code: int = import_module(f"fp8repro.bench.{name}").main(rest)
+    return code
+
+
 def _run_dir(values: Mapping[str, Any], name: str, sweep: bool) -> str:
     """A sweep puts every run in a folder of its own."""
     given = values["run_dir"]
@@ -238,6 +255,10 @@ VERBS = {
     "train": Verb("train a model, or a sweep of models", train),
     "evaluate": Verb("measure saved weights, in any precision", evaluate),
     "compare": Verb("tables of finished runs beside the paper's figures", compare),
+    "bench": Verb("measure speed on this machine", bench),
+}
+BENCHES = {
+    "kernels": "the Triton kernels on this GPU: results first, then speed",
 }
 
 if __name__ == "__main__":

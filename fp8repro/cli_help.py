@@ -65,6 +65,12 @@ def train_help() -> str:
     return "\n".join([TRAIN, *_choices((*GROUPS, "experiment"))])
 
 
+def bench_help(benches: Mapping[str, str]) -> str:
+    """The help of `fp8repro bench`."""
+    lines = [f"  {name:<10} {summary}" for name, summary in benches.items()]
+    return "\n".join(["usage: fp8repro bench NAME ...", "", *lines, "", "fp8repro bench NAME --help says more."])
+
+
 def _choices(chosen: tuple[str, ...]) -> list[str]:
     known, lines = groups(), []
     for group in chosen:

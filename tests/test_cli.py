@@ -82,6 +82,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
         (["train", "--config=x"], "unrecognized arguments: --config=x"),
         (["compare", "nowhere"], "runs: got 'nowhere', expected a folder"),
         (["compare", "--format", "html"], "invalid choice: 'html'"),
+        (["bench", "kernel"], "bench: got 'kernel', expected one of kernels"),
         (["evaluate"], "the weights are missing"),
         (["evaluate", "precision=fp8"], "the weights are missing"),
         (["evaluate", "nowhere.pt"], "'nowhere.pt' is missing"),
@@ -125,6 +126,14 @@ def test_every_verb_has_a_help(capsys: pytest.CaptureFixture[str], verb: str) ->
     code, out, _ = run(capsys, verb, "--help")
     assert code == 0
     assert out.startswith(f"usage: fp8repro {verb}")
+
+
+@pytest.mark.parametrize("name", list(cli.BENCHES))
+def test_every_benchmark_has_a_help(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", name, "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: fp8repro bench {name}")
 
 
 def test_the_console_script_answers_without_torch_and_without_a_traceback() -> None:
