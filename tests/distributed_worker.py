@@ -1,4 +1,4 @@
-"""The processes of test_training_distributed.py, started by torchrun."""
+"""The processes of test_training_distributed.py, started by torchrun: one or two runs, one after the other."""
 
 import os
 import signal
@@ -49,11 +49,13 @@ def main(run_dir, what):
                 "scales": scales,
                 "bits": run.context.stream("x", 0, "y", "error"),
             }
-            torch.save(state, Path(run_dir) / f"rank{rank}.pt")
+            torch.save(state, Path(run.config.run_dir) / f"rank{rank}.pt")
         return result
 
     loop.train_step = step
-    loop.train(synchronized_config(run_dir) if what == "synchronized" else fp8_config(run_dir))
+    loop.train(fp8_config(run_dir))
+    if what == "both":
+        loop.train(synchronized_config(run_dir + "-synchronized"))
 
 
 if __name__ == "__main__":

@@ -19,31 +19,30 @@ from fp8repro.training.distributed import World, join_world
 HERE = Path(__file__).parent
 
 
-def torchrun(run_dir, what, restarts=0, processes=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def torchrun(run_dir, what, restarts=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [f"--max-restarts={restarts}", str(HERE / "distributed_worker.py"), str(run_dir), what]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
-    return result
 
 
-def ranks(run_dir, processes=2):
-    return [torch.load(run_dir / f"rank{rank}.pt") for rank in range(processes)]
+def ranks(run_dir):
+    return [torch.load(run_dir / f"rank{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def fp8_run(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("fp8") / "run"
-    torchrun(run_dir, "fp8")
+    torchrun(run_dir, "both")
     return run_dir
 
 
-def test_two_processes_with_synchronized_normalization_equal_one(tmp_path, monkeypatch):
-    torchrun(tmp_path / "two", "synchronized")
+def test_two_processes_with_synchronized_normalization_equal_one(fp8_run, tmp_path, monkeypatch):
+    two = fp8_run.with_name("run-synchronized")
     monkeypatch.setattr(fp8repro.training.image, "make_resnet", without_dropout)
     train(synchronized_config(tmp_path / "one"))
-    a, b = ranks(tmp_path / "two")
+    a, b = ranks(two)
     one = read_checkpoint(list_checkpoints(tmp_path / "one" / "checkpoints")[-1])["model"]
     for name, value in one.items():
         assert torch.equal(a["model"][name], b["model"][name]), name
@@ -51,7 +50,7 @@ def test_two_processes_with_synchronized_normalization_equal_one(tmp_path, monke
         assert torch.allclose(a["model"][name].double(), value.double(), atol=2e-4), name
     # Metrics are sums over all examples: 359 validation images do not divide by two ranks or by the batch.
     for kind, figures in (("train", ("loss", "top1", "grad_norm", "l2")), ("eval", ("loss", "top1", "top5"))):
-        for mine, theirs in zip(rows(tmp_path / "one", kind), rows(tmp_path / "two", kind), strict=True):
+        for mine, theirs in zip(rows(tmp_path / "one", kind), rows(two, kind), strict=True):
             assert mine["step"] == theirs["step"]
             for figure in figures:
                 assert theirs[figure] == pytest.approx(mine[figure], rel=2e-3, abs=0.3 if "top" in figure else 1e-6)

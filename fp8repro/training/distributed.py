@@ -85,6 +85,8 @@ def _sum_bucket(tensors: list[Tensor]) -> None:
 def join_world(device: str) -> World:
     """The world that torchrun describes in the environment, or a world of one.
 
+    The process group lives as long as the process: the runs of a sweep share it.
+
     Args:
         device: "auto", "cpu" or "cuda".
 
@@ -122,9 +124,3 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"device: got {device} for process {local_rank}, expected cpu (CUDA devices here: {found})")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def leave_world(world: World) -> None:
-    """End the process group that `join_world` began."""
-    if world.size > 1 and dist.is_initialized():
-        dist.destroy_process_group()

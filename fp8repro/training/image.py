@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fp8repro.config import RunConfig
 from fp8repro.data.image_batches import ImageBatch, TrainImages, load_batches
 from fp8repro.data.images import load_images
+from fp8repro.errors import UserError
 from fp8repro.models.resnet import make_resnet
 from fp8repro.training.distributed import World
 
@@ -26,8 +27,10 @@ class ImageTask:
         """Load the data.
 
         Raises:
-            UserError: data that is missing or malformed.
+            UserError: data that is missing or malformed, or a setting that images do not have.
         """
+        if config.trainer.smoothing_form != "all":
+            raise UserError(f"trainer.smoothing_form: got {config.trainer.smoothing_form!r}, expected all for images")
         self.config, self.world = config, world
         self.data = load_images(config.data, config.seed)
         self._pinned = world.device.type == "cuda"

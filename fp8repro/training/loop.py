@@ -25,7 +25,7 @@ from fp8repro.master import MasterWeights
 from fp8repro.telemetry import Telemetry
 from fp8repro.training import checkpoint as checkpoints
 from fp8repro.training.averaging import load_averaged_weights, save_epoch_weights
-from fp8repro.training.distributed import World, join_world, leave_world
+from fp8repro.training.distributed import World, join_world
 from fp8repro.training.evaluate import measure
 from fp8repro.training.memory import counting_saved_bytes, working_weight_bytes
 from fp8repro.training.normalization import NormalizationStatistics, synchronize_normalization
@@ -147,8 +147,6 @@ def train(config: RunConfig) -> dict[str, Any]:
                 "more trainer.micro_steps"
             ) from error
         raise
-    finally:
-        leave_world(world)
 
 
 def build(config: RunConfig, world: World) -> Run:
