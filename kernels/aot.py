@@ -250,7 +250,7 @@ def main() -> int:
         for case in cases(capability)
         if arguments.only in case.name and capability >= case.minimum
     ]
-    print(json.dumps(rows) if arguments.json else table(rows))
+    print(json.dumps(rows) if arguments.json else f"Compiled by Triton {triton.__version__}.\n\n{table(rows)}")
     return 0
 
 

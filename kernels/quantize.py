@@ -121,7 +121,7 @@ def round_transpose(
     rows, columns = x.shape[-2:]
     batch = x.numel() // (rows * columns)
     row_block, column_block = block_size(64, rows, 256), block_size(64, columns, 256)
-    grid = (triton.cdiv(columns, column_block), triton.cdiv(rows, row_block), batch)
+    grid = (triton.cdiv(columns, column_block) * triton.cdiv(rows, row_block) * batch,)
     launch(
         kernels.round_transpose,
         grid,

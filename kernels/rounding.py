@@ -238,16 +238,21 @@ def round_transpose(
     COLUMNS: tl.constexpr,
 ):
     """One tile of [batch, rows, columns]: read once, codes written as they are and as [batch, columns, rows]."""
-    batch = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    # One grid dimension: CUDA limits the others to 65,535.
+    across = tl.cdiv(columns, COLUMNS)
+    down = tl.cdiv(rows, ROWS)
+    tile = tl.program_id(0)
+    first_column = tile % across * COLUMNS
+    batch = (tile // across // down).to(tl.int64)
+    row = (tile // across % down).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
     mask = (row < rows) & (column < columns)
     x = load_fp32(x_ptr + (batch * rows + row) * x_stride + column, mask)
     index = (batch * rows + row) * columns + column
     draw = index
     if ROUNDING == STOCHASTIC:
         if WHOLE_GROUPS:
-            group = tl.program_id(0) * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)[None, :]
+            group = first_column // 4 + tl.arange(0, COLUMNS // 4)[None, :]
             block = (batch * rows + row) * (columns // 4) + group
             w0, w1, w2, w3 = codec.words_of_blocks(block, seed0, seed1, stream0, stream1)
             draw = tl.reshape(codec.interleave4(w0, w1, w2, w3), [ROWS, COLUMNS])

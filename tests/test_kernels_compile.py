@@ -64,8 +64,10 @@ def test_quantizer_compiles(capability):
 @pytest.mark.parametrize("capability", [80, 89, 100])
 def test_every_kernel_compiles(capability):
     rows = compiled(capability)
-    assert len(rows) > 10
+    assert len(rows) > 30
     assert all(row["satfinite"] == 0 for row in rows)
+    # ptxas keeps 8 bytes of one sm_100 kernel on the stack that uses 64 registers.
+    assert sum(row["spilled"] for row in rows) <= (8 if capability == 100 else 0)
 
 
 def test_interpreter_and_compiler_do_not_mix():

@@ -1,13 +1,20 @@
 """The fused optimizer step against torch's optimizers and the reference's roundings."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 
 from fp8repro import reference
+from fp8repro.context import StepContext
 from fp8repro.formats import E5M2, FP16
+from fp8repro.injection import inject
+from fp8repro.kernels.fused_step import fused_step, unsupported
 from fp8repro.kernels.launch import LAUNCHES
 from fp8repro.kernels.update import Parameter, Rule, gradient_control, update
-from fp8repro.recipe import RoleSpec
+from fp8repro.master import MasterWeights
+from fp8repro.recipe import RoleSpec, load_recipe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = RoleSpec("fp32")
@@ -112,6 +119,78 @@ def test_launches_do_not_grow_with_the_number_of_tensors():
     update(parameters, Rule("sgd", 1.0, 0.0), 1, EXACT, FP8, gradient_control(parameters))
     assert (LAUNCHES["update"] - before["update"], LAUNCHES["gradient_norms"] - before["gradient_norms"]) == (1, 1)
     assert all((p.master == -1).all() for p in parameters)
+
+
+class Product(nn.Module):
+    """Two FP8 layers in channels_last and a normalization: masters in FP16 and in FP32, two memory layouts."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.conv(x)).mean((2, 3)))
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=1e-4, nesterov=True),
+    "plain sgd": lambda p: torch.optim.SGD(p, 0.05),
+    "adam": lambda p: torch.optim.Adam(p, 1e-3, weight_decay=1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_fused_step_is_the_masters_step(name, rounding):
+    recipe = replace(load_recipe("fp8"), master=RoleSpec("fp16", rounding), exempt=())
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = Product().to(DEVICE, memory_format=torch.channels_last)
+        inject(model, recipe, StepContext(seed=4), "emulate")
+        optimizer = OPTIMIZERS[name](model.parameters())
+        models.append((model, MasterWeights(model, optimizer, recipe), optimizer))
+    (model, masters, optimizer), (fused, _, fused_optimizer) = models
+    parameters = dict(fused.named_parameters())
+    assert unsupported(fused_optimizer) is None
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for p, q in zip(model.parameters(), fused.parameters(), strict=True):
+            grad = torch.randn(p.shape, generator=generator).to(DEVICE) * 64
+            p.grad, q.grad = torch.empty_like(p.data, dtype=torch.float32).copy_(grad), grad.clone()
+        model.fp8_context.begin(step)
+        fused.fp8_context.begin(step)
+        assert masters.step(64.0, clip_norm=3.0)
+        norm = fused_step(parameters, fused_optimizer, recipe.master, fused.fp8_context, 64.0, clip_norm=3.0)
+        assert norm == pytest.approx(masters.grad_norm, rel=1e-5)
+    for key, p in model.named_parameters():
+        q = parameters[key].data
+        assert (p.dtype, p.stride()) == (q.dtype, q.stride())
+        # A last bit of FP32 may fall on the other side of a rounding.
+        ulp = p.data.float().abs().clamp_min(2.0**-14) * 2.0**-10
+        assert ((p.data.float() - q.float()).abs() <= ulp).all()
+    ours, torchs = fused_optimizer.state_dict(), optimizer.state_dict()
+    assert {k: set(v) for k, v in ours["state"].items()} == {k: set(v) for k, v in torchs["state"].items() if v}
+    fused_optimizer.load_state_dict(ours)
+
+
+def test_fused_step_that_is_skipped_leaves_no_trace():
+    model = nn.Linear(3, 2).to(DEVICE)
+    optimizer = torch.optim.Adam(model.parameters())
+    model.weight.grad, model.bias.grad = torch.full((2, 3), float("nan"), device=DEVICE), torch.ones(2, device=DEVICE)
+    before = [p.detach().clone() for p in model.parameters()]
+    norm = fused_step(dict(model.named_parameters()), optimizer, RoleSpec("fp16"), StepContext(), 2.0)
+    assert norm == float("inf")
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert not optimizer.state_dict()["state"]
+
+
+def test_optimizers_without_a_fused_form():
+    parameters = [nn.Parameter(torch.zeros(1))]
+    assert unsupported(torch.optim.RMSprop(parameters)) == "RMSprop has no fused form"
+    assert unsupported(torch.optim.Adam(parameters, amsgrad=True)) == "amsgrad has no fused form"
+    assert unsupported(torch.optim.SGD(parameters, 0.1, momentum=0.9, dampening=0.5)) == "dampening has no fused form"
 
 
 @pytest.mark.parametrize(
