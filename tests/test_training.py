@@ -16,9 +16,11 @@ from fp8repro.errors import RunFailure, UserError
 from fp8repro.training import loop as loop_module
 from fp8repro.training import train
 from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint
+from fp8repro.training.diagnosis import diagnose
 from fp8repro.training.distributed import World
-from fp8repro.training.loop import build, train_step
+from fp8repro.training.loop import train_step
 from fp8repro.training.optimizer import decay_groups, l2_loss
+from fp8repro.training.run import build
 
 
 @pytest.fixture(autouse=True)
@@ -215,11 +217,14 @@ def test_backward_overflow_keeps_the_statistics_of_the_pass(tmp_path):
 )
 def test_run_that_only_skips_ends_with_a_line(tmp_path, scaling, message):
     config = tiny_config(tmp_path / "run", "fp8", scaling, max_skipped_in_a_row=6)
-    with pytest.raises(
-        RunFailure, match="6 steps in a row were skipped up to step 6: gradients are not finite, and "
-    ) as e:
+    with pytest.raises(RunFailure, match="6 steps in a row were skipped up to step 6 ") as e:
         train(config)
     assert message in str(e.value)
+    # The last layer meets the scaled error first and cannot hold it in FP16.
+    assert "(first at 10: error): gradients are not finite, and " in str(e.value)
+    (diagnosis,) = rows(tmp_path / "run", "diagnosis")
+    assert diagnosis["first"] == {"layer": "10", "role": "error"}
+    assert any(row["role"] == "error" and row["overflow"] for row in diagnosis["rows"])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["status"], summary["skipped_steps"], summary["reason"]) == ("failed", 6, str(e.value))
     assert rows(tmp_path / "run", "event")[-1]["what"] == "failure"
@@ -229,7 +234,7 @@ def test_run_that_only_skips_ends_with_a_line(tmp_path, scaling, message):
 
 def test_diverged_forward_ends_with_a_line(tmp_path, monkeypatch):
     poison(monkeypatch, calls=range(3, 99))
-    with pytest.raises(RunFailure, match="5 steps in a row were skipped up to step 8: the forward pass is not finite"):
+    with pytest.raises(RunFailure, match=r"up to step 8 \(first at inner\.0: activation\): the forward pass is not"):
         train(tiny_config(tmp_path / "run", max_skipped_in_a_row=5))
 
 
@@ -283,3 +288,29 @@ def test_bf16_products_are_of_bf16_operands(tmp_path):
     run.model.train()
     train_step(run, next(loop_module._groups(run)), stop=False)
     assert seen == [torch.bfloat16]
+
+
+def test_diagnosis_names_the_layer_and_changes_nothing(tmp_path):
+    config = tiny_config(tmp_path / "run", "fp8", LossScalingConfig("constant", scale=1000))
+    run = build(config, World())
+    run.model.train()
+    batches = next(loop_module._groups(run))
+    train_step(run, batches, stop=False)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+
+    def repeat():
+        run.statistics.keep()
+        loop_module.accumulate_gradients(run, 1, batches, 1.0)
+        run.statistics.restore()
+
+    assert diagnose(run.model, run.context.telemetry, repeat)["first"] is None
+    assert all(torch.equal(before[name], value) for name, value in run.model.state_dict().items())
+    for name, role in (("3.weight", "weight"), ("4.bias", "weight")):
+        parameter = run.model.get_parameter(name)
+        kept = parameter.data.clone()
+        parameter.data[0] = math.nan
+        assert diagnose(run.model, run.context.telemetry, repeat)["first"] == {"layer": name[0], "role": role}
+        parameter.data = kept
+    run.model[2].register_forward_hook(lambda module, inputs, output: output.clone().fill_(math.inf))
+    assert diagnose(run.model, run.context.telemetry, repeat)["first"] == {"layer": "2", "role": "activation"}
+    assert not run.context.telemetry.active

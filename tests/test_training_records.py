@@ -18,8 +18,8 @@ from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint, save
 from fp8repro.training.distributed import World
 from fp8repro.training.environment import describe_environment
 from fp8repro.training.evaluate import checkpoint_config, evaluate, measure
-from fp8repro.training.loop import build
 from fp8repro.training.record import RunFolder, run_name
+from fp8repro.training.run import build
 
 
 @pytest.fixture(autouse=True)

@@ -3,106 +3,33 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import fp8repro
 from fp8repro.config import RunConfig
-from fp8repro.context import StepContext
 from fp8repro.data.keys import derived_seed, seed_torch
 from fp8repro.errors import RunFailure, UserError
-from fp8repro.injection import InjectionReport, inject
-from fp8repro.loss_scaling import LossScaler, make_scaler
-from fp8repro.master import MasterWeights
-from fp8repro.telemetry import Telemetry
 from fp8repro.training import checkpoint as checkpoints
 from fp8repro.training.averaging import load_averaged_weights, save_epoch_weights
-from fp8repro.training.distributed import World, join_world
+from fp8repro.training.diagnosis import diagnose
+from fp8repro.training.distributed import join_world
 from fp8repro.training.evaluate import measure
 from fp8repro.training.memory import counting_saved_bytes, working_weight_bytes
-from fp8repro.training.normalization import NormalizationStatistics, synchronize_normalization
-from fp8repro.training.optimizer import l2_loss, make_optimizer
+from fp8repro.training.optimizer import l2_loss
 from fp8repro.training.progress import Display, NoTracker, Tracker, make_tracker
 from fp8repro.training.record import RunFolder
+from fp8repro.training.run import Run, build, resume, summary
 from fp8repro.training.schedule import learning_rate
 from fp8repro.training.signals import StopRequest, exit_code
-from fp8repro.training.task import Task, autocast, make_task
-
-
-@dataclass
-class Run:
-    """What a run is made of, and what it has come to.
-
-    Attributes:
-        step: updates so far, skipped ones counted.
-        seconds: spent in the loop, by former processes too.
-        results: plain values that a checkpoint keeps: last evaluation, its step, the best one.
-    """
-
-    config: RunConfig
-    world: World
-    task: Task[Any]
-    model: nn.Module
-    context: StepContext
-    report: InjectionReport
-    masters: MasterWeights
-    scaler: LossScaler
-    statistics: NormalizationStatistics
-    steps_per_epoch: int
-    total_steps: int
-    step: int = 0
-    seconds: float = 0.0
-    results: dict[str, Any] = field(default_factory=lambda: {"evaluated": 0, "metrics": {}, "best": {}})
-
-    @property
-    def last_step(self) -> int:
-        """Where the loop ends."""
-        return min(self.total_steps, self.config.trainer.max_steps or self.total_steps)
-
-    @property
-    def epoch(self) -> float:
-        """Epochs so far."""
-        return self.step / self.steps_per_epoch
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with a run that resumes it."""
-        return {**self.config.to_dict(), "processes": self.world.size, "task": self.task.identity()}
-
-    def state(self) -> dict[str, Any]:
-        """A checkpoint's content. Random numbers are functions of (seed, step), so no generator is part of it."""
-        return {
-            "format": checkpoints.FORMAT,
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.masters.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "data": self.task.batches.state_dict(),
-            "identity": self.identity(),
-            "config": self.config.to_dict(),
-            "seconds": self.seconds,
-            "results": self.results,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken.
-
-        Raises:
-            UserError: it is another run's.
-        """
-        checkpoints.require_same_run(state["identity"], self.identity())
-        self.step, self.seconds, self.results = state["step"], state["seconds"], state["results"]
-        self.model.load_state_dict(state["model"])
-        self.masters.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.task.batches.load_state_dict(state["data"])
+from fp8repro.training.task import autocast
 
 
 @dataclass
@@ -149,48 +76,6 @@ def train(config: RunConfig) -> dict[str, Any]:
         raise
 
 
-def build(config: RunConfig, world: World) -> Run:
-    """Everything a run needs, at step 0.
-
-    Raises:
-        UserError: a setting or data that cannot be used.
-    """
-    task = make_task(config, world)
-    steps_per_epoch = math.ceil(len(task.batches) / config.trainer.micro_steps)
-    total_steps = max(1, round(config.trainer.epochs * steps_per_epoch))
-    # The same weights for every precision: only the seed decides.
-    torch.manual_seed(config.seed)
-    model = task.model().to(world.device)
-    if config.trainer.sync_batchnorm:
-        synchronize_normalization(model, world)
-    world.share_model(model)
-    context = StepContext(config.seed, world.rank, telemetry=Telemetry(config.trainer.telemetry_every))
-    report = inject(model, config.precision, context, config.backend)
-    optimizer = make_optimizer(model, config.optimizer)
-    masters = MasterWeights(model, optimizer, config.precision, context)
-    scaler = make_scaler(config.loss_scaling, total_steps)
-    statistics = NormalizationStatistics(model)
-    return Run(
-        config, world, task, model, context, report, masters, scaler, statistics, steps_per_epoch, total_steps
-    )  # fmt: skip
-
-
-def resume(run: Run, record: RunFolder, display: Display) -> None:
-    """Load the checkpoint that `resume` asks for, if there is one; every rank the same."""
-    wanted = run.config.resume
-    if wanted == "never":
-        return
-    if wanted == "auto":
-        newest = checkpoints.newest_checkpoint(record.checkpoints, display.say) if run.world.is_main else None
-        (step,) = run.world.sum([newest["step"] + 1 if newest else 0])
-        if not step:
-            return
-        state = newest or checkpoints.read_checkpoint(checkpoints.checkpoint_path(record.checkpoints, int(step) - 1))
-    else:
-        state = checkpoints.read_checkpoint(Path(wanted))
-    run.load(state)
-
-
 def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
     config, trainer, world = run.config, run.config.trainer, run.world
     display = Display(run.last_step, run.step, visible=world.is_main)
@@ -226,7 +111,8 @@ def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
             measuring_memory = run.step == 0
             run.context.telemetry.begin(run.step)
             with counting_saved_bytes(run.model, measuring_memory) as saved:
-                result = train_step(run, next(groups), bool(stop.signal))
+                batches = next(groups)
+                result = train_step(run, batches, bool(stop.signal))
             run.step += 1
             window_units += result.count
 
@@ -242,7 +128,7 @@ def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
             if run.context.telemetry.active:
                 _log_telemetry(run, record, tracker)
             if not result.applied:
-                _check_skipped(run, result, record, display)
+                _check_skipped(run, result, batches, record, display)
             if trainer.average_checkpoints and _every(run.step, run.steps_per_epoch):
                 save_epoch_weights(run.model, record, round(run.epoch), trainer.average_checkpoints)
 
@@ -254,8 +140,9 @@ def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
                 checkpoints.save_checkpoint(record.checkpoints, run.state(), trainer.keep_checkpoints)
                 saved_at, saved_step = time.monotonic(), run.step
             if result.stop:
+                # Another process may have got the signal.
                 display.say(f"stopped after step {run.step} of {run.last_step}; resume=auto goes on from there")
-                raise SystemExit(exit_code(stop.signal))
+                raise SystemExit(exit_code(stop.signal or signal.SIGTERM))
 
         if run.scaler.skipped == run.step:
             raise RunFailure(f"every one of the {run.step} steps was skipped: no gradient was finite")
@@ -268,12 +155,12 @@ def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
         run.model.eval()
         with torch.no_grad(), autocast(config, world.device):
             figures = run.task.finish(run.model, run.results["metrics"], record.folder)
-        summary = _summary(run, "finished") | figures
-        record.summary(summary)
-        return summary
+        final = summary(run, "finished") | figures
+        record.summary(final)
+        return final
     except RunFailure as error:
         record.event(run.step, "failure", str(error))
-        record.summary(_summary(run, "failed") | {"reason": str(error)})
+        record.summary(summary(run, "failed") | {"reason": str(error)})
         raise
     finally:
         groups.close()
@@ -297,18 +184,8 @@ def train_step(run: Run, batches: list[Any], stop: bool) -> StepResult:
         group["lr"] = lr
     run.masters.optimizer.zero_grad(set_to_none=True)
     run.statistics.keep()
-    result = StepResult(False, lr, scale, count, torch.zeros((), device=world.device), {}, stops > 0)
-    for micro_step, batch in enumerate(batches):
-        run.context.begin(step, micro_step)
-        # Dropout draws from the global generator: it must draw the same after a resume.
-        seed_torch(derived_seed("forward", config.seed, step, micro_step, world.rank), world.device)
-        with autocast(config, world.device):
-            loss, figures = run.task.loss(run.model, batch)
-        # The mean over all micro-steps and ranks, so that a scale means the same everywhere.
-        (loss * (scale / count)).backward()
-        result.loss += loss.detach()
-        for name, value in figures.items():
-            result.figures[name] = result.figures.get(name, 0) + value  # type: ignore[operator]
+    loss, figures = accumulate_gradients(run, step, batches, scale / count)
+    result = StepResult(False, lr, scale, count, loss, figures, stops > 0)
     world.sum_tensors(p.grad for p in run.model.parameters() if p.grad is not None)
     world.average_tensors(run.statistics.tensors)
     result.applied = run.masters.step(scale, config.trainer.clip_norm)
@@ -320,6 +197,34 @@ def train_step(run: Run, batches: list[Any], stop: bool) -> StepResult:
         if nonfinite:
             run.statistics.restore()
     return result
+
+
+def accumulate_gradients(run: Run, step: int, batches: list[Any], factor: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Forward and backward passes of one step on this rank.
+
+    Args:
+        run: its model's gradients are added to.
+        step: names the random bits.
+        batches: one for each micro-step.
+        factor: the loss scale, divided by what is counted in all micro-steps of all ranks: the scaled loss is a mean
+            over the global batch, so that a scale means the same everywhere.
+
+    Returns:
+        Sums of the loss and of the task's other figures.
+    """
+    config, device = run.config, run.world.device
+    total, sums = torch.zeros((), device=device), dict[str, Tensor]()
+    for micro_step, batch in enumerate(batches):
+        run.context.begin(step, micro_step)
+        # Dropout draws from the global generator: it must draw the same after a resume.
+        seed_torch(derived_seed("forward", config.seed, step, micro_step, run.world.rank), device)
+        with autocast(config, device):
+            loss, figures = run.task.loss(run.model, batch)
+        (loss * factor).backward()
+        total += loss.detach()
+        for name, value in figures.items():
+            sums[name] = sums[name] + value if name in sums else value
+    return total, sums
 
 
 def _groups(run: Run) -> Generator[list[Any], None, None]:
@@ -377,7 +282,7 @@ def _log_telemetry(run: Run, record: RunFolder, tracker: Tracker) -> None:
     tracker.log(run.step, {f"underflow/{role}": share for role, share in shares.items() if not math.isnan(share)})
 
 
-def _check_skipped(run: Run, result: StepResult, record: RunFolder, display: Display) -> None:
+def _check_skipped(run: Run, result: StepResult, batches: list[Any], record: RunFolder, display: Display) -> None:
     """Report a skipped step; end a run that does nothing but skip.
 
     Raises:
@@ -394,6 +299,7 @@ def _check_skipped(run: Run, result: StepResult, record: RunFolder, display: Dis
         display.say(f"step {run.step}: {text}")
     if scaler.skipped_in_a_row >= run.config.trainer.max_skipped_in_a_row:
         where = f"{scaler.skipped_in_a_row} steps in a row were skipped up to step {run.step}"
+        where += _first_nonfinite(run, result, batches, record)
         if not result.forward_finite:
             raise RunFailure(
                 f"{where}: the forward pass is not finite, no loss scale cures it (learning rate too high?)"
@@ -404,30 +310,18 @@ def _check_skipped(run: Run, result: StepResult, record: RunFolder, display: Dis
         raise RunFailure(f"{where}: gradients are not finite, and the loss scale {state}")
 
 
+def _first_nonfinite(run: Run, result: StepResult, batches: list[Any], record: RunFolder) -> str:
+    """Repeat the step that was skipped last; records and names where it went wrong."""
+    step, factor = run.step - 1, result.scale / result.count
+    run.statistics.keep()
+    found = diagnose(run.model, run.context.telemetry, lambda: accumulate_gradients(run, step, batches, factor))
+    run.statistics.restore()
+    record.row("diagnosis", run.step, **found)
+    first = next((first for first in run.world.gather(found["first"]) if first), None)
+    return f" (first at {first['layer']}: {first['role']})" if first else ""
+
+
 def _tracker(run: Run, record: RunFolder, display: Display) -> Tracker:
     if not record.writes:
         return NoTracker()
     return make_tracker(run.config.logger, record.folder, run.config.to_dict(), run.step, display.say)
-
-
-def _summary(run: Run, status: str) -> dict[str, Any]:
-    config = run.config
-    return {
-        "status": status,
-        "experiment": config.experiment,
-        "model": config.model.name,
-        "data": config.data.name,
-        "precision": config.precision.name,
-        "loss_scaling": config.loss_scaling.policy,
-        "profile": config.profile,
-        "seed": config.seed,
-        "steps": run.step,
-        "skipped_steps": run.scaler.skipped,
-        "epochs": run.epoch,
-        "train_seconds": run.seconds,
-        "best": run.results["best"],
-        "parameters": sum(p.numel() for p in run.model.parameters()),
-        "device": run.world.device.type,
-        "backend": run.report.backend,
-        "version": fp8repro.__version__,
-    }

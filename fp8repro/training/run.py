@@ -1,0 +1,160 @@
+"""A run and its state: how it is built from a configuration, and how it is taken up again from a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fp8repro
+from fp8repro.config import RunConfig
+from fp8repro.context import StepContext
+from fp8repro.injection import InjectionReport, inject
+from fp8repro.loss_scaling import LossScaler, make_scaler
+from fp8repro.master import MasterWeights
+from fp8repro.telemetry import Telemetry
+from fp8repro.training import checkpoint as checkpoints
+from fp8repro.training.distributed import World
+from fp8repro.training.normalization import NormalizationStatistics, synchronize_normalization
+from fp8repro.training.optimizer import make_optimizer
+from fp8repro.training.progress import Display
+from fp8repro.training.record import RunFolder
+from fp8repro.training.task import Task, make_task
+
+
+@dataclass
+class Run:
+    """What a run is made of, and what it has come to.
+
+    Attributes:
+        step: updates so far, skipped ones counted.
+        seconds: spent in the loop, by former processes too.
+        results: plain values that a checkpoint keeps: last evaluation, its step, the best one.
+    """
+
+    config: RunConfig
+    world: World
+    task: Task[Any]
+    model: nn.Module
+    context: StepContext
+    report: InjectionReport
+    masters: MasterWeights
+    scaler: LossScaler
+    statistics: NormalizationStatistics
+    steps_per_epoch: int
+    total_steps: int
+    step: int = 0
+    seconds: float = 0.0
+    results: dict[str, Any] = field(default_factory=lambda: {"evaluated": 0, "metrics": {}, "best": {}})
+
+    @property
+    def last_step(self) -> int:
+        """Where the loop ends."""
+        return min(self.total_steps, self.config.trainer.max_steps or self.total_steps)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs so far."""
+        return self.step / self.steps_per_epoch
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with a run that resumes it."""
+        return {**self.config.to_dict(), "processes": self.world.size, "task": self.task.identity()}
+
+    def state(self) -> dict[str, Any]:
+        """A checkpoint's content. Random numbers are functions of (seed, step), so no generator is part of it."""
+        return {
+            "format": checkpoints.FORMAT,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.masters.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "data": self.task.batches.state_dict(),
+            "identity": self.identity(),
+            "config": self.config.to_dict(),
+            "seconds": self.seconds,
+            "results": self.results,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            UserError: it is another run's.
+        """
+        checkpoints.require_same_run(state["identity"], self.identity())
+        self.step, self.seconds, self.results = state["step"], state["seconds"], state["results"]
+        self.model.load_state_dict(state["model"])
+        self.masters.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.task.batches.load_state_dict(state["data"])
+
+
+def build(config: RunConfig, world: World) -> Run:
+    """Everything a run needs, at step 0.
+
+    Raises:
+        UserError: a setting or data that cannot be used.
+    """
+    task = make_task(config, world)
+    steps_per_epoch = math.ceil(len(task.batches) / config.trainer.micro_steps)
+    total_steps = max(1, round(config.trainer.epochs * steps_per_epoch))
+    # The same weights for every precision: only the seed decides.
+    torch.manual_seed(config.seed)
+    model = task.model().to(world.device)
+    if config.trainer.sync_batchnorm:
+        synchronize_normalization(model, world)
+    world.share_model(model)
+    context = StepContext(config.seed, world.rank, telemetry=Telemetry(config.trainer.telemetry_every))
+    report = inject(model, config.precision, context, config.backend)
+    optimizer = make_optimizer(model, config.optimizer)
+    masters = MasterWeights(model, optimizer, config.precision, context)
+    scaler = make_scaler(config.loss_scaling, total_steps)
+    statistics = NormalizationStatistics(model)
+    return Run(
+        config, world, task, model, context, report, masters, scaler, statistics, steps_per_epoch, total_steps
+    )  # fmt: skip
+
+
+def resume(run: Run, record: RunFolder, display: Display) -> None:
+    """Load the checkpoint that `resume` asks for, if there is one; every rank the same."""
+    wanted = run.config.resume
+    if wanted == "never":
+        return
+    if wanted == "auto":
+        newest = checkpoints.newest_checkpoint(record.checkpoints, display.say) if run.world.is_main else None
+        (step,) = run.world.sum([newest["step"] + 1 if newest else 0])
+        if not step:
+            return
+        state = newest or checkpoints.read_checkpoint(checkpoints.checkpoint_path(record.checkpoints, int(step) - 1))
+    else:
+        state = checkpoints.read_checkpoint(Path(wanted))
+    run.load(state)
+
+
+def summary(run: Run, status: str) -> dict[str, Any]:
+    """What summary.json says of every run; the task adds its figures."""
+    config = run.config
+    return {
+        "status": status,
+        "experiment": config.experiment,
+        "model": config.model.name,
+        "data": config.data.name,
+        "precision": config.precision.name,
+        "loss_scaling": config.loss_scaling.policy,
+        "profile": config.profile,
+        "seed": config.seed,
+        "steps": run.step,
+        "skipped_steps": run.scaler.skipped,
+        "epochs": run.epoch,
+        "train_seconds": run.seconds,
+        "best": run.results["best"],
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "device": run.world.device.type,
+        "backend": run.report.backend,
+        "version": fp8repro.__version__,
+    }
