@@ -60,7 +60,7 @@ class LayerCache:
 
 @dataclass
 class TransformerState:
-    """Rows under decoding: the caches of each layer, the source's padding [R, 1, 1, S], the number of tokens fed."""
+    """Rows under decoding: the caches of each layer, the source's mask [R, 1, 1, S], the number of tokens fed."""
 
     source_mask: Tensor
     layers: list[LayerCache]
@@ -94,18 +94,18 @@ class MultiheadAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def split(self, x: Tensor) -> Tensor:
-        """[B, T, width] -> [B, heads, T, width / heads]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        """[T, B, width] -> [B, heads, T, width / heads], a view that the products take without a copy."""
+        return x.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3)
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Project [B, S, width] to keys and values, each [B, heads, S, d]."""
+        """Project [S, B, width] to keys and values, each [B, heads, S, d]."""
         return self.split(self.k_proj(x)), self.split(self.v_proj(x))
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Queries from x [B, T, width]; keys and values [B, heads, S, d]; result [B, T, width]."""
-        query = self.split(self.q_proj(x) * self.scaling)
+        """Queries from x [T, B, width]; keys and values [B, heads, S, d]; result [T, B, width]."""
+        query = self.split(self.q_proj(x).mul_(self.scaling))
         context = self.product(query, key, value, mask)
-        return self.out_proj(context.transpose(1, 2).flatten(2))
+        return self.out_proj(context.permute(2, 0, 1, 3).flatten(2))
 
 
 class Layer(nn.Module):
@@ -123,7 +123,7 @@ class Layer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.width)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """fc1, ReLU, fc2, residual, normalization: [B, T, width] -> [B, T, width]."""
+        """fc1, ReLU, fc2, residual, normalization: [T, B, width] -> [T, B, width]."""
         hidden = self.activation_dropout(torch.relu(self.fc1(x)))
         return self.final_layer_norm(x + self.dropout(self.fc2(hidden)))
 
@@ -132,7 +132,7 @@ class EncoderLayer(Layer):
     """Self-attention and feed-forward, each with residual, then normalization (post-norm)."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """[B, S, width] -> [B, S, width]."""
+        """[S, B, width] -> [S, B, width]."""
         attended = self.self_attn(x, *self.self_attn.keys_and_values(x), mask)
         return self.feed_forward(self.self_attn_layer_norm(x + self.dropout(attended)))
 
@@ -147,7 +147,7 @@ class DecoderLayer(Layer):
         self.encoder_attn_layer_norm = nn.LayerNorm(config.width)
 
     def forward(self, x: Tensor, cache: LayerCache, source_mask: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, T, width] -> [B, T, width]; appends x's keys and values to the cache, then attends to all of it."""
+        """[T, B, width] -> [T, B, width]; appends x's keys and values to the cache, then attends to all of it."""
         key, value = self.self_attn.keys_and_values(x)
         if cache.key is not None and cache.value is not None:
             key, value = torch.cat([cache.key, key], dim=2), torch.cat([cache.value, value], dim=2)
@@ -169,9 +169,9 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList([EncoderLayer(config) for _ in range(config.encoder_layers)])
 
     def forward(self, source: Tensor, source_mask: Tensor) -> Tensor:
-        """Ids [B, S], padding [B, 1, 1, S] -> [B, S, width]."""
+        """Ids [B, S], mask [B, 1, 1, S] -> [S, B, width]."""
         embedded = math.sqrt(self.embed_tokens.embedding_dim) * self.embed_tokens(source)
-        x = self.dropout(embedded + self.positions(source))
+        x = self.dropout(embedded + self.positions(source)).transpose(0, 1).contiguous()
         for layer in self.layers:
             x = layer(x, source_mask)
         return x
@@ -202,14 +202,14 @@ class Decoder(nn.Module):
             first = self.positions.pad + 1 + state.length
             positions = self.positions.at(torch.arange(first, first + steps, device=tokens.device))
         embedded = math.sqrt(self.embed_tokens.embedding_dim) * self.embed_tokens(tokens)
-        x = self.dropout(embedded + positions)
+        x = self.dropout(embedded + positions).transpose(0, 1).contiguous()
         mask = None
         if steps > 1:
             mask = attention_mask(torch.ones(steps, steps, dtype=torch.bool, device=tokens.device).triu(1))
         for layer, cache in zip(self.layers, state.layers, strict=True):
             x = layer(x, cache, state.source_mask, mask)
         state.length += steps
-        return self.output_projection(x)
+        return self.output_projection(x.transpose(0, 1))
 
 
 class Transformer(nn.Module):
