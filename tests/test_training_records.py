@@ -3,7 +3,9 @@
 import json
 import os
 import resource
+import signal
 import socket
+import sys
 import threading
 from dataclasses import replace
 
@@ -18,8 +20,10 @@ from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint, save
 from fp8repro.training.distributed import World
 from fp8repro.training.environment import describe_environment
 from fp8repro.training.evaluate import checkpoint_config, evaluate, measure
+from fp8repro.training.progress import Display
 from fp8repro.training.record import RunFolder, run_name
 from fp8repro.training.run import build
+from fp8repro.training.signals import StopRequest, exit_code
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +139,33 @@ def test_tensorboard_has_the_curves_and_wandb_asks_to_be_installed(tmp_path):
     assert {"train/loss", "train/loss_scale", "val/top1"} <= set(events.Tags()["scalars"])
     with pytest.raises(UserError, match="logger: got wandb, which is not installed"):
         train(replace(tiny_config(tmp_path / "other", max_steps=2), logger="wandb"))
+
+
+def test_a_terminal_gets_a_bar_with_figures_and_a_pipe_gets_lines(capsys, monkeypatch):
+    display = Display(steps=10, start=0)
+    display.show(1, {"loss": 2.34567, "images/s": 100})
+    display.show(2, {"loss": 1.0})  # too soon for another line
+    display.say("epoch 1")
+    display.close()
+    assert capsys.readouterr().out.splitlines() == ["step 1/10  loss 2.346  images/s 100", "epoch 1"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "160")
+    display = Display(steps=10, start=4)
+    display.show(5, {"loss": 2.34567, "scale": 1024.0})
+    display.say("epoch 1")
+    display.close()
+    shown = capsys.readouterr().out
+    assert "5/10" in shown
+    assert "loss 2.346  scale 1024" in shown
+    assert "epoch 1\n" in shown.replace("\r", "")
+
+
+def test_the_first_signal_is_a_wish_and_the_second_interrupts():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [exit_code(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == [130, 143, 138]
