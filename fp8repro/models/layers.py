@@ -49,7 +49,7 @@ class AttentionProduct(nn.Module):
         """
         scores = self.scores(query, key.transpose(-1, -2))
         if mask is not None:
-            scores += mask
+            scores = scores + mask
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(value)
         return self.context(self.dropout(weights), value)
 

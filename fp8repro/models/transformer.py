@@ -103,7 +103,7 @@ class MultiheadAttention(nn.Module):
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Queries from x [T, B, width]; keys and values [B, heads, S, d]; result [T, B, width]."""
-        query = self.split(self.q_proj(x).mul_(self.scaling))
+        query = self.split(self.q_proj(x) * self.scaling)
         context = self.product(query, key, value, mask)
         return self.out_proj(context.permute(2, 0, 1, 3).flatten(2))
 
