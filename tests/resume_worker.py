@@ -32,7 +32,8 @@ def main(run_dir, images, name, at):
 
     def step(run, batches, stop):
         if run.step == int(at):
-            os.kill(os.getpid(), getattr(signal, name))
+            # As a terminal or a cluster does it: the workers that load data get the signal too.
+            os.killpg(os.getpgrp(), getattr(signal, name))
         return own_step(run, batches, stop)
 
     loop.train_step = step

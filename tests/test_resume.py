@@ -53,7 +53,9 @@ def signalled(run_dir, images, name, at):
     """The exit code of a process that sends itself a signal before a step."""
     command = [sys.executable, str(HERE / "resume_worker.py"), str(run_dir), str(images), name, str(at)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300).returncode
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, start_new_session=True
+    ).returncode
 
 
 def last_state(run_dir):
