@@ -239,7 +239,7 @@ def test_the_full_size_models_train_on_a_cpu(name: str, size: dict[str, int]) ->
     recipe = load_recipe("fp8")
     model: nn.Module = (gnmt if name == "gnmt" else transformer)(32320, **size)
     inject(model, recipe, backend="emulate")
-    masters = MasterWeights(model, torch.optim.Adam(model.parameters(), lr=1e-3), recipe)
+    masters = MasterWeights(model, torch.optim.Adam(model.parameters(), lr=1e-4), recipe)
     losses = []
     for step in range(3):
         model.fp8_context.begin(step)  # type: ignore[union-attr,operator]
