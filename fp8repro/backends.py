@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from fp8repro.errors import UserError
+from fp8repro.native.products import Bf16Backend
+from fp8repro.native.products import available as bf16_available
 from fp8repro.products import Backend, EmulateBackend
 
 BACKENDS = ("auto", "emulate", "triton")
@@ -15,7 +17,7 @@ def select_backend(backend: str, device: torch.device, accumulate: str) -> tuple
 
     Args:
         backend: "emulate" for exact values multiplied in FP32, "triton" for FP8 tensor cores, "auto" for the fastest
-            exact one that the device has.
+            exact one that the device has: on a CPU that multiplies BF16 it does so, and accumulates in FP32.
         device: where the model is.
         accumulate: how real FP8 products accumulate (see `Recipe`).
 
@@ -27,8 +29,10 @@ def select_backend(backend: str, device: torch.device, accumulate: str) -> tuple
     """
     if backend not in BACKENDS:
         raise UserError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if backend == "emulate" or (backend == "auto" and device.type == "cpu"):
+    if backend == "emulate":
         return EmulateBackend(), ""
+    if backend == "auto" and device.type == "cpu":
+        return (Bf16Backend() if bf16_available() else EmulateBackend()), ""
     try:
         from fp8repro.kernels.backend import TritonBackend, available
     except ImportError:

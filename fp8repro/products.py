@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -27,12 +27,14 @@ class Operand:
         fmt: the format.
         scale: a power of two, or None for 1.
         values: the real values in the dtype that the backend computes with, where somebody needed them.
+        packed: forms of a weight that a backend made for its own use; kept for the next product.
     """
 
     codes: Tensor
     fmt: FloatFormat = FP32
     scale: float | None = None
     values: Tensor | None = None
+    packed: dict[object, Tensor] = field(default_factory=dict)
 
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The real values; kept for the next caller."""

@@ -4,11 +4,8 @@
 // Rounding works on the bits of |x| in FP32 (FP16 and BF16 inputs are exact there). Vectors that hold only
 // zeros and values in the format's normal range take a short path; others take a rare, branching one.
 
+#include "parallel.h"
 #include "philox.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 #include <algorithm>
 #include <type_traits>
@@ -352,20 +349,6 @@ void transposed(Tensors t, int64_t at, int64_t rows, int64_t columns, int64_t fi
 }
 
 // ---- Threads and dispatch ----
-
-// Calls work(part, parts) on `threads` threads.
-template <typename Work>
-void parallel(int threads, const Work& work) {
-#if defined(_OPENMP)
-    if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-        work(omp_get_thread_num(), omp_get_num_threads());
-        return;
-    }
-#endif
-    (void)threads;
-    work(0, 1);
-}
 
 struct Call {
     Tensors tensors;

@@ -1,0 +1,397 @@
+// Products of FP8 operands on CPUs that multiply BF16: bytes are decoded to BF16 while they are packed, multiplied exactly
+// and accumulated in FP32. Every element of a result is summed by one thread in one order, whatever the threads.
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "pack.h"
+#include "parallel.h"
+#include "tiles.h"
+
+namespace {
+
+constexpr int64_t CACHE = 1 << 18;  // bytes of a packed block that shall stay in the second-level cache
+constexpr int64_t PANEL_STEP = TILE_COLUMNS * 4;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Memory that is kept for the next product: fresh pages cost more than filling them.
+class Buffer {
+  public:
+    char* reserve(int64_t bytes) {
+        if (bytes > size_) {
+            std::free(data_);
+            size_ = divide_up(bytes + bytes / 4, 4096) * 4096;
+            data_ = (char*)std::aligned_alloc(4096, size_);
+        }
+        return data_;
+    }
+    ~Buffer() { std::free(data_); }
+
+  private:
+    char* data_ = nullptr;
+    int64_t size_ = 0;
+};
+
+thread_local Buffer own_buffer, first_buffer, second_buffer;
+
+// Codes of a matrix and the distances between its rows and columns, of which one is 1.
+struct Matrix {
+    const uint8_t* codes;
+    int64_t row, column;
+
+    const uint8_t* at(int64_t i, int64_t j) const { return codes + i * row + j * column; }
+};
+
+// ---- Packing ----
+
+// Columns [first, first + width) of a [terms, columns] matrix as a panel: pairs of terms, 64 columns apart.
+void pack_panel(const Matrix& m, int64_t terms, int64_t first, int64_t width, uint32_t* out, const Decoder& decode) {
+    if (m.column == 1) {
+        for (int64_t k = 0; k < terms; k += 2) {
+            const uint8_t* second = k + 1 < terms ? m.at(k + 1, first) : nullptr;
+            decode_pairs(m.at(k, first), second, width, out + k / 2 * TILE_COLUMNS, decode);
+        }
+    } else {
+        for (int64_t j = 0; j < width; j += 16) {
+            const int some = (int)std::min<int64_t>(16, width - j);
+            decode_transposed(m.at(0, first + j), m.column, some, terms, out + j, TILE_COLUMNS, decode);
+        }
+    }
+}
+
+// Rows of a [rows, terms] matrix, each with its pairs of terms in a row.
+struct Rows {
+    const char* data;
+    int64_t row_step, pair_step;  // bytes
+};
+
+Rows pack_rows(const Matrix& m, int64_t first, int64_t rows, int64_t terms, Buffer& buffer, const Decoder& decode) {
+    const int64_t pairs = divide_up(terms, 2);
+    if (m.column == 1) {
+        uint16_t* out = (uint16_t*)buffer.reserve(rows * pairs * 4);
+        for (int64_t i = 0; i < rows; ++i) {
+            uint16_t* row = out + i * pairs * 2;
+            row[pairs * 2 - 1] = 0;
+            decode_row(m.at(first + i, 0), terms, row, decode);
+        }
+        return {(char*)out, pairs * 4, 4};
+    }
+    uint32_t* out = (uint32_t*)buffer.reserve(rows * pairs * 4);
+    for (int64_t k = 0; k < terms; k += 2) {
+        const uint8_t* second = k + 1 < terms ? m.at(first, k + 1) : nullptr;
+        decode_pairs(m.at(first, k), second, rows, out + k / 2 * rows, decode);
+    }
+    return {(char*)out, 4, rows * 4};
+}
+
+// ---- Matrix products: out[b] = a[b] x panels[b], for two batch dimensions ----
+
+struct Gemm {
+    int64_t batches[2], rows, columns, terms;
+    int64_t a_batch[2], a_row, a_column;
+    int64_t b_batch[2], b_row, b_column;
+
+    int64_t pairs() const { return divide_up(terms, 2); }
+    int64_t panels() const { return divide_up(columns, TILE_COLUMNS); }
+    int64_t panel_bytes() const { return pairs() * PANEL_STEP; }
+};
+
+void pack_right(const Gemm& g, const uint8_t* b, char* out, int threads, const Decoder& decode) {
+    parallel_items(threads, g.batches[0] * g.batches[1] * g.panels(), [&](int64_t item) {
+        const int64_t panel = item % g.panels(), batch = item / g.panels();
+        const int64_t at = batch / g.batches[1] * g.b_batch[0] + batch % g.batches[1] * g.b_batch[1];
+        const int64_t first = panel * TILE_COLUMNS;
+        pack_panel({b + at, g.b_row, g.b_column}, g.terms, first, std::min<int64_t>(TILE_COLUMNS, g.columns - first),
+                   (uint32_t*)(out + item * g.panel_bytes()), decode);
+    });
+}
+
+void gemm(const Gemm& g, const uint8_t* a, const char* panels, const float* bias, float* out, int threads,
+          const Decoder& decode) {
+    const int64_t fitting = CACHE / (g.pairs() * 4) / TILE_ROWS * TILE_ROWS;
+    const int64_t block = std::clamp<int64_t>(fitting, 8 * TILE_ROWS, 32 * TILE_ROWS);
+    const int64_t blocks = divide_up(g.rows, block), batches = g.batches[0] * g.batches[1];
+    // Few rows: share out the columns too; packing the rows again costs little.
+    const int64_t wanted = divide_up(4 * threads, batches * blocks);
+    const int64_t stripe = divide_up(g.panels(), std::min<int64_t>(wanted, g.panels()));
+    const int64_t stripes = divide_up(g.panels(), stripe);
+    parallel_items(threads, batches * blocks * stripes, [&](int64_t item) {
+        const int64_t batch = item / (blocks * stripes);
+        const int64_t first = item / stripes % blocks * block, rows = std::min(block, g.rows - first);
+        const int64_t at = batch / g.batches[1] * g.a_batch[0] + batch % g.batches[1] * g.a_batch[1];
+        const Rows packed = pack_rows({a + at, g.a_row, g.a_column}, first, rows, g.terms, own_buffer, decode);
+        const Stretch whole = {0, 0};
+        const Terms terms = {&whole, 1, g.pairs(), packed.pair_step, PANEL_STEP};
+        const int64_t from = item % stripes * stripe, to = std::min(from + stripe, g.panels());
+        for (int64_t panel = from; panel < to; ++panel) {
+            const int64_t column = panel * TILE_COLUMNS;
+            Tile tile;
+            tile.b = panels + (batch * g.panels() + panel) * g.panel_bytes();
+            tile.columns = (int)std::min<int64_t>(TILE_COLUMNS, g.columns - column);
+            tile.bias = bias ? bias + column : nullptr;
+            tile.add = false;
+            for (int64_t i = 0; i < rows; i += TILE_ROWS) {
+                tile.rows = (int)std::min<int64_t>(TILE_ROWS, rows - i);
+                for (int r = 0; r < tile.rows; ++r) {
+                    tile.a[r] = packed.data + (i + r) * packed.row_step;
+                    tile.out[r] = out + (batch * g.rows + first + i + r) * g.columns + column;
+                }
+                multiply(tile, terms);
+            }
+        }
+    });
+}
+
+// ---- Convolutions with a weight: the forward product, and the error's as one phase per residue of the stride ----
+
+// Output pixels (start + i * step) take source pixels i * source_step + dy, per tap; likewise in the other direction.
+struct Phase {
+    int64_t start[2], step[2], count[2], source_step[2], taps;
+    struct Tap {
+        int64_t d[2], weight;
+    } tap[1];  // `taps` of them
+
+    const Phase* next() const { return (const Phase*)(tap + taps); }
+};
+
+struct Convolution {
+    int64_t images, groups, source[2], source_channels, out[2], out_channels, weight_taps, phases;
+    Phase first;
+
+    int64_t pairs() const { return source_channels / groups / 2; }
+    int64_t columns() const { return out_channels / groups; }
+    int64_t panels() const { return divide_up(columns(), TILE_COLUMNS); }
+    int64_t panel_bytes() const { return weight_taps * pairs() * PANEL_STEP; }
+};
+
+// weight: [out, taps, in / groups] in memory; `terms_are_out` for the error's product, whose terms run over `out`.
+void pack_weight(const Convolution& c, const uint8_t* weight, bool terms_are_out, char* out, int threads,
+                 const Decoder& decode) {
+    const int64_t terms = 2 * c.pairs(), columns = c.columns();
+    const int64_t in = terms_are_out ? columns : terms, outs = terms_are_out ? terms : columns;
+    const int64_t row = c.weight_taps * in;
+    parallel_items(threads, c.groups * c.panels() * c.weight_taps, [&](int64_t item) {
+        const int64_t tap = item % c.weight_taps, panel = item / c.weight_taps;
+        const uint8_t* codes = weight + panel / c.panels() * outs * row + tap * in;
+        const Matrix matrix = terms_are_out ? Matrix{codes, row, 1} : Matrix{codes, 1, row};
+        const int64_t first = panel % c.panels() * TILE_COLUMNS;
+        pack_panel(matrix, terms, first, std::min<int64_t>(TILE_COLUMNS, columns - first),
+                   (uint32_t*)(out + item * c.pairs() * PANEL_STEP), decode);
+    });
+}
+
+// One stretch of rows of some images of a phase.
+void convolve_block(const Convolution& c, const Phase& p, const uint8_t* source, const char* panels, const float* bias,
+                    float* out, int64_t image, int64_t images, int64_t first, int64_t rows, const Decoder& decode) {
+    const int64_t channels = c.source_channels;
+    int64_t low[2] = {p.tap[0].d[0], p.tap[0].d[1]}, high[2] = {low[0], low[1]};
+    for (int64_t t = 1; t < p.taps; ++t) {
+        for (int k = 0; k < 2; ++k) {
+            low[k] = std::min(low[k], p.tap[t].d[k]);
+            high[k] = std::max(high[k], p.tap[t].d[k]);
+        }
+    }
+    // The source rows that are needed, decoded, with zeros around.
+    const int64_t height = (rows - 1) * p.source_step[0] + high[0] - low[0] + 1;
+    const int64_t width = (p.count[1] - 1) * p.source_step[1] + high[1] - low[1] + 1;
+    uint16_t* decoded = (uint16_t*)own_buffer.reserve(images * height * width * channels * 2);
+    const int64_t left = std::clamp<int64_t>(-low[1], 0, width);
+    const int64_t inside = std::max<int64_t>(0, std::min(width - left, c.source[1] - std::max<int64_t>(low[1], 0)));
+    for (int64_t line = 0; line < images * height; ++line) {
+        uint16_t* to = decoded + line * width * channels;
+        const int64_t y = first * p.source_step[0] + low[0] + line % height;
+        if (y < 0 || y >= c.source[0]) {
+            std::memset(to, 0, width * channels * 2);
+            continue;
+        }
+        const int64_t pixel = ((image + line / height) * c.source[0] + y) * c.source[1] + std::max<int64_t>(low[1], 0);
+        std::memset(to, 0, left * channels * 2);
+        decode_row(source + pixel * channels, inside * channels, to + left * channels, decode);
+        std::memset(to + (left + inside) * channels, 0, (width - left - inside) * channels * 2);
+    }
+    constexpr int64_t MOST_TAPS = 1024;
+    Stretch stretches[MOST_TAPS];
+    for (int64_t t = 0; t < p.taps; ++t) {
+        const Phase::Tap& tap = p.tap[t];
+        stretches[t] = {((tap.d[0] - low[0]) * width + tap.d[1] - low[1]) * channels * 2,
+                        tap.weight * c.pairs() * PANEL_STEP};
+    }
+    const Terms terms = {stretches, p.taps, c.pairs(), 4, PANEL_STEP};
+    const int64_t pixels = images * rows * p.count[1];
+    for (int64_t panel = 0; panel < c.groups * c.panels(); ++panel) {
+        const int64_t group = panel / c.panels(), column = panel % c.panels() * TILE_COLUMNS;
+        Tile tile;
+        tile.b = panels + panel * c.panel_bytes();
+        tile.columns = (int)std::min<int64_t>(TILE_COLUMNS, c.columns() - column);
+        tile.bias = bias ? bias + group * c.columns() + column : nullptr;
+        tile.add = false;
+        int64_t n = 0, i = 0, j = 0;
+        for (int64_t pixel = 0; pixel < pixels; pixel += TILE_ROWS) {
+            tile.rows = (int)std::min<int64_t>(TILE_ROWS, pixels - pixel);
+            for (int r = 0; r < tile.rows; ++r) {
+                const int64_t from = (n * height + i * p.source_step[0]) * width + j * p.source_step[1];
+                tile.a[r] = (const char*)(decoded + from * channels + group * 2 * c.pairs());
+                const int64_t y = p.start[0] + (first + i) * p.step[0], x = p.start[1] + j * p.step[1];
+                const int64_t to = ((image + n) * c.out[0] + y) * c.out[1] + x;
+                tile.out[r] = out + to * c.out_channels + group * c.columns() + column;
+                if (++j == p.count[1]) {
+                    j = 0;
+                    if (++i == rows) i = 0, ++n;
+                }
+            }
+            multiply(tile, terms);
+        }
+    }
+}
+
+void convolve(const Convolution& c, const uint8_t* source, const char* panels, const float* bias, float* out,
+              int threads, const Decoder& decode) {
+    const Phase* phase = &c.first;
+    for (int64_t k = 0; k < c.phases; ++k, phase = phase->next()) {
+        const Phase& p = *phase;
+        if (p.taps == 0) continue;
+        // Enough pixels to reuse the weight, few enough for the cache.
+        const int64_t line = p.source_step[0] * p.source_step[1] * p.count[1] * c.source_channels * 2;
+        const int64_t most = std::max<int64_t>(1, CACHE / line);
+        const int64_t rows = std::min(p.count[0], most);
+        const int64_t share = std::max<int64_t>(1, c.images / (2 * threads));
+        const int64_t images = rows < p.count[0] ? 1 : std::clamp<int64_t>(most / rows, 1, share);
+        const int64_t blocks = divide_up(p.count[0], rows);
+        parallel_items(threads, divide_up(c.images, images) * blocks, [&](int64_t item) {
+            const int64_t image = item / blocks * images, first = item % blocks * rows;
+            convolve_block(c, p, source, panels, bias, out, image, std::min(images, c.images - image), first,
+                           std::min(rows, p.count[0] - first), decode);
+        });
+    }
+}
+
+// ---- The gradient of a convolution's weight: terms run over pixels, in pairs of two images at the same place ----
+
+struct Gradient {
+    int64_t images, groups, source[2], source_channels, error[2], error_channels, kernel[2], stride[2], padding[2],
+        dilation[2];
+};
+
+void convolution_gradient(Gradient g, const uint8_t* source, const uint8_t* error, float* out, int threads,
+                          const Decoder& decode_source, const Decoder& decode_error) {
+    if (g.kernel[0] * g.kernel[1] == 1 && g.stride[0] * g.stride[1] == 1 && g.padding[0] + g.padding[1] == 0) {
+        // Pixels of an image lie in one row.
+        g.source[1] *= g.source[0], g.error[1] *= g.error[0];
+        g.source[0] = g.error[0] = 1;
+    }
+    const int64_t ins = g.source_channels / g.groups, outs = g.error_channels / g.groups;
+    int64_t padded[2];
+    for (int k = 0; k < 2; ++k) padded[k] = (g.error[k] - 1) * g.stride[k] + (g.kernel[k] - 1) * g.dilation[k] + 1;
+    const int64_t source_bytes = padded[0] * padded[1] * g.source_channels * 4;
+    const int64_t error_bytes = g.error[0] * g.error[1] * g.error_channels * 4;
+    const int64_t pairs = divide_up(g.images, 2), pixels = g.error[0] * g.error[1];
+    // Chunks whose bytes stay cached, and whose sums are long enough to be worth adding to the result.
+    const int64_t chunk = std::min(pairs, std::max(2 * CACHE / (source_bytes + error_bytes), divide_up(512, pixels)));
+    char* packed_source = first_buffer.reserve(chunk * source_bytes + PANEL_STEP);
+    char* packed_error = second_buffer.reserve(chunk * error_bytes + PANEL_STEP);
+    const int64_t lines = chunk * g.error[0];
+    Stretch* stretches = (Stretch*)std::malloc(lines * sizeof(Stretch));
+    for (int64_t line = 0; line < lines; ++line) {
+        const int64_t y = line / g.error[0] * padded[0] + line % g.error[0] * g.stride[0];
+        stretches[line] = {line * g.error[1] * g.error_channels * 4, y * padded[1] * g.source_channels * 4};
+    }
+    for (int64_t start = 0; start < pairs; start += chunk) {
+        const int64_t some = std::min(chunk, pairs - start);
+        parallel_items(threads, some * (padded[0] + g.error[0]), [&](int64_t item) {
+            const int64_t pair = item / (padded[0] + g.error[0]), line = item % (padded[0] + g.error[0]);
+            const int64_t image = 2 * (start + pair);
+            const bool both = image + 1 < g.images;
+            if (line >= padded[0]) {
+                const int64_t y = line - padded[0], count = g.error[1] * g.error_channels;
+                const uint8_t* row = error + (image * g.error[0] + y) * count;
+                decode_pairs(row, both ? row + g.error[0] * count : nullptr, count,
+                             (uint32_t*)packed_error + (pair * g.error[0] + y) * count, decode_error);
+                return;
+            }
+            uint32_t* to = (uint32_t*)packed_source + (pair * padded[0] + line) * padded[1] * g.source_channels;
+            const int64_t y = line - g.padding[0];
+            const bool exists = y >= 0 && y < g.source[0];
+            const int64_t left = exists ? std::min(g.padding[1], padded[1]) : padded[1];
+            const int64_t inside = std::min(padded[1] - left, g.source[1]);
+            std::memset(to, 0, left * g.source_channels * 4);
+            if (inside > 0) {
+                const uint8_t* row = source + (image * g.source[0] + y) * g.source[1] * g.source_channels;
+                decode_pairs(row, both ? row + g.source[0] * g.source[1] * g.source_channels : nullptr,
+                             inside * g.source_channels, to + left * g.source_channels, decode_source);
+            }
+            const int64_t filled = left + inside;
+            std::memset(to + filled * g.source_channels, 0, (padded[1] - filled) * g.source_channels * 4);
+        });
+        const Terms terms = {stretches, some * g.error[0], g.error[1], g.error_channels * 4,
+                             g.stride[1] * g.source_channels * 4};
+        constexpr int64_t BLOCK = 8 * TILE_ROWS;
+        const int64_t panels = divide_up(ins, TILE_COLUMNS), blocks = divide_up(outs, BLOCK);
+        const int64_t taps = g.kernel[0] * g.kernel[1];
+        parallel_items(threads, g.groups * panels * taps * blocks, [&](int64_t item) {
+            const int64_t block = item % blocks, tap = item / blocks % taps, panel = item / (blocks * taps) % panels;
+            const int64_t group = item / (blocks * taps * panels), column = panel * TILE_COLUMNS;
+            const int64_t y = tap / g.kernel[1] * g.dilation[0], x = tap % g.kernel[1] * g.dilation[1];
+            Tile tile;
+            tile.b = packed_source + ((y * padded[1] + x) * g.source_channels + group * ins + column) * 4;
+            tile.columns = (int)std::min<int64_t>(TILE_COLUMNS, ins - column);
+            tile.bias = nullptr;
+            tile.add = start > 0;
+            const int64_t end = std::min(outs, (block + 1) * BLOCK);
+            for (int64_t o = block * BLOCK; o < end; o += TILE_ROWS) {
+                tile.rows = (int)std::min<int64_t>(TILE_ROWS, end - o);
+                for (int r = 0; r < tile.rows; ++r) {
+                    const int64_t channel = group * outs + o + r;
+                    tile.a[r] = packed_error + channel * 4;
+                    tile.out[r] = out + (channel * taps + tap) * ins + column;
+                }
+                multiply(tile, terms);
+            }
+        });
+    }
+    std::free(stretches);
+}
+
+}  // namespace
+
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+// Panels of the right operand; `decoder`: BF16 bits of the 128 magnitudes of its format.
+EXPORT void fp8repro_pack_right(const Gemm* g, const uint8_t* b, const uint16_t* decoder, char* panels,
+                                int32_t threads) {
+    pack_right(*g, b, panels, threads, Decoder(decoder));
+}
+
+// out [batches, rows, columns]. `b`: codes, or null where `panels` hold them already.
+EXPORT void fp8repro_gemm(const Gemm* g, const uint8_t* a, const uint16_t* a_decoder, const uint8_t* b,
+                          const uint16_t* b_decoder, const char* panels, const float* bias, float* out,
+                          int32_t threads) {
+    if (b) {
+        char* fresh = first_buffer.reserve(g->batches[0] * g->batches[1] * g->panels() * g->panel_bytes());
+        pack_right(*g, b, fresh, threads, Decoder(b_decoder));
+        panels = fresh;
+    }
+    gemm(*g, a, panels, bias, out, threads, Decoder(a_decoder));
+}
+
+EXPORT void fp8repro_pack_weight(const Convolution* c, const uint8_t* weight, const uint16_t* decoder,
+                                 int32_t terms_are_out, char* panels, int32_t threads) {
+    pack_weight(*c, weight, terms_are_out, panels, threads, Decoder(decoder));
+}
+
+// Source and out are [images, height, width, channels] in memory. Pixels without a tap are left as they are.
+EXPORT void fp8repro_convolve(const Convolution* c, const uint8_t* source, const uint16_t* decoder, const char* panels,
+                              const float* bias, float* out, int32_t threads) {
+    convolve(*c, source, panels, bias, out, threads, Decoder(decoder));
+}
+
+// out: [error channels, kernel, source channels / groups] in memory.
+EXPORT void fp8repro_convolution_gradient(const Gradient* g, const uint8_t* source, const uint16_t* source_decoder,
+                                          const uint8_t* error, const uint16_t* error_decoder, float* out,
+                                          int32_t threads) {
+    convolution_gradient(*g, source, error, out, threads, Decoder(source_decoder), Decoder(error_decoder));
+}
+
+}  // extern "C"

@@ -1,0 +1,339 @@
+"""FP8 products on CPUs with BF16 instructions: exact operands, FP32 accumulation and results.
+
+Other operands (16 bit, FP32) take the FP32 products of the base class. Nothing here may round.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8repro.formats import FloatFormat
+from fp8repro.native import build
+from fp8repro.products import Conv2dGeometry, EmulateBackend, Operand
+
+# What products.cpp needs: BF16 dot products, and byte permutations to decode.
+INSTRUCTIONS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_bf16"})
+_PANEL_COLUMNS = 64
+_MOST_TAPS = 1024
+# Multiplications under which a second thread costs more than it saves.
+_GRAIN = 1 << 17
+
+
+def available() -> bool:
+    """True when this CPU multiplies BF16 and the engine is compiled; the first call compiles it."""
+    return library() is not None
+
+
+@functools.cache
+def library() -> Any:
+    """The compiled products, or None."""
+    if INSTRUCTIONS - _instructions():
+        return None
+    found = build.load("products")
+    if found is not None:
+        pointer, int32 = ctypes.c_void_p, ctypes.c_int32
+        found.fp8repro_pack_right.argtypes = [pointer] * 4 + [int32]
+        found.fp8repro_gemm.argtypes = [pointer] * 8 + [int32]
+        found.fp8repro_pack_weight.argtypes = [pointer, pointer, pointer, int32, pointer, int32]
+        found.fp8repro_convolve.argtypes = [pointer] * 6 + [int32]
+        found.fp8repro_convolution_gradient.argtypes = [pointer] * 6 + [int32]
+    return found
+
+
+def _instructions() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split() for line in lines if line.startswith("flags")), []))
+
+
+class Bf16Backend(EmulateBackend):
+    """Products of FP8 bytes through BF16 dot products; see `fp8repro.products.Backend`."""
+
+    name = "emulate-bf16"
+
+    def value_dtype(self, fmt: FloatFormat) -> torch.dtype | None:
+        """None for 8-bit formats: their bytes are all that is needed."""
+        return None if fmt.is_fp8 else super().value_dtype(fmt)
+
+    def linear(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
+        """See `Backend`."""
+        if not _multiplies(x, weight):
+            return super().linear(x, weight, bias)
+        return _gemm(x, x.codes.flatten(0, -2), weight, weight.codes.t(), bias, keep=True).unflatten(
+            0, x.codes.shape[:-1]
+        )
+
+    def linear_error(self, error: Operand, weight: Operand) -> Tensor:
+        """See `Backend`."""
+        if not _multiplies(error, weight):
+            return super().linear_error(error, weight)
+        result = _gemm(error, error.codes.flatten(0, -2), weight, weight.codes, None, keep=True)
+        return result.unflatten(0, error.codes.shape[:-1])
+
+    def linear_gradient(self, error: Operand, x: Operand) -> Tensor:
+        """See `Backend`."""
+        if not _multiplies(error, x):
+            return super().linear_gradient(error, x)
+        return _gemm(error, error.codes.flatten(0, -2).t(), x, x.codes.flatten(0, -2), None)
+
+    def matmul(self, a: Operand, b: Operand) -> Tensor:
+        """See `Backend`."""
+        return _gemm(a, a.codes, b, b.codes, None) if _multiplies(a, b) else super().matmul(a, b)
+
+    def matmul_error_a(self, error: Operand, b: Operand) -> Tensor:
+        """See `Backend`."""
+        if not _multiplies(error, b):
+            return super().matmul_error_a(error, b)
+        return _gemm(error, error.codes, b, b.codes.transpose(-1, -2), None)
+
+    def matmul_error_b(self, error: Operand, a: Operand) -> Tensor:
+        """See `Backend`."""
+        if not _multiplies(error, a):
+            return super().matmul_error_b(error, a)
+        return _gemm(a, a.codes.transpose(-1, -2), error, error.codes, None)
+
+    def conv2d(self, x: Operand, weight: Operand, bias: Tensor | None, geometry: Conv2dGeometry) -> Tensor:
+        """See `Backend`."""
+        if not (_multiplies(x, weight) and _convolves(x.codes.shape[1], weight, geometry)):
+            return super().conv2d(x, weight, bias, geometry)
+        convolution = _forward(geometry, tuple(x.codes.shape), tuple(weight.codes.shape))
+        result = torch.empty(convolution.shape, memory_format=torch.channels_last)
+        return _convolve(convolution, x, weight, bias, result)
+
+    def conv2d_error(self, error: Operand, weight: Operand, geometry: Conv2dGeometry, like: Tensor) -> Tensor:
+        """See `Backend`."""
+        if not (_multiplies(error, weight) and _convolves(error.codes.shape[1], weight, geometry)):
+            return super().conv2d_error(error, weight, geometry, like)
+        convolution = _backward(geometry, tuple(error.codes.shape), tuple(weight.codes.shape), tuple(like.shape))
+        result = _empty(like)
+        if not convolution.complete:
+            result.zero_()
+        return _like(_convolve(convolution, error, weight, None, result), like)
+
+    def conv2d_gradient(self, error: Operand, x: Operand, geometry: Conv2dGeometry, like: Tensor) -> Tensor:
+        """See `Backend`."""
+        if not _multiplies(error, x):
+            return super().conv2d_gradient(error, x, geometry, like)
+        source, target = _channels_last(x.codes), _channels_last(error.codes)
+        shapes = (source.shape[0], geometry.groups, *source.shape[2:], source.shape[1], *target.shape[2:])
+        steps = (*geometry.stride, *geometry.padding, *geometry.dilation)
+        sizes = (*shapes, target.shape[1], *like.shape[2:], *steps)
+        result = _empty(like)
+        library().fp8repro_convolution_gradient(
+            _longs(sizes),
+            source.data_ptr(),
+            _decoder(source.dtype),
+            target.data_ptr(),
+            _decoder(target.dtype),
+            result.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return _like(_unscaled(result, error, x), like)
+
+
+def _multiplies(a: Operand, b: Operand) -> bool:
+    return all(o.fmt.is_fp8 and o.codes.element_size() == 1 and o.codes.numel() > 0 for o in (a, b))
+
+
+def _unscaled(result: Tensor, a: Operand, b: Operand, bias: Tensor | None = None) -> Tensor:
+    """Divide out the operands' scales, powers of two, then add the bias."""
+    scale = (a.scale or 1.0) * (b.scale or 1.0)
+    if scale != 1.0:
+        result.div_(scale)
+    return result if bias is None else result.add_(bias)
+
+
+def _longs(values: tuple[int, ...]) -> Any:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+@functools.cache
+def _decoder(dtype: torch.dtype) -> Any:
+    """BF16 bits of the 128 magnitudes of an FP8 format."""
+    bits = torch.arange(128, dtype=torch.uint8).view(dtype).to(torch.bfloat16).view(torch.int16)
+    return (ctypes.c_int16 * 128)(*bits.tolist())
+
+
+# ---- Matrix products ----
+
+
+def _gemm(a: Operand, a_codes: Tensor, b: Operand, b_codes: Tensor, bias: Tensor | None, keep: bool = False) -> Tensor:
+    """The product of two batches of matrices, given as views of the operands' codes; `keep`: b comes again."""
+    columns = b_codes.shape[-1]
+    result = torch.empty((*a_codes.shape[:-1], columns))
+    a_codes, b_codes = _walkable(a_codes), _walkable(b_codes)
+    sizes = _gemm_sizes(tuple(a_codes.shape), a_codes.stride(), tuple(b_codes.shape), b_codes.stride())
+    threads = torch.get_num_threads() if result.numel() * a_codes.shape[-1] > _GRAIN else 1
+    scaled = a.scale is not None or b.scale is not None
+    panels = None
+    if keep:
+        panels = b.packed.get(b_codes.stride())
+        if panels is None:
+            pairs, groups = (b_codes.shape[0] + 1) // 2, -(-columns // _PANEL_COLUMNS)
+            panels = torch.empty(pairs * groups * _PANEL_COLUMNS, dtype=torch.int32)
+            library().fp8repro_pack_right(
+                sizes, b_codes.data_ptr(), _decoder(b_codes.dtype), panels.data_ptr(), threads
+            )
+            b.packed[b_codes.stride()] = panels
+    library().fp8repro_gemm(
+        sizes,
+        a_codes.data_ptr(),
+        _decoder(a_codes.dtype),
+        None if panels is not None else b_codes.data_ptr(),
+        _decoder(b_codes.dtype),
+        None if panels is None else panels.data_ptr(),
+        None if bias is None or scaled else bias.data_ptr(),
+        result.data_ptr(),
+        threads,
+    )
+    return _unscaled(result, a, b, bias) if scaled else result
+
+
+def _walkable(codes: Tensor) -> Tensor:
+    """The same matrices with rows or columns contiguous, and at most two batch dimensions."""
+    if codes.dim() > 4:
+        codes = codes.flatten(0, -3)
+    return codes if _orientation(tuple(codes.shape), codes.stride()) else codes.contiguous()
+
+
+def _orientation(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
+    """Distances between rows and columns, one of them 1; None where neither is."""
+    if strides[-1] == 1 or shape[-1] == 1:
+        return strides[-2], 1
+    return (1, strides[-1]) if strides[-2] == 1 or shape[-2] == 1 else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _gemm_sizes(a: tuple[int, ...], a_strides: tuple[int, ...], b: tuple[int, ...], b_strides: tuple[int, ...]) -> Any:
+    """Mirrors `Gemm` in products.cpp."""
+    lead = (1,) * (4 - len(a)) + a[:-2]
+    batch = [(0,) * (4 - len(s)) + s[:-2] for s in (a_strides, b_strides)]
+    a_steps, b_steps = _orientation(a, a_strides), _orientation(b, b_strides)
+    assert a_steps is not None
+    assert b_steps is not None
+    return _longs((*lead, a[-2], b[-1], a[-1], *batch[0], *a_steps, *batch[1], *b_steps))
+
+
+# ---- Convolutions ----
+
+
+class _Convolution:
+    """Arguments of `fp8repro_convolve`, which mirror `Convolution` in products.cpp, and what they mean here.
+
+    Attributes:
+        shape: of the result.
+        complete: every pixel of the result has terms.
+        backward: the terms run over the weight's outputs.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], phases: list[tuple[int, ...]], backward: bool) -> None:
+        self.sizes = _longs((*sizes, len(phases), *(value for phase in phases for value in phase)))
+        images, groups, _, _, source_channels, height, width, channels, taps = sizes
+        self.shape = (images, channels, height, width)
+        self.complete = all(phase[8] > 0 for phase in phases)
+        self.backward = backward
+        panels = groups * -(-(channels // groups) // _PANEL_COLUMNS)
+        self.packed_size = panels * taps * (source_channels // groups // 2) * _PANEL_COLUMNS
+
+
+def _convolves(terms: int, weight: Operand, geometry: Conv2dGeometry) -> bool:
+    """Whether channels come in pairs, and the kernel has a size that the engine expects."""
+    taps = weight.codes.shape[2] * weight.codes.shape[3]
+    return terms // geometry.groups % 2 == 0 and taps <= _MOST_TAPS
+
+
+def _convolve(
+    convolution: _Convolution, source: Operand, weight: Operand, bias: Tensor | None, result: Tensor
+) -> Tensor:
+    codes = _channels_last(source.codes)
+    threads = torch.get_num_threads()
+    scaled = source.scale is not None or weight.scale is not None
+    key = ("convolution", convolution.backward)
+    panels = weight.packed.get(key)
+    if panels is None:
+        panels = torch.empty(convolution.packed_size, dtype=torch.int32)
+        weight_codes = _channels_last(weight.codes)
+        library().fp8repro_pack_weight(
+            convolution.sizes,
+            weight_codes.data_ptr(),
+            _decoder(weight_codes.dtype),
+            int(convolution.backward),
+            panels.data_ptr(),
+            threads,
+        )
+        weight.packed[key] = panels
+    library().fp8repro_convolve(
+        convolution.sizes,
+        codes.data_ptr(),
+        _decoder(codes.dtype),
+        panels.data_ptr(),
+        None if bias is None or scaled else bias.data_ptr(),
+        result.data_ptr(),
+        threads,
+    )
+    if scaled:
+        return _unscaled(result, source, weight, None if bias is None else bias.view(-1, 1, 1))
+    return result
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward(geometry: Conv2dGeometry, x: tuple[int, ...], weight: tuple[int, ...]) -> _Convolution:
+    """One phase: output pixel i takes source pixel i * stride + tap * dilation - padding."""
+    g = geometry
+    kernel = weight[2:]
+    out = [(x[2 + k] + 2 * g.padding[k] - g.dilation[k] * (kernel[k] - 1) - 1) // g.stride[k] + 1 for k in range(2)]
+    taps = [
+        (r * g.dilation[0] - g.padding[0], s * g.dilation[1] - g.padding[1], r * kernel[1] + s)
+        for r in range(kernel[0])
+        for s in range(kernel[1])
+    ]
+    phase = (0, 0, 1, 1, *out, *g.stride, len(taps), *(value for tap in taps for value in tap))
+    return _Convolution((x[0], g.groups, *x[2:], x[1], *out, weight[0], len(taps)), [phase], backward=False)
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward(
+    geometry: Conv2dGeometry, error: tuple[int, ...], weight: tuple[int, ...], x: tuple[int, ...]
+) -> _Convolution:
+    """One phase per residue of the stride: input pixel stride * i + start takes error pixel i + shift, per tap."""
+    g = geometry
+    kernel = weight[2:]
+
+    def shifts(k: int, start: int) -> list[tuple[int, int]]:
+        """(shift, kernel index) of the taps that reach the pixels of this residue."""
+        moved = ((start + g.padding[k] - r * g.dilation[k], r) for r in range(kernel[k]))
+        return [(distance // g.stride[k], r) for distance, r in moved if distance % g.stride[k] == 0]
+
+    phases = []
+    for y in range(min(g.stride[0], x[2])):
+        for z in range(min(g.stride[1], x[3])):
+            count = (-(-(x[2] - y) // g.stride[0]), -(-(x[3] - z) // g.stride[1]))
+            taps = [(dy, dx, r * kernel[1] + s) for dy, r in shifts(0, y) for dx, s in shifts(1, z)]
+            flat = (value for tap in taps for value in tap)
+            phases.append((y, z, *g.stride, *count, 1, 1, len(taps), *flat))
+    sizes = (x[0], g.groups, *error[2:], error[1], *x[2:], x[1], kernel[0] * kernel[1])
+    return _Convolution(sizes, phases, backward=True)
+
+
+def _channels_last(codes: Tensor) -> Tensor:
+    return codes.contiguous(memory_format=torch.channels_last)
+
+
+def _empty(like: Tensor) -> Tensor:
+    """An FP32 tensor of that shape in channels_last, with the strides of `like` where it is that already."""
+    if like.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty_like(like, dtype=torch.float32)
+    return torch.empty(like.shape, memory_format=torch.channels_last)
+
+
+def _like(result: Tensor, like: Tensor) -> Tensor:
+    """`result`, dense in channels_last, in the layout of `like`."""
+    return result if like.is_contiguous(memory_format=torch.channels_last) else result.contiguous()
