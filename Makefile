@@ -4,11 +4,11 @@ PYTHON ?= python3
 RUNS ?= runs
 SEEDS ?= 0,1,2
 WORKERS ?= 2
-# `make EXTRAS=dev,fairseq setup` adds fairseq's own Transformer.
+# EXTRAS=dev,fairseq adds fairseq's own Transformer, and its tests.
 EXTRAS ?= dev
 
 BIN := .venv/bin
-INSTALLED := .venv/installed
+INSTALLED := .venv/installed-$(EXTRAS)
 # One run after the other on all cores; run folders that are complete are left as they are.
 SWEEP := $(BIN)/fp8repro train -m precision=fp32,fp8 seed=$(SEEDS) run_dir=$(RUNS) resume=auto
 
@@ -49,7 +49,8 @@ setup: $(INSTALLED) ## virtual environment in .venv with everything installed
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "PYTHON=$(PYTHON): got $$($(PYTHON) --version 2>&1), expected Python 3.11 to 3.13"; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv: some minutes and 6 GB the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
