@@ -6,6 +6,7 @@ Which format and rounding is the recipe's choice, never this module's.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from fp8repro.context import StepContext
+from fp8repro.injection import sites
 from fp8repro.layers import FP8Conv2d, FP8Linear, MasterEmbedding
 from fp8repro.quantizer import round_into
 from fp8repro.recipe import Recipe, RoleSpec
@@ -45,6 +47,7 @@ class MasterWeights:
         self.context = context or getattr(model, "fp8_context", None) or StepContext()
         self.grad_norm = math.nan
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._fused = self._fused_step()
         stored = _stored_parameters(model) if self.spec.float_format.dtype is not None else set()
         for name, parameter in self._parameters.items():
             if self.spec.is_identity:
@@ -67,6 +70,12 @@ class MasterWeights:
         Returns:
             False, with nothing changed, when a gradient is not finite.
         """
+        # Telemetry compares masters before and after, which the kernels do not keep.
+        if self._fused is not None and not self.context.telemetry.active:
+            norm = self._fused(self._parameters, self.optimizer, self.spec, self.context, scale, clip_norm)
+            self.grad_norm = math.inf if norm is None else norm
+            self.context.weight_version += 1
+            return norm is not None
         grads = [p.grad for p in self._parameters.values() if p.grad is not None]
         if not all_finite(grads):
             self.grad_norm = math.inf
@@ -78,6 +87,14 @@ class MasterWeights:
             torch._foreach_mul_(grads, clip_norm / (self.grad_norm + 1e-6))
         self._update()
         return True
+
+    def _fused_step(self) -> Callable[..., float | None] | None:
+        """The optimizer's step as one kernel, where the products are real FP8 and the kernel has that optimizer."""
+        if self.spec.format != "fp16" or not any(site.backend.name == "triton" for site in sites(self.model).values()):
+            return None
+        from fp8repro.kernels.fused_step import fused_step, unsupported
+
+        return fused_step if unsupported(self.optimizer) is None else None
 
     def _update(self) -> None:
         if self.spec.is_identity:

@@ -5,7 +5,6 @@ The optimizer's state dictionary stays what torch writes and reads, so checkpoin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -45,7 +44,7 @@ def fused_step(
     context: StepContext,
     scale: float = 1.0,
     clip_norm: float | None = None,
-) -> float:
+) -> float | None:
     """Unscale, check, clip, update and round: what `MasterWeights.step` does, in two launches a kind of tensor.
 
     Args:
@@ -57,7 +56,7 @@ def fused_step(
         clip_norm: largest norm of the unscaled gradient, or None.
 
     Returns:
-        Norm of the unscaled gradient; infinity when a gradient was not finite, and nothing changed.
+        Norm of the unscaled gradient; None when a gradient was not finite, and nothing changed.
 
     Raises:
         ValueError: a tensor's device, dtype or layout is not what the kernels take.
@@ -76,7 +75,7 @@ def fused_step(
     # The one place where the host waits: whether a step is skipped decides what the loss scale does next.
     bad, _, norm = control.tolist()
     if bad:
-        return math.inf
+        return None
     for group, pairs in groups:
         for step, members_of_step in _with_state(optimizer, group, pairs).items():
             update(members_of_step, _rule(optimizer, group), step, master, RoleSpec(), control, scale, context.seed)

@@ -16,11 +16,10 @@ from fp8repro.kernels import ops
 from fp8repro.kernels.backend import TritonBackend, available
 from fp8repro.kernels.launch import INTERPRETED, LAUNCHES
 from fp8repro.kernels.quantize import round_into
-from fp8repro.kernels.update import Parameter, Rule, gradient_control, update
 from fp8repro.master import MasterWeights
 from fp8repro.models.transformer import transformer
 from fp8repro.products import Conv2dGeometry, EmulateBackend, Operand
-from fp8repro.recipe import RoleSpec, load_recipe
+from fp8repro.recipe import load_recipe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 1024.0
@@ -213,34 +212,6 @@ def test_one_training_step(build, triton_quantizer):
     # Every product of the step went to a kernel: products of operands in FP8, exempt layers in FP16.
     formats = {operand.codes.dtype for _, _, operands in seen for operand in operands}
     assert formats == {torch.float8_e5m2, torch.float16}
-    assert_fused_update_does_what_the_masters_do(model, masters)
-
-
-def assert_fused_update_does_what_the_masters_do(model, masters):
-    context, spec = model.fp8_context, load_recipe("fp8_stochastic").master
-    parameters, names = [], []
-    for name, p in model.named_parameters():
-        grad = torch.empty_like(p.data, dtype=torch.float32).copy_(p.grad)
-        parameters.append(Parameter(p.data.clone(), grad, (), context.stream(name, 0, "master", "master")))
-        names.append(name)
-    before = LAUNCHES["update"]
-    update(
-        parameters,
-        Rule("sgd", 0.01, 0.0),
-        1,
-        spec,
-        RoleSpec(),
-        gradient_control(parameters, SCALE),
-        SCALE,
-        context.seed,
-    )
-    assert 0 < LAUNCHES["update"] - before <= 4
+    # The update too: one launch or two for each dtype of master.
     assert masters.step(SCALE)
-    wrong = total = 0
-    for name, parameter in zip(names, parameters, strict=True):
-        expected = model.get_parameter(name).data
-        assert parameter.master.dtype == expected.dtype
-        wrong += int((parameter.master != expected).sum())
-        total += expected.numel()
-    # The two differ where a fused multiplication-addition of FP32 changes a last bit that the random draw then meets.
-    assert wrong <= total // 10_000
+    assert 0 < (LAUNCHES - before)["update"] <= 4
