@@ -1,0 +1,1 @@
+"""Hydra configuration groups; installs as `fp8repro.conf`."""
