@@ -104,7 +104,7 @@ class SyntheticSettings:
     valid: int = 500
     test: int = 500
     max_words: int = 18
-    bpe_merges: int = 1000
+    bpe_merges: int = 1500
 
 
 @dataclass(frozen=True)
