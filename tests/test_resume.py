@@ -1,6 +1,7 @@
 """A run that is killed and resumed ends with the weights of one that was not, to the bit."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from training_tools import rows, use_tiny_network, write_images
 from fp8repro.errors import UserError
 from fp8repro.recipe import load_recipe
 from fp8repro.training import train
-from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint
+from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint, read_tensors
 
 HERE = Path(__file__).parent
 
@@ -136,6 +137,34 @@ def test_checkpoint_without_its_checksum_is_still_checked(whole, tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"checkpoint: copy\.pt "):
             read_checkpoint(path)
+
+
+def test_no_damage_gets_past_the_reader(tmp_path):
+    """Cut, changed and inserted bytes, without a checksum: one line, or a file that can be read."""
+    path, chance = tmp_path / "x.pt", random.Random(0)
+    torch.save({"format": 1, "model": {"w": torch.randn(40, 7).half()}, "config": {"a": [1, 2.5, "x", None]}}, path)
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(300):
+        content, at = bytearray(whole), chance.randrange(len(whole))
+        kind = chance.choice(["cut", "change", "insert", "noise"])
+        if kind == "cut":
+            content = content[:at]
+        elif kind == "change":
+            content[at : at + 4] = chance.randbytes(4)
+        elif kind == "insert":
+            content[at:at] = chance.randbytes(9)
+        else:
+            content = bytearray(chance.randbytes(at))
+        path.write_bytes(content)
+        try:
+            read_tensors(path)
+        except UserError as error:
+            refused += 1
+            assert len(str(error).splitlines()) == 1  # noqa: PT017
+        with pytest.raises(UserError):
+            read_checkpoint(path)
+    assert refused > 250
 
 
 def test_code_in_a_checkpoint_is_not_executed(tmp_path):

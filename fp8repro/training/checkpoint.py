@@ -13,7 +13,18 @@ import torch
 from fp8repro.errors import RunFailure, UserError
 
 FORMAT = 1
-KEYS = ("format", "step", "model", "optimizer", "scaler", "data", "identity", "config", "seconds", "results")
+CONTENT: dict[str, type] = {
+    "format": int,
+    "step": int,
+    "model": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "data": dict,
+    "identity": dict,
+    "config": dict,
+    "seconds": float,
+    "results": dict,
+}
 # Settings that say how a run is watched or where it happens, not what it computes.
 FREE_SETTINGS = (
     "data.root",
@@ -54,7 +65,7 @@ def save_checkpoint(folder: Path, content: Mapping[str, Any], keep: int) -> Path
 
     Args:
         folder: the run's `checkpoints/`.
-        content: plain values and tensors under `KEYS`.
+        content: plain values and tensors, as `CONTENT` says.
         keep: how many to leave.
 
     Raises:
@@ -123,9 +134,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: it is missing, damaged, or no checkpoint of this format.
     """
     content = read_tensors(path)
-    missing = [key for key in KEYS if key not in content]
-    if missing or content["format"] != FORMAT:
-        reason = f"{missing[0]} is missing" if missing else f"format {content['format']}"
+    wrong = [key for key, kind in CONTENT.items() if not isinstance(content.get(key), kind)]
+    if wrong or content["format"] != FORMAT:
+        reason = f"{wrong[0]} is missing" if wrong else f"format {content['format']}"
         raise UserError(
             f"checkpoint: {path.name} is none of a run of this version ({reason}, expected format {FORMAT})"
         )
