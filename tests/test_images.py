@@ -1,5 +1,6 @@
 """Image data: splits, folders and their faults, augmentation that knows no worker, exact sampling."""
 
+import os
 from itertools import islice, pairwise
 
 import numpy as np
@@ -126,6 +127,25 @@ def test_one_folder_is_split(tmp_path):
     assert (len(data.train), len(data.val)) == (14, 6)
     assert not set(data.train.files.paths) & set(data.val.files.paths)
     assert sorted(data.val.files.labels) == [0] * 3 + [1] * 3
+
+
+def test_any_file_name_will_do(tmp_path):
+    root = tmp_path / "a folder" / "größe"
+    write_folder(root)
+    (root / "train" / "cat").rename(tmp_path / "elsewhere")
+    (root / "train" / "cat").symlink_to(tmp_path / "elsewhere")
+    odd = os.fsencode(root / "val" / "dog") + b"/\xff\n.PNG"
+    os.rename(root / "val" / "dog" / "0.png", odd)
+    (root / "train" / "dog" / "notes.txt").write_text("no image")
+    config = DataConfig("image_folder", str(root), 16)
+    data = load_images(config, seed=0)
+    assert (len(data.train), len(data.val)) == (12, 12)
+    with open(odd, "wb"):
+        pass
+    with pytest.raises(UserError) as caught:
+        list(load_batches(data.val, [[(0, i)] for i in range(12)]))
+    assert "dog/" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @given(

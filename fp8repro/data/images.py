@@ -6,6 +6,7 @@ Nothing here may depend on worker state for randomness.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,10 +197,10 @@ def _load_folder(settings: FolderSettings, config: DataConfig, seed: int) -> Ima
         raise UserError(f"data.image_size: got {size}, expected at least 4 pixels")
     train, val = train_and_val_files(Path(config.root), settings.val_fraction)
     augmented, plain = _train_transform(settings, size), _plain_transform(settings, size)
-    digest = hashlib.sha256("\0".join(train.classes).encode())
+    digest = hashlib.sha256(os.fsencode("\0".join(train.classes)))
     for files in (train, val):
         names = (f"{label}/{Path(path).name}" for path, label in zip(files.paths, files.labels, strict=True))
-        digest.update("\0".join(names).encode())
+        digest.update(os.fsencode("\0".join(names)))
     # The dataset's errors are values; the loader turns them into exceptions.
     datasets: list[Any] = [FileImages(*parts, seed) for parts in ((train, augmented), (val, plain), (train, plain))]
     return ImageData(datasets[0], datasets[1], datasets[2], train.classes, 3, size, digest.hexdigest())
