@@ -215,6 +215,37 @@ def bench(arguments: list[str]) -> int:
     return code
 
 
+def reproduce(arguments: list[str]) -> int:
+    """`fp8repro reproduce`: every cell of the paper's tables, as far as it is not done."""
+    parser = _Parser("reproduce")
+    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--seeds", default="3")
+    parser.add_argument("--images")
+    parser.add_argument("--text")
+    parser.add_argument("--runs", type=Path, default=Path(DEFAULT_RUNS))
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--retry", action="store_true")
+    options = parser.parse_intermixed_args(arguments)
+    if options.help:
+        from fp8repro.cli_help import REPRODUCE
+
+        print(REPRODUCE)
+        return 0
+    from fp8repro.reproduce.command import Options, reproduce
+
+    chosen = {name: value for name, value in vars(options).items() if name not in ("help", "jobs")}
+    try:
+        reproduce(Options(workers=options.jobs, **chosen))
+    except KeyboardInterrupt:
+        again = shlex.join(["fp8repro", "reproduce", *arguments])
+        print(f"fp8repro: interrupted; the same command goes on: {again}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
 def _run_dir(values: Mapping[str, Any], name: str, sweep: bool) -> str:
     """A sweep puts every run in a folder of its own."""
     given = values["run_dir"]
@@ -254,6 +285,7 @@ def _print_main(text: str) -> None:
 VERBS = {
     "train": Verb("train a model, or a sweep of models", train),
     "evaluate": Verb("measure saved weights, in any precision", evaluate),
+    "reproduce": Verb("run every cell of the paper's tables", reproduce),
     "compare": Verb("tables of finished runs beside the paper's figures", compare),
     "bench": Verb("measure speed on this machine", bench),
 }

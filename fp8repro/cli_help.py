@@ -39,6 +39,29 @@ usage: fp8repro evaluate WEIGHTS [group=choice ...] [setting=value ...]
 WEIGHTS is a run's folder (its newest checkpoint), a checkpoint, or a state dict with torchvision's names. A checkpoint
 brings its run's settings along; precision=, data= and single values may be changed. Other weights need model=."""
 
+REPRODUCE = """\
+usage: fp8repro reproduce [profile=embedded|midscale|paper] [setting=value ...] [options]
+
+  fp8repro reproduce --seeds 1
+  fp8repro reproduce --only C4,C6 --dry-run
+  fp8repro reproduce profile=midscale --images data/cifar10 data.image_size=32 --only resnet18
+  fp8repro reproduce profile=paper --images /data/imagenet --text /data/wmt16 --processes 8
+
+Runs the cells of the paper's tables and studies, each in a process of its own and as far as it is not done; the same
+command goes on after an interruption. Settings hold for every cell. fp8repro report makes the page.
+
+options
+  --only NAMES      studies (C1, C2, C4 to C7, recipes), cells or models, separated by commas
+  --seeds N         how many seeds (default 3), or a list: 0,1,2
+  --images FOLDER   data of the convolutional networks (midscale, paper)
+  --text FOLDER     data of the translation models (midscale, paper)
+  --runs FOLDER     where records are kept (default runs)
+  --jobs N          runs at a time (default 1); cores and GPUs are shared out
+  --processes N     processes of each run, through torchrun (one for each GPU)
+  --retry           run again what failed
+  --dry-run         list the runs and their state, run nothing
+  -h, --help        this text"""
+
 COMPARE = """\
 usage: fp8repro compare [FOLDER ...] [--format text|md|csv|json] [--out FOLDER]
 

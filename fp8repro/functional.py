@@ -110,8 +110,11 @@ class Site:
         codes: Tensor | None = None,
     ) -> float | None:
         scale = tensor_scale(x, spec.float_format) if spec.scaling == "tensor" else None
+        x = x if scale is None else x * scale
+        # Before rounding: `values` may be x itself.
+        self.context.telemetry.count_exponents(self.name, role, name, x)
         round_into(
-            x if scale is None else x * scale,
+            x,
             spec.float_format,
             spec.rounding,
             spec.overflow,

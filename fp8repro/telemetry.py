@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Exponents outside are counted at the ends: FP32's own range is wider than any figure needs.
+LOWEST_EXPONENT, HIGHEST_EXPONENT = -60, 30
+
 
 @dataclass
 class Telemetry:
@@ -19,12 +22,14 @@ class Telemetry:
     every: int = 0
     active: bool = False
     _buffers: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
+    _exponents: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
     _lost: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def begin(self, step: int) -> None:
         """Decide whether this step is measured, and forget the one before."""
         self.active = self.every > 0 and step % self.every == 0
         self._buffers.clear()
+        self._exponents.clear()
         self._lost.clear()
 
     def buffer(self, layer: str, role: str, operand: str, device: torch.device) -> Tensor | None:
@@ -35,6 +40,18 @@ class Telemetry:
         if key not in self._buffers:
             self._buffers[key] = torch.zeros(4, dtype=torch.float64, device=device)
         return self._buffers[key]
+
+    def count_exponents(self, layer: str, role: str, operand: str, x: Tensor) -> None:
+        """Add the binary exponents of the finite non-zero values of `x` to a histogram; nothing when off."""
+        if not self.active:
+            return
+        magnitudes = x.detach().flatten().float().abs()
+        magnitudes = magnitudes[(magnitudes > 0) & magnitudes.isfinite()]
+        # frexp's significand lies in [0.5, 1): its exponent is one more than that of 1.f * 2^e.
+        exponents = (torch.frexp(magnitudes).exponent - 1).clamp(LOWEST_EXPONENT, HIGHEST_EXPONENT)
+        counts = torch.bincount(exponents - LOWEST_EXPONENT, minlength=HIGHEST_EXPONENT - LOWEST_EXPONENT + 1)
+        key = (layer, role, operand)
+        self._exponents[key] = self._exponents[key] + counts if key in self._exponents else counts
 
     def record_update(self, name: str, before: Tensor, updated: Tensor, after: Tensor) -> None:
         """Count the updates of one master tensor that rounding undid.
@@ -49,7 +66,10 @@ class Telemetry:
         self._lost[name] = (changed.sum(), (changed & (after == before)).sum())
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per (layer, role, operand): counts, shares of the non-zero inputs, absmax."""
+        """One row per (layer, role, operand): counts, shares of the non-zero inputs, absmax, exponents.
+
+        `exponents` is [lowest, counts]: how many values lie in [2^e, 2^(e + 1)) for e = lowest, lowest + 1, ...
+        """
         rows: list[dict[str, Any]] = []
         for (layer, role, operand), buffer in self._buffers.items():
             nonzero, underflow, overflow, absmax = buffer.tolist()
@@ -65,6 +85,9 @@ class Telemetry:
                     "absmax": absmax,
                 }
             )
+            counts = self._exponents.get((layer, role, operand))
+            if counts is not None:
+                rows[-1]["exponents"] = _trimmed(counts.tolist())
         for name, (changed, lost) in self._lost.items():
             rows.append(
                 {
@@ -88,3 +111,11 @@ class Telemetry:
         """Share of non-zero updates that the masters' rounding undid in this step; NaN when not measured."""
         changed = sum(int(c) for c, _ in self._lost.values())
         return sum(int(lost) for _, lost in self._lost.values()) / changed if changed else float("nan")
+
+
+def _trimmed(counts: list[int]) -> list[Any]:
+    """The exponent of the first count that is not zero, and the counts from there to the last such."""
+    filled = [index for index, count in enumerate(counts) if count]
+    if not filled:
+        return [0, []]
+    return [LOWEST_EXPONENT + filled[0], counts[filled[0] : filled[-1] + 1]]

@@ -36,6 +36,7 @@ NO_EFFECT = (
     "trainer.checkpoint_every_steps",
     "trainer.eval_batch_size",
     "trainer.eval_every_epochs",
+    "trainer.eval_train",
     "trainer.keep_checkpoints",
     "trainer.log_every",
     "trainer.telemetry_every",
@@ -94,6 +95,36 @@ def read_records(roots: Iterable[str | Path]) -> tuple[list[RunRecord], list[str
     return records, problems
 
 
+def read_failures(roots: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """Summaries of the runs under some folders that ended in failure, unreadable ones left out."""
+    failures = []
+    for folder in _run_folders(roots):
+        try:
+            summary = _mapping(folder / SUMMARY, json.loads)
+        except _Unreadable:
+            continue
+        if summary.get("status") == "failed":
+            failures.append(summary)
+    return failures
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a configuration's plain values that decide a result, flat, seed left out."""
+    return {key: value for key, value in _flat(config).items() if key not in NO_EFFECT}
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """`settings_of` a run's config.yaml.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return settings_of(_mapping(folder / CONFIG, _read_yaml))
+    except _Unreadable as error:
+        raise UserError(f"{folder}: {error}") from None
+
+
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl of one kind; a line that was cut short by a crash is left out."""
     rows = []
@@ -144,7 +175,7 @@ def _read_record(folder: Path) -> RunRecord:
         raise _Unreadable(f"{SUMMARY}: {metric}: got {score!r:.40}, expected a number from 0 to 100")
     settings = _flat(config)
     texts["loss_scaling"] = _policy(texts["loss_scaling"], settings)
-    deciding = {key: value for key, value in settings.items() if key not in NO_EFFECT}
+    deciding = settings_of(config)
     # "auto" differs from machine to machine; the record says what it came to.
     deciding["backend"] = str(summary.get("backend"))
     return RunRecord(folder, **texts, seed=seed, metric=metric, score=float(score), settings=deciding, summary=summary)

@@ -1,0 +1,95 @@
+"""What a person sees of a plan: a bar over all of it with the time that is left; plain lines without a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fp8repro.reproduce.plan import Job, plan_file
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Board:
+    """Progress over the whole plan."""
+
+    def __init__(self, total: int) -> None:
+        """`total`: jobs of the plan, the ones that are done among them."""
+        self.total, self.finished = total, 0
+        self._left: dict[str, Job] = {}
+        self._done_cost = 0.0
+        self._begun = self._last_line = time.monotonic()
+        self._bar: Any = None
+
+    def known(self, job: Job) -> None:
+        """A job that was done before."""
+        self.finished += 1
+
+    def begin(self, waiting: Sequence[Job]) -> None:
+        """The jobs that will run."""
+        self._left = {job.name: job for job in waiting}
+        self._begun = time.monotonic()
+        if self.finished:
+            print(f"{self.finished} of {self.total} runs are done already", flush=True)
+        if waiting and sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            self._bar = Progress(
+                BarColumn(24), TextColumn("{task.percentage:3.0f} %"), TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+            )  # fmt: skip
+            self._task = self._bar.add_task("", total=sum(map(_cost, waiting)))
+            self._bar.start()
+
+    def started(self, job: Job) -> None:
+        """A job's process began."""
+        self._say(f"[{self.finished + 1}/{self.total}] {job.name}")
+
+    def ended(self, job: Job, seconds: float, failure: str | None, summary: Mapping[str, Any]) -> None:
+        """A job's process ended, with the reason where it failed."""
+        self.finished += 1
+        del self._left[job.name]
+        self._done_cost += _cost(job)
+        if failure is not None:
+            self._say(f"        failed after {_duration(seconds)}: {failure}")
+            return
+        score = f"BLEU {summary['bleu']:.1f}" if "bleu" in summary else f"top-1 {summary['top1']:.2f} %"
+        self._say(f"        {score} in {_duration(seconds)}")
+
+    def show(self, progress: Mapping[str, float]) -> None:
+        """The state of the running jobs, as shares."""
+        done = self._done_cost + sum(_cost(self._left[name]) * share for name, share in progress.items())
+        left = sum(map(_cost, self._left.values())) - (done - self._done_cost)
+        elapsed = time.monotonic() - self._begun
+        eta = f"about {_duration(elapsed / done * left)} left" if done > 0 else "time left not known yet"
+        names = ", ".join(f"{name} {share:.0%}" for name, share in progress.items())
+        text = f"{self.finished}/{self.total}  {names}  {eta}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=text)
+        elif progress and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._say(f"        {text}")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _say(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+
+def _cost(job: Job) -> float:
+    return float(plan_file()["cost"][job.cell.model])
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
