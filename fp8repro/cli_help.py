@@ -21,7 +21,7 @@ options
   --cfg job       print what the settings come to, and train nothing
   -h, --help      this text
 
-settings that most runs need (fp8repro train --cfg job prints all of them)
+settings that most runs need (--cfg job prints all of them)
   seed=0                      trainer.epochs=30       trainer.batch_size=64
   data.root=FOLDER            trainer.max_steps=100   trainer.telemetry_every=50
   run_dir=FOLDER              optimizer.lr=0.1        loss_scaling.scale=1000

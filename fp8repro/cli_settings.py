@@ -27,9 +27,8 @@ from fp8repro.errors import UserError
 
 # Mappings that hold whatever their model or data set takes, so a setting in them need not exist before.
 OPEN_MAPPINGS = ("model.size.", "data.options.", "loss_scaling.")
-# Settings that do not change what a run computes, or that its folder names anyway.
-NOT_IN_RUN_NAME = (
-    "seed",
+# Settings that do not change what a run computes; a run's folder is named after them only where a sweep varies them.
+NO_PART_OF_A_RUN = (
     "run_dir",
     "resume",
     "overwrite",
@@ -39,10 +38,6 @@ NOT_IN_RUN_NAME = (
     "profile",
     "data.root",
     "data.workers",
-    "experiment",
-    "model",
-    "data",
-    "precision",
 )
 # What may be exchanged in an earlier run's configuration, to evaluate its weights otherwise.
 EXCHANGEABLE = ("precision", "data", "loss_scaling")
@@ -53,18 +48,28 @@ PROFILES = ("embedded", "paper", "midscale")
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what was asked for, the choice of every group, and the values for `fp8repro.config.run_config`."""
+    """One run of a command line.
+
+    Attributes:
+        overrides: what was asked for.
+        choices: of every group, None where nothing was chosen.
+        values: plain values for `fp8repro.config.run_config`.
+        swept: settings in which the runs of the command line differ.
+    """
 
     overrides: tuple[str, ...]
     choices: Mapping[str, str | None]
     values: Mapping[str, Any]
+    swept: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
-        """A folder name that says what runs: model, data, precision, every further override, seed."""
-        parts = [str(self.choices[group]) for group in ("model", "data", "precision")]
+        """A folder name that says what runs: model, data, precision or experiment, every further override, seed."""
+        named = ["model", "data", "experiment" if self.choices["experiment"] else "precision"]
+        parts = [str(self.choices[group]) for group in named]
         for override in sorted(self.overrides):
-            if override.lstrip("+~").partition("=")[0] not in NOT_IN_RUN_NAME:
+            key = override.lstrip("+~").partition("=")[0]
+            if key not in (*named, "seed") and (key in self.swept or key not in NO_PART_OF_A_RUN):
                 parts.append(re.sub(r"[^\w.=,+]+", "_", override.lstrip("+")))
         name = "-".join(parts)
         if len(name) > 120:
@@ -83,7 +88,8 @@ def jobs(overrides: Sequence[str], sweep: bool) -> list[Job]:
     if lists and not sweep:
         key, value = lists[0].input_line.split("=", 1) if lists[0].input_line else ("", "")
         raise UserError(f"{key}: got {value}, expected one value (-m runs a list of values one after the other)")
-    return [_job(line) for line in itertools.product(*(_expand(override) for override in parsed))]
+    swept = frozenset(override.key_or_group for override in lists)
+    return [_job(line, swept) for line in itertools.product(*(_expand(override) for override in parsed))]
 
 
 def changed(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -137,7 +143,7 @@ def _expand(override: Override) -> list[str]:
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
-def _job(overrides: Sequence[str]) -> Job:
+def _job(overrides: Sequence[str], swept: frozenset[str]) -> Job:
     known = groups()
     chosen, settings = [], []
     for override in _parse(overrides):
@@ -162,7 +168,7 @@ def _job(overrides: Sequence[str]) -> Job:
         raise
     values = _plain(config)
     values.pop("profile_data")
-    return Job(tuple(overrides), {group: choices.get(group) for group in known}, values)
+    return Job(tuple(overrides), {group: choices.get(group) for group in known}, values, swept)
 
 
 def _check_choice(group: str, given: Any, known: Mapping[str, str]) -> None:

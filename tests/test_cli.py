@@ -184,6 +184,23 @@ def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(
     assert len({config.run_dir for config in trained}) == len(trained) == 12
 
 
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        ["experiment=resnet18_fp32,resnet18_fp8"],
+        ["experiment=fp8_scale_1,fp8_scale_1000", "model=resnet18,resnet34"],
+        ["experiment=resnet18_fp8", "precision=fp8,fp8_nearest"],
+        ["loss_scaling=constant", "loss_scaling.scale=1,1000"],
+        ["backend=auto,emulate"],
+        ["data=image_folder", "data.root=/a/c,/b/c"],
+    ],
+)
+def test_no_two_runs_of_a_sweep_share_a_folder(sweep: list[str]) -> None:
+    planned = jobs(sweep, sweep=True)
+    assert len(planned) > 1
+    assert len({job.name for job in planned}) == len(planned)
+
+
 def test_a_sweep_is_checked_before_it_starts(capsys: pytest.CaptureFixture[str], trained: list[Any]) -> None:
     code, _, err = run(capsys, "train", "-m", "precision=fp32,fp9")
     assert code == 2

@@ -1,12 +1,15 @@
-"""The README's own training loop runs as it stands there."""
+"""What the documentation tells a reader to run, runs."""
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
+from fp8repro.cli import main
+from fp8repro.cli_help import TRAIN
 from fp8repro.layers import FP8Conv2d, FP8Linear
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_loop.py"
@@ -29,3 +32,16 @@ def test_the_readme_shows_the_example_that_runs() -> None:
     readme = (EXAMPLE.parents[1] / "README.md").read_text()
     (shown,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert shown == EXAMPLE.read_text().split('"""\n\n', 1)[1]
+
+
+def written_commands() -> list[str]:
+    """Every `fp8repro train` that the README, the help and the experiments tell a reader to type."""
+    texts = [EXAMPLE.parents[1].joinpath("README.md").read_text(), TRAIN]
+    texts += [path.read_text() for path in (EXAMPLE.parents[1] / "conf" / "experiment").glob("*.yaml")]
+    commands = {line for text in texts for line in re.findall(r"fp8repro train ([\w-]+[^`\n#()]*)", text)}
+    return sorted(command.strip() for command in commands if "..." not in command)
+
+
+@pytest.mark.parametrize("command", written_commands())
+def test_commands_that_are_written_down_are_accepted(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--cfg", "job", *shlex.split(command)]) == 0, capsys.readouterr().err
