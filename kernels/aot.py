@@ -80,7 +80,8 @@ def _quantize_cases() -> Iterator[Case]:
 def _product_cases(capability: int) -> Iterator[Case]:
     """Products as `configs.choose` picks their tiles; an E5M2 epilogue takes the small one."""
     generation = configs.generation((capability // 10, capability % 10))
-    large, little = configs.TILES[generation]
+    table = configs.TILES[generation]
+    large, little = (t for t in table if t.halves == 1)
     promoted = configs.accumulation("promoted", (capability // 10, capability % 10))
     words = rounding.RANDOM_WORDS
     plain = quantize.rounding_options(FP32, "nearest", "inf", "same")
@@ -93,7 +94,14 @@ def _product_cases(capability: int) -> Iterator[Case]:
         types = {**pointers, **integers, **changes}
         options = rounded if types["c_ptr"] == "*u8" else plain
         constants: dict[str, Any] = {**options, "ACCUMULATE": accumulate, "SPLITS": 1, "GROUP": 8, "EVEN_K": True}
-        constants |= {"bias_ptr": None, "overflow_ptr": None, "BM": tile.m, "BN": tile.n, "BK": tile.k}
+        constants |= {
+            "bias_ptr": None,
+            "overflow_ptr": None,
+            "BM": tile.m,
+            "BN": tile.n,
+            "BK": tile.k,
+            "HALVES": tile.halves,
+        }
         for argument in unit:
             constants[argument] = types.pop(argument) and 1
         minimum = 89 if "e4m3" in name else 80
@@ -101,6 +109,9 @@ def _product_cases(capability: int) -> Iterator[Case]:
         return Case(name, kernel, types, constants, tile.warps, tile.stages, minimum, "product", sizes)
 
     nt, nn, tn = ("a_column", "b_row"), ("a_column", "b_column"), ("a_row", "b_column")
+    if table[0].halves == 2:
+        for layout, unit in (("NT", nt), ("NN", nn), ("TN", tn)):
+            yield product(f"matmul e5m2 x e5m2 {layout} two halves", table[0], promoted, unit)
     yield product("matmul e5m2 x e5m2 NT", large, promoted, nt)
     yield product("matmul e5m2 x e5m2 NT small", little, promoted, nt)
     yield product("matmul e5m2 x e5m2 NN", large, promoted, nn)

@@ -19,20 +19,24 @@ GROUP = 8  # tile rows that share operands in the L2 cache
 
 @dataclass(frozen=True)
 class Tile:
-    """Output tile, step along the summed dimension (elements of FP8), warps, pipeline stages."""
+    """Output tile, step along the summed dimension (elements of FP8), warps, pipeline stages.
+
+    `halves` = 2: a matrix product computes two such tiles side by side (see `products.multiply`).
+    """
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    halves: int = 1
 
 
-# Wider tiles than 128 x 128 spill once partial sums are promoted: they need two accumulators.
+# From large to small. Wider tiles than 128 x 128 spill once partial sums are promoted: they need two accumulators.
 TILES: dict[str, tuple[Tile, ...]] = {
     "sm_80": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
     "sm_89": (Tile(64, 128, 128, 8, 3), Tile(64, 64, 128, 8, 3)),
-    "sm_90": (Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 4, 4)),
+    "sm_90": (Tile(128, 128, 128, 8, 4, halves=2), Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 4, 4)),
     "sm_100": (Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 8, 4)),
     "sm_120": (Tile(64, 128, 128, 8, 2), Tile(64, 64, 128, 8, 3)),
 }
@@ -65,29 +69,35 @@ def accumulation(accumulate: str, capability: tuple[int, int]) -> int:
 
 
 def choose(
-    device: torch.device, m: int, n: int, k: int, batches: int, splittable: bool, small: bool = False
+    device: torch.device, m: int, n: int, k: int, batches: int, *, splittable: bool, halves: bool, small: bool = False
 ) -> tuple[Tile, int, int]:
     """Tile, number of splits of the summed dimension, and number of resident programs.
 
     Args:
+        device: whose table to use.
         m, n, k, batches: the product's sizes.
         splittable: partial sums over parts of k may be added afterwards (FP32 results only).
-        small: the epilogue needs registers, so that the large tile would spill.
+        halves: the kernel can compute two tiles side by side.
+        small: the epilogue needs registers, so that larger tiles would spill.
     """
     if INTERPRETED:
         # The interpreter's cost is per operation, whatever the tile.
         sides = (min(512, max(16, triton.next_power_of_2(side))) for side in (m, n, k))
-        tile = Tile(*sides, 4, 1)
-        return tile, 1, 1
+        return Tile(*sides, 4, 1), 1, 1
     properties = torch.cuda.get_device_properties(device)
     processors = properties.multi_processor_count
-    large, little = TILES[generation((properties.major, properties.minor))]
-    tiles = batches * triton.cdiv(m, large.m) * triton.cdiv(n, large.n)
-    tile = little if small or tiles < processors else large
-    tiles = batches * triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
+    table = TILES[generation((properties.major, properties.minor))]
+    little = table[-1]
+    fitting = [t for t in table if (t.halves == 1 or halves) and _tiles(t, m, n, batches) >= processors]
+    tile = little if small or not fitting else fitting[0]
     splits = 1
     if splittable:
         # Enough programs to fill the GPU, but at least eight steps each: partial sums cost memory traffic.
-        while splits < 64 and tiles * splits * 2 <= 2 * processors and k >= splits * 16 * tile.k:
+        programs = _tiles(tile, m, n, batches)
+        while splits < 64 and programs * splits <= processors and k >= splits * 16 * tile.k:
             splits *= 2
     return tile, splits, processors * (2 if tile is little else 1)
+
+
+def _tiles(tile: Tile, m: int, n: int, batches: int) -> int:
+    return batches * triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n * tile.halves)

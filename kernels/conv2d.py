@@ -125,7 +125,7 @@ def conv2d_gradient(
     columns = height * width * channels
     if outputs * columns == 0 or pixels == 0 or x.numel() == 0:
         return torch.zeros(weight_shape, device=x.device).to(memory_format=torch.channels_last)
-    tile, chosen, programs = configs.choose(x.device, outputs, columns, pixels, 1, splittable=True)
+    tile, chosen, programs = configs.choose(x.device, outputs, columns, pixels, 1, splittable=True, halves=False)
     splits = chosen if splits is None else splits
     step = summed_step(tile, x)
     chunk = triton.cdiv(triton.cdiv(pixels, splits), step) * step
@@ -217,7 +217,9 @@ def _gather(
     pixels = shape[0] * grid[0] * grid[1]
     summed = taps[0] * taps[1] * channels
     rounded = epilogue.format.mantissa_bits != 23
-    tile, _, programs = configs.choose(x.device, pixels, outputs, summed, 1, splittable=False, small=rounded)
+    tile, _, programs = configs.choose(
+        x.device, pixels, outputs, summed, 1, splittable=False, halves=False, small=rounded
+    )
     arguments: tuple[Any, ...] = (
         *(shape[0], x.shape[2], x.shape[3], channels, outputs),
         *(*grid, shape[2], shape[3], *start, *stride, *step, *first, *taps, *apart, *tap, *tap_step),

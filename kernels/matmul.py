@@ -69,6 +69,7 @@ def matmul(
     accumulate: str = "promoted",
     epilogue: Epilogue | None = None,
     splits: int | None = None,
+    tile: configs.Tile | None = None,
 ) -> Tensor:
     """The product a @ b * inverse_scale + bias, accumulated in FP32 (paper, section 3).
 
@@ -83,6 +84,7 @@ def matmul(
             "promoted_32".
         epilogue: how the result is stored; FP32 by default.
         splits: parts of K that are summed apart, in a fixed order; None chooses.
+        tile: the kernel's configuration; None takes the table's.
 
     Returns:
         [..., M, N], contiguous.
@@ -107,14 +109,17 @@ def matmul(
         return result
     batches = a3.shape[0]
     plain = epilogue.format is FP32
-    tile, chosen, programs = configs.choose(a.device, m, n, k, batches, plain, small=not plain)
-    splits = chosen if splits is None else splits
+    chosen, chosen_splits, programs = configs.choose(
+        a.device, m, n, k, batches, splittable=plain, halves=True, small=not plain
+    )
+    tile = tile or chosen
+    splits = chosen_splits if splits is None else splits
     if splits > 1 and not plain:
         raise ValueError(f"splits: got {splits}, expected 1 with a rounded result")
     step = summed_step(tile, a)
     chunk = triton.cdiv(triton.cdiv(k, splits), step) * step if splits > 1 else k
     target = result if splits == 1 else torch.empty((batches, splits, m, n), dtype=torch.float32, device=a.device)
-    work = batches * splits * triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
+    work = batches * splits * triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n * tile.halves)
     launch(
         multiply,
         (min(work, programs),),
@@ -139,6 +144,7 @@ def matmul(
         BM=tile.m,
         BN=tile.n,
         BK=step,
+        HALVES=tile.halves,
         GROUP=configs.GROUP,
         EVEN_K=k % step == 0 and chunk % step == 0,
         num_warps=tile.warps,

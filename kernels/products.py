@@ -44,12 +44,17 @@ def multiply(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    HALVES: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """c[batch, split, M, N] = a @ b * inverse_scale + bias, where a split sums `chunk` of K; c is contiguous."""
+    """c[batch, split, M, N] = a @ b * inverse_scale + bias, where a split sums `chunk` of K; c is contiguous.
+
+    With two HALVES a program computes two tiles side by side from the same rows of a. That halves the traffic of a,
+    and promoted sums need registers for one tile at a time, where one tile of twice the width would spill.
+    """
     tiles_m = tl.cdiv(M, BM)
-    tiles_n = tl.cdiv(N, BN)
+    tiles_n = tl.cdiv(N, BN * HALVES)
     tiles = tiles_m * tiles_n
     for work in range(tl.program_id(0), tiles * batches * SPLITS, tl.num_programs(0)):
         plane = work // tiles
@@ -63,15 +68,19 @@ def multiply(
         tile_n = tile % (GROUP * tiles_n) // band_rows
 
         m = tile_m * BM + tl.arange(0, BM)
-        n = tile_n * BN + tl.arange(0, BN)
+        n = tile_n * (BN * HALVES) + tl.arange(0, BN)
         k = tl.arange(0, BK)
         # Rows beyond the end are read from the start instead and not stored: no mask in the loop.
         a_rows = a_ptr + batch * a_batch + (m % M).to(tl.int64)[:, None] * a_row
-        b_columns = b_ptr + batch * b_batch + (n % N).to(tl.int64)[None, :] * b_column
+        b_plane = b_ptr + batch * b_batch
+        b_columns = b_plane + (n % N).to(tl.int64)[None, :] * b_column
         length = tl.minimum(chunk, K - start)
         a = a_rows + (start + k).to(tl.int64)[None, :] * a_column
         b = b_columns + (start + k).to(tl.int64)[:, None] * b_row
         accumulator = tl.zeros((BM, BN), dtype=tl.float32)
+        if HALVES == 2:
+            b2 = b_plane + ((n + BN) % N).to(tl.int64)[None, :] * b_column + (start + k).to(tl.int64)[:, None] * b_row
+            accumulator2 = tl.zeros((BM, BN), dtype=tl.float32)
         for step in range(0, tl.cdiv(length, BK)):
             if EVEN_K:
                 a_tile = tl.load(a)
@@ -81,29 +90,35 @@ def multiply(
                 a_tile = tl.load(a, mask=k[None, :] < left, other=0.0)
                 b_tile = tl.load(b, mask=k[:, None] < left, other=0.0)
             accumulator = multiply_add(a_tile, b_tile, accumulator, ACCUMULATE)
+            if HALVES == 2:
+                b_tile = tl.load(b2) if EVEN_K else tl.load(b2, mask=k[:, None] < left, other=0.0)
+                accumulator2 = multiply_add(a_tile, b_tile, accumulator2, ACCUMULATE)
+                b2 += BK * b_row
             a += BK * a_column
             b += BK * b_row
 
-        result = accumulator * inverse_scale
-        if bias_ptr is not None:
-            result += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
-        index = (plane.to(tl.int64) * M + m[:, None]) * N + n[None, :]
-        mask = (m[:, None] < M) & (n[None, :] < N)
-        store_rounded(
-            c_ptr + index,
-            result,
-            index,
-            mask,
-            overflow_ptr,
-            seed0,
-            seed1,
-            stream0,
-            stream1,
-            MAX,
-            EB,
-            MB,
-            INF,
-            ROUNDING,
-            SATURATE,
-            SUBNORMAL_NEAREST,
-        )
+        for half in tl.static_range(HALVES):
+            result = accumulator * inverse_scale if half == 0 else accumulator2 * inverse_scale
+            if bias_ptr is not None:
+                result += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
+            index = (plane.to(tl.int64) * M + m[:, None]) * N + n[None, :]
+            mask = (m[:, None] < M) & (n[None, :] < N)
+            store_rounded(
+                c_ptr + index,
+                result,
+                index,
+                mask,
+                overflow_ptr,
+                seed0,
+                seed1,
+                stream0,
+                stream1,
+                MAX,
+                EB,
+                MB,
+                INF,
+                ROUNDING,
+                SATURATE,
+                SUBNORMAL_NEAREST,
+            )
+            n += BN

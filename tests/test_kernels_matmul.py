@@ -8,6 +8,7 @@ import torch
 
 from fp8repro import reference
 from fp8repro.formats import BF16, E4M3, E5M2, FP16
+from fp8repro.kernels.configs import Tile
 from fp8repro.kernels.matmul import Epilogue, matmul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,6 +91,13 @@ def test_split_sums_are_the_same_at_every_run(splits):
     result = matmul(a, b, bias, splits=splits)
     assert_near(result, a, b, bias)
     assert torch.equal(result, matmul(a, b, bias, splits=splits))
+
+
+@pytest.mark.parametrize("n", [5, 70, 128, 200])
+def test_two_tiles_side_by_side(n):
+    a, b, bias = small_integers(37, 150, dtype=DTYPES[0]), small_integers(150, n, dtype=DTYPES[1]), torch.ones(n)
+    result = matmul(a, b, bias.to(DEVICE), tile=Tile(64, 32, 128, 4, 3, halves=2))
+    assert torch.equal(result.double(), a.double() @ b.double() + 1)
 
 
 @pytest.mark.parametrize("accumulate", ["promoted", "promoted_32", "fp16_mma", "unpromoted"])
