@@ -4,13 +4,14 @@ PYTHON ?= python3
 RUNS ?= runs
 SEEDS ?= 0,1,2
 WORKERS ?= 2
+PROFILE ?= embedded
 # EXTRAS=dev,fairseq adds fairseq's own Transformer, and its tests.
 EXTRAS ?= dev
 
 BIN := .venv/bin
 INSTALLED := .venv/installed-$(EXTRAS)
 # One run after the other on all cores; run folders that are complete are left as they are.
-SWEEP := $(BIN)/fp8repro train -m precision=fp32,fp8 seed=$(SEEDS) run_dir=$(RUNS) resume=auto
+DEMO := $(BIN)/fp8repro train -m precision=fp32,fp8 seed=$(SEEDS) run_dir=$(RUNS)/demo resume=auto
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-long lint reproduce-all compare bench clean
@@ -19,8 +20,8 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## train ResNet-18 in FP32 and FP8 on handwritten digits, print both beside the paper
-	$(SWEEP) model=resnet18
-	$(BIN)/fp8repro compare $(RUNS)
+	$(DEMO) model=resnet18
+	$(BIN)/fp8repro compare $(RUNS)/demo
 
 test: $(INSTALLED) ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
@@ -33,8 +34,8 @@ lint: $(INSTALLED) ## formatting, style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy fp8repro
 
-reproduce-all: $(INSTALLED) ## every model of the paper that has an embedded run, FP32 and FP8
-	$(SWEEP) model=resnet18,resnet34,resnet50
+reproduce-all: $(INSTALLED) ## all tables and studies of the paper (PROFILE=, ONLY=, SEEDS=1, ARGS='--images ...')
+	$(BIN)/fp8repro reproduce profile=$(PROFILE) --seeds $(SEEDS) --runs $(RUNS) $(if $(ONLY),--only $(ONLY)) $(ARGS)
 	$(BIN)/fp8repro compare $(RUNS)
 
 compare: $(INSTALLED) ## tables of all runs beside the paper
