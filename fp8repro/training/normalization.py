@@ -28,13 +28,13 @@ class NormalizationStatistics:
 
     def keep(self) -> None:
         """Remember the statistics as they are."""
-        for kept, buffer in zip(self._kept, self._all, strict=True):
-            kept.copy_(buffer)
+        if self._all:
+            torch._foreach_copy_(self._kept, self._all)
 
     def restore(self) -> None:
         """Put back what was remembered."""
-        for kept, buffer in zip(self._kept, self._all, strict=True):
-            buffer.copy_(kept)
+        if self._all:
+            torch._foreach_copy_(self._all, self._kept)
 
     def finite(self) -> bool:
         """True when no statistic is NaN or infinite."""
