@@ -107,7 +107,7 @@ class TranslationTask:
         for indices in self._eval_batches(pair_lengths(pairs), 1):
             batch = make_batch(pairs, indices.tolist()).to(self.world.device)
             _, nll = smoothed_loss(model(batch.source, batch.decoder_input), batch.target)
-            total, count = total + float(nll), count + batch.target_tokens
+            total, count = total + nll.item(), count + batch.target_tokens
         loss_sum, tokens = self.world.sum([total, count])
         loss = loss_sum / tokens
         metrics = {"loss": loss, "perplexity": perplexity(loss)}
