@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ SCORES = ("top1", "bleu")
 # A record's own files are a few kilobytes; whatever is larger is something else.
 MAX_BYTES = 1_000_000
 MAX_SETTINGS, MAX_NAME = 2_000, 500
+# A line of metrics: the telemetry of a large model takes some hundred kilobytes.
+MAX_LINE = 4_000_000
 # Settings that leave a run's result as it is.
 NO_EFFECT = (
     "backend",
@@ -125,18 +127,52 @@ def saved_settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: {error}") from None
 
 
+def read_yaml_file(path: Path) -> dict[str, Any]:
+    """A record's YAML file; empty where it cannot be read."""
+    try:
+        return _mapping(path, _read_yaml)
+    except _Unreadable:
+        return {}
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """A run's summary.json as it stands, empty where it has none yet.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not (folder / SUMMARY).exists():
+        return {}
+    try:
+        return _mapping(folder / SUMMARY, json.loads)
+    except _Unreadable as error:
+        raise UserError(f"{folder}: {error}") from None
+
+
+def metrics_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, one at a time.
+
+    A line that was cut short by a crash, or that is longer than any of ours, is left out.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    try:
+        with (folder / METRICS).open("rb") as file:
+            while line := file.readline(MAX_LINE):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(row, dict):
+                    yield row
+    except OSError as error:
+        raise UserError(f"{folder}: {METRICS} cannot be read ({error.strerror})") from None
+
+
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl of one kind; a line that was cut short by a crash is left out."""
-    rows = []
-    with (folder / METRICS).open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict) and row.get("kind") == kind:
-                rows.append(row)
-    return rows
+    """The lines of a run's metrics.jsonl of one kind; see `metrics_rows`."""
+    return [row for row in metrics_rows(folder) if row.get("kind") == kind]
 
 
 def _run_folders(roots: Iterable[str | Path]) -> list[Path]:
