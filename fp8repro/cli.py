@@ -246,6 +246,19 @@ def reproduce(arguments: list[str]) -> int:
     return 0
 
 
+def doctor(arguments: list[str]) -> int:
+    """`fp8repro doctor`: can training run here; what became of a run."""
+    from fp8repro import doctor as looks
+
+    parser = _Parser("doctor")
+    parser.add_argument("settings", nargs="*")
+    options = parser.parse_intermixed_args(arguments)
+    if options.help:
+        print(looks.USAGE)
+        return 0
+    return looks.doctor(options.settings)
+
+
 def _run_dir(values: Mapping[str, Any], name: str, sweep: bool) -> str:
     """A sweep puts every run in a folder of its own."""
     given = values["run_dir"]
@@ -287,6 +300,7 @@ VERBS = {
     "evaluate": Verb("measure saved weights, in any precision", evaluate),
     "reproduce": Verb("run every cell of the paper's tables", reproduce),
     "compare": Verb("tables of finished runs beside the paper's figures", compare),
+    "doctor": Verb("what is missing to train here; why a run failed", doctor),
     "bench": Verb("measure speed on this machine", bench),
 }
 BENCHES = {
