@@ -305,6 +305,8 @@ VERBS = {
 }
 BENCHES = {
     "kernels": "the Triton kernels on this GPU: results first, then speed",
+    "quantize": "the CPU quantizer beside a copy, torch and QPyTorch",
+    "step": "a training step of each recipe beside FP32 on this CPU",
 }
 
 if __name__ == "__main__":

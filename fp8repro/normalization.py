@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from fp8repro import native
 from fp8repro.formats import BF16, FP32, FloatFormat
 from fp8repro.functional import Site
 from fp8repro.products import decode
@@ -51,12 +52,15 @@ class _NormalizeAddRelu(torch.autograd.Function):
         result, mean, inverse_deviation = torch.native_batch_norm(
             x, weight, bias, norm.running_mean, norm.running_var, True, norm.momentum or 0.0, norm.eps
         )
-        if residual is not None:
-            result += residual
         mask = None
-        if relu:
-            mask = pack_bits(result > 0)
-            result.relu_()
+        if relu and native.walks(result, *([] if residual is None else [residual])):
+            mask = native.add_relu(result, residual)
+        else:
+            if residual is not None:
+                result += residual
+            if relu:
+                mask = pack_bits(result > 0)
+                result.relu_()
         stored = x
         if norm.input_format.name != "fp32":
             stored = torch.empty_like(x, dtype=norm.input_format.dtype)
@@ -69,7 +73,9 @@ class _NormalizeAddRelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         stored, mask, weight, mean, inverse_deviation = ctx.saved_tensors
-        if mask is not None:
+        if mask is not None and grad.stride() == stored.stride() and native.walks(grad):
+            grad = native.keep_where(grad, mask)
+        elif mask is not None:
             # In the layout of torch's own ReLU, which decides the order of the sums that follow.
             layout = torch.contiguous_format if grad.is_contiguous() else torch.preserve_format
             zero = torch.zeros((), dtype=grad.dtype, device=grad.device)

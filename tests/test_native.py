@@ -92,3 +92,19 @@ def test_lesser_machines_get_the_same_bytes(march):
 def test_the_kernel_follows_the_layout(make, ordered, expected):
     x = make()
     assert plan(tuple(x.shape), x.stride(), (x.stride(),), True, ordered) == expected
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("count", [1, 7, 16, 100_003])
+def test_relu_keeps_the_bits_of_what_is_over_zero(count):
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(count, generator=generator) for _ in range(2))
+    x[0] = torch.nan
+    for other in (None, residual):
+        total = x if other is None else x + other
+        result = x.clone()
+        bits = native.add_relu(result, other)
+        assert torch.equal(result.nan_to_num(7.0), torch.relu(total).nan_to_num(7.0))
+        flags = (bits[:, None] >> torch.arange(8) & 1).flatten()[:count].bool()
+        assert torch.equal(flags, total > 0)
+        assert torch.equal(native.keep_where(residual, bits), torch.where(flags, residual, 0.0))

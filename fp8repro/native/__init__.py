@@ -52,6 +52,8 @@ def library(march: str = "native") -> Any:
     found.fp8repro_runs.argtypes = [*common, int64, pointer]
     found.fp8repro_transposed.argtypes = [*common, int64, int64, int64]
     found.fp8repro_decode.argtypes = [pointer, pointer, int32, int32, int32, int64]
+    found.fp8repro_add_relu.argtypes = [pointer, pointer, pointer, int32, int64]
+    found.fp8repro_keep_where.argtypes = [pointer, pointer, pointer, int32, int64]
     found.fp8repro_words.argtypes = [uint64, uint64, uint64, pointer]
     return found
 
@@ -101,7 +103,7 @@ def round_into(
         seed,
         stream,
         None if stats is None else stats.data_ptr(),
-        torch.get_num_threads() if x.numel() > _GRAIN else 1,
+        _threads(x.numel()),
         *arguments,
     )
 
@@ -118,8 +120,48 @@ def decode(codes: Tensor, values: Tensor) -> None:
         return
     count = codes.numel()
     is_e4m3 = int(codes.dtype is torch.float8_e4m3fn)
-    threads = torch.get_num_threads() if count > _GRAIN else 1
-    library().fp8repro_decode(codes.data_ptr(), values.data_ptr(), is_e4m3, _TYPES[values.dtype], threads, count)
+    library().fp8repro_decode(
+        codes.data_ptr(), values.data_ptr(), is_e4m3, _TYPES[values.dtype], _threads(count), count
+    )
+
+
+def add_relu(x: Tensor, residual: Tensor | None) -> Tensor:
+    """ReLU of `x` (+ `residual`), in place; gives a bit a value that says which are over zero.
+
+    Args:
+        x: dense FP32 tensor.
+        residual: FP32 tensor with the strides of `x`, or None.
+
+    Returns:
+        Bytes of 8 bits each, the lowest first, in memory order; padded with zeros.
+    """
+    count = x.numel()
+    bits = torch.empty((count + 7) // 8, dtype=torch.uint8)
+    other = None if residual is None else residual.data_ptr()
+    library().fp8repro_add_relu(x.data_ptr(), other, bits.data_ptr(), _threads(count), count)
+    return bits
+
+
+def keep_where(x: Tensor, bits: Tensor) -> Tensor:
+    """The values of a dense FP32 tensor whose bit (in memory order, see `add_relu`) is set, zero elsewhere."""
+    count = x.numel()
+    out = torch.empty_like(x)
+    library().fp8repro_keep_where(x.data_ptr(), bits.data_ptr(), out.data_ptr(), _threads(count), count)
+    return out
+
+
+def walks(*tensors: Tensor) -> bool:
+    """Whether the engine is there for dense FP32 CPU tensors that lie in memory alike, as `add_relu` asks."""
+    first = tensors[0]
+    return (
+        available()
+        and all(t.device.type == "cpu" and t.dtype == torch.float32 and t.stride() == first.stride() for t in tensors)
+        and _dense(first)
+    )
+
+
+def _threads(count: int) -> int:
+    return torch.get_num_threads() if count > _GRAIN else 1
 
 
 def _round_copies(

@@ -1,0 +1,116 @@
+"""`fp8repro bench step`: one whole training step (forward, backward, update) of each recipe beside FP32.
+
+Writes results/cpu/step_<model>.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fp8repro.bench.cpu import DEFAULT_OUT, ForeignLoad, interleaved_medians, relaunch_pinned, report, rows
+from fp8repro.injection import inject
+from fp8repro.master import MasterWeights
+from fp8repro.models.gnmt import gnmt
+from fp8repro.models.resnet import make_resnet
+from fp8repro.models.transformer import transformer
+from fp8repro.recipe import load_recipe
+
+# Largest time of an FP8 step relative to FP32: with BF16 instructions, and with FP32 products.
+BARS = {"resnet18": (0.80, 1.05), "transformer": (0.75, 1.08), "gnmt": (0.80, 1.10)}
+VOCABULARY = 2048
+SHAPES = {
+    "resnet18": "32x32, batch 32, channels_last",
+    "transformer": "width 256, 4+4 layers, 64 tokens, batch 16",
+    "gnmt": "width 512, 4 layers, 24 tokens, batch 32",
+}
+
+
+def _batch(model: str) -> tuple[Tensor, ...]:
+    """Inputs and targets."""
+    generator = torch.Generator().manual_seed(0)
+    if model == "resnet18":
+        x = torch.randn(32, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
+        return x, torch.randint(10, (32,), generator=generator)
+    shape = (16, 64) if model == "transformer" else (32, 24)
+    source, target = (torch.randint(3, VOCABULARY, shape, generator=generator) for _ in range(2))
+    return source, target, target.roll(-1, 1)
+
+
+def _model(model: str) -> nn.Module:
+    torch.manual_seed(0)
+    if model == "resnet18":
+        return make_resnet("resnet18", 10, image_size=32).to(memory_format=torch.channels_last)
+    if model == "transformer":
+        size = {"encoder_layers": 4, "decoder_layers": 4, "width": 256, "ffn_width": 1024, "heads": 4}
+        return transformer(VOCABULARY, 1, 2, **size)
+    return gnmt(VOCABULARY, 1, 2, layers=4, width=512)
+
+
+def training_step(model: str, precision: str, backend: str = "auto") -> Callable[[], object]:
+    """A function that trains a fresh model for one step on one fixed batch."""
+    recipe = load_recipe(precision)
+    network = _model(model)
+    inject(network, recipe, backend=backend)
+    if model == "resnet18":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(network.parameters(), 0.01, 0.9, weight_decay=1e-4)
+    else:
+        optimizer = torch.optim.Adam(network.parameters(), 1e-4)
+    masters = MasterWeights(network, optimizer, recipe)
+    *inputs, target = _batch(model)
+    scale = 1.0 if precision in ("fp32", "bf16") else 1024.0
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        context: Any = network.fp8_context
+        context.begin(steps)
+        steps += 1
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast == "bf16"):
+            logits = network(*inputs)
+        loss = F.cross_entropy(logits.float().flatten(0, -2), target.flatten())
+        (loss * scale).backward()
+        masters.step(scale)
+
+    return step
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; gives the exit code."""
+    parser = argparse.ArgumentParser(prog="fp8repro bench step", description=__doc__)
+    parser.add_argument("model", nargs="?", default="resnet18", help=f"one of {', '.join(BARS)} (also model=NAME)")
+    parser.add_argument("--precisions", default="fp8", help="recipes beside fp32, separated by commas")
+    parser.add_argument("--repeats", type=int, default=15, help="measured steps of each")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the results")
+    options = parser.parse_args(arguments)
+    model = options.model.removeprefix("model=")
+    if model not in BARS:
+        parser.error(f"model: got {model!r}, expected one of {', '.join(BARS)}")
+    code = relaunch_pinned("fp8repro.bench.step", list(arguments or []))
+    if code is not None:
+        return code
+    torch.set_num_threads(options.threads)
+    work = {"fp32": training_step(model, "fp32")}
+    for precision in options.precisions.split(","):
+        work[precision] = training_step(model, precision)
+    work["fp8, backend=emulate"] = training_step(model, "fp8", "emulate")
+    with ForeignLoad() as foreign:
+        medians = interleaved_medians(work, options.repeats)
+    fast, slow = BARS[model]
+    measured = rows(f"{model}, {SHAPES[model]}", medians, "fp32", {"fp8": fast, "fp8, backend=emulate": slow})
+    report(f"Training step of {model}", measured, foreign.cores, f"step_{model}", options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    import sys
+
+    raise SystemExit(main(sys.argv[1:]))
