@@ -259,6 +259,25 @@ def doctor(arguments: list[str]) -> int:
     return looks.doctor(options.settings)
 
 
+def report(arguments: list[str]) -> int:
+    """`fp8repro report`: tables, verdicts and figures of finished runs, as one page and as files."""
+    parser = _Parser("report")
+    parser.add_argument("runs", nargs="*", default=[DEFAULT_RUNS])
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    options = parser.parse_intermixed_args(arguments)
+    if options.help:
+        from fp8repro.cli_help import REPORT
+
+        print(REPORT)
+        return 0
+    from fp8repro.results.report import write_report
+
+    for problem in write_report(options.runs, options.out):
+        print(f"left out: {problem}", file=sys.stderr)
+    print(options.out / "report.html")
+    return 0
+
+
 def _run_dir(values: Mapping[str, Any], name: str, sweep: bool) -> str:
     """A sweep puts every run in a folder of its own."""
     given = values["run_dir"]
@@ -299,6 +318,7 @@ VERBS = {
     "train": Verb("train a model, or a sweep of models", train),
     "evaluate": Verb("measure saved weights, in any precision", evaluate),
     "reproduce": Verb("run every cell of the paper's tables", reproduce),
+    "report": Verb("the page: tables, verdicts and figures of finished runs", report),
     "compare": Verb("tables of finished runs beside the paper's figures", compare),
     "doctor": Verb("what is missing to train here; why a run failed", doctor),
     "bench": Verb("measure speed on this machine", bench),

@@ -62,6 +62,16 @@ options
   --dry-run         list the runs and their state, run nothing
   -h, --help        this text"""
 
+REPORT = """\
+usage: fp8repro report [FOLDER ...] [--out FOLDER]
+
+Reads the records of all finished runs under the folders (default: runs) and writes report.html, which needs no network,
+tables/ (Markdown, CSV, JSON) and figures/ (PNG, each with its data).
+
+options
+  --out FOLDER  where to write (default results)
+  -h, --help    this text"""
+
 COMPARE = """\
 usage: fp8repro compare [FOLDER ...] [--format text|md|csv|json] [--out FOLDER]
 

@@ -1,0 +1,231 @@
+"""Runs by the cell of the plan that they stand for, and the figures of a run that the studies compare."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from fp8repro.config import LossScalingConfig, build_dataclass
+from fp8repro.loss_scaling import make_scaler
+from fp8repro.results.records import CONFIG, METRICS, RunRecord, read_failures, read_records, read_yaml_file
+
+ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run with its curves, read at first use."""
+
+    record: RunRecord
+
+    @cached_property
+    def _rows(self) -> dict[str, list[dict[str, Any]]]:
+        kinds: dict[str, list[dict[str, Any]]] = {}
+        path = self.record.folder / METRICS
+        if not path.is_file():
+            return kinds
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    kinds.setdefault(str(row.get("kind")), []).append(row)
+        return kinds
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl of a kind."""
+        return self._rows.get(kind, [])
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration."""
+        return read_yaml_file(self.record.folder / CONFIG)
+
+    def series(self, kind: str, name: str, split: str | None = None) -> list[tuple[float, float]]:
+        """(epoch, value) of a curve, missing values left out."""
+        rows = [row for row in self.rows(kind) if split in (None, row.get("split"))]
+        return [(float(row["epoch"]), float(row[name])) for row in rows if _number(row.get(name)) and "epoch" in row]
+
+    def last(self, kind: str, name: str, split: str | None = None) -> float | None:
+        """Last value of a curve."""
+        values = self.series(kind, name, split)
+        return values[-1][1] if values else None
+
+    @cached_property
+    def converted(self) -> list[dict[str, Any]]:
+        """Rows of the injection report."""
+        return [row for line in self.rows("convert") for row in line.get("rows", []) if isinstance(row, dict)]
+
+    @cached_property
+    def steps_per_epoch(self) -> float:
+        """Updates in an epoch."""
+        return float(self.record.summary.get("steps", 1)) / max(float(self.record.summary.get("epochs", 1)), 1e-9)
+
+    def telemetry(self, role: str) -> list[tuple[int, list[dict[str, Any]]]]:
+        """(step, rows) of the layers that were converted, for a role."""
+        names = {row["name"] for row in self.converted if row.get("status") == "converted"}
+        return [
+            (line["step"], [row for row in line.get("rows", []) if row.get("role") == role and row["layer"] in names])
+            for line in self.rows("telemetry")
+        ]
+
+    def underflow_share(self, role: str) -> float | None:
+        """Share of the non-zero operands of a role that became zero, over the whole run; None without telemetry."""
+        rows = [row for _, rows in self.telemetry(role) for row in rows]
+        nonzero = sum(row["nonzero"] for row in rows)
+        return sum(row["underflow"] for row in rows) / nonzero if nonzero else None
+
+    def memory(self, name: str) -> float | None:
+        """A figure of the memory measurement, in bytes."""
+        rows = self.rows("memory")
+        return float(rows[-1][name]) if rows and _number(rows[-1].get(name)) else None
+
+    def figure(self, name: str) -> float | None:
+        """A figure that studies compare, by its name in their tables; None where it was not recorded."""
+        if name == "score":
+            return self.record.score
+        if name in ("val_error", "train_error"):
+            top1 = self.last("eval", "top1", name.removesuffix("_error"))
+            return None if top1 is None else 100 - top1
+        if name == "l2":
+            return self.last("train", "l2")
+        if name.startswith("underflow_"):
+            return self.underflow_share(name.removeprefix("underflow_"))
+        if name.endswith("_bytes"):
+            return self.memory(name)
+        value = self.record.summary.get(name)
+        return float(value) if _number(value) else None
+
+    @cached_property
+    def loss_scale(self) -> LossScale | None:
+        """The loss scale at every step."""
+        return replay_loss_scale(self)
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """The loss scale of a run at every step.
+
+    Attributes:
+        scale: at each step. floors: in force at each step.
+        skipped: steps that were skipped.
+        met_floor: steps at which a back-off was stopped by a floor over the policy's least scale.
+    """
+
+    scale: list[float]
+    floors: list[float]
+    skipped: list[int]
+    met_floor: list[int]
+
+
+@dataclass
+class CellRuns:
+    """What is recorded of a cell: finished runs by seed, reasons of failed ones, and what was left out."""
+
+    name: str
+    runs: dict[int, Run] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def figures(self, name: str) -> dict[int, float]:
+        """A figure by seed."""
+        found = {seed: run.figure(name) for seed, run in sorted(self.runs.items())}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    @property
+    def first(self) -> Run | None:
+        """The run with the least seed."""
+        return self.runs[min(self.runs)] if self.runs else None
+
+
+def read_cells(roots: Iterable[str | Path]) -> tuple[dict[str, dict[str, CellRuns]], list[RunRecord], list[str]]:
+    """Cells by profile and experiment, all finished runs, and a line for each folder without a usable record.
+
+    Runs of a cell that differ in more than their seed are not mixed: the kind with most seeds stands, then the longest.
+
+    Raises:
+        UserError: a root that is not a folder.
+    """
+    roots = list(roots)
+    records, problems = read_records(roots)
+    cells: dict[str, dict[str, CellRuns]] = {}
+    kinds: dict[tuple[str, str], dict[str, list[RunRecord]]] = {}
+    for record in records:
+        experiment = record.summary.get("experiment")
+        if isinstance(experiment, str):
+            kind = repr(sorted((key, repr(value)) for key, value in record.settings.items()))
+            kinds.setdefault((record.profile, experiment), {}).setdefault(kind, []).append(record)
+    for (profile, experiment), by_kind in kinds.items():
+        cell = cells.setdefault(profile, {}).setdefault(experiment, CellRuns(experiment))
+        ranked = sorted(by_kind.values(), key=lambda group: (-len({r.seed for r in group}), -_steps(group[0])))
+        cell.runs = {record.seed: Run(record) for record in ranked[0]}
+        for group in ranked[1:]:
+            cell.left_out.append(f"{experiment}: {len(group)} run(s) with {_differing(ranked[0][0], group[0])}")
+    for summary in read_failures(roots):
+        where, experiment, seed = (summary.get(key) for key in ("profile", "experiment", "seed"))
+        if isinstance(where, str) and isinstance(experiment, str) and isinstance(seed, int):
+            cell = cells.setdefault(where, {}).setdefault(experiment, CellRuns(experiment))
+            if seed not in cell.runs:
+                cell.failures[seed] = str(summary.get("reason", "no reason was recorded"))
+    return cells, records, problems
+
+
+def comparable(a: CellRuns, b: CellRuns) -> bool:
+    """True when two cells' runs differ in precision and loss scaling only."""
+    if a.first is None or b.first is None:
+        return False
+    return _shared(a.first.record) == _shared(b.first.record)
+
+
+def replay_loss_scale(run: Run) -> LossScale | None:
+    """Put the recorded skipped steps through the policy once more; None where its scales are not those on record."""
+    steps = int(run.record.summary.get("steps", 0))
+    skips = {row["step"] for row in run.rows("event") if row.get("what") in ("skipped", "nonfinite_forward")}
+    if not steps or run.config.get("trainer", {}).get("max_steps") is not None:
+        return None
+    config: LossScalingConfig = build_dataclass(LossScalingConfig, run.config.get("loss_scaling", {}), "loss_scaling")
+    scaler = make_scaler(config, steps)
+    scales, floors, met = [], [], []
+    for step in range(1, steps + 1):
+        scales.append(scaler.scale)
+        floors.append(scaler.floor)
+        floor_stops = scaler.scale / config.factor < scaler.floor > config.min_scale
+        if step in skips and floor_stops and config.policy == "enhanced":
+            met.append(step)
+        scaler.update(step in skips)
+    for row in run.rows("train"):
+        logged = row.get("loss_scale")
+        if _number(logged) and not math.isclose(logged, scales[row["step"] - 1]):
+            return None
+    return LossScale(scales, floors, sorted(skips), met)
+
+
+def _shared(record: RunRecord) -> dict[str, Any]:
+    apart = ("precision.", "loss_scaling.", "backend")
+    return {key: value for key, value in record.settings.items() if not key.startswith(apart)}
+
+
+def _differing(a: RunRecord, b: RunRecord) -> str:
+    keys = sorted({*a.settings, *b.settings})
+    return ", ".join(f"{k}={b.settings.get(k)}" for k in keys if a.settings.get(k) != b.settings.get(k)) or "its seed"
+
+
+def _steps(record: RunRecord) -> float:
+    steps = record.summary.get("steps")
+    return float(steps) if _number(steps) else 0.0
+
+
+def _number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def by_seed(cells: Mapping[str, CellRuns], cell: str, figure: str) -> dict[int, float]:
+    """A cell's figure by seed; empty where the cell was not run."""
+    return cells[cell].figures(figure) if cell in cells else {}

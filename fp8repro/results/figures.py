@@ -1,0 +1,289 @@
+"""What the figures show: series and matrices taken from run records, each with its data as CSV. Draws nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fp8repro.cli_choices import groups
+from fp8repro.reproduce.plan import plan_file, study_cells
+from fp8repro.results.cells import CellRuns, Run
+
+Cells = Mapping[str, CellRuns]
+FLOOR_SHARE = 1e-6
+ROLE_OPERANDS = (
+    ("activation", "input"),
+    ("weight", "weight"),
+    ("error", "output_error"),
+    ("gradient", "weight_gradient"),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve: label, points, and the number of the hue it shares with others of its cell."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    hue: int
+    faint: bool = False
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Axes with lines."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Line]
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A matrix: rows by name, columns by x; values in [low, high]; `missing` is NaN."""
+
+    title: str
+    x_label: str
+    rows: Sequence[str]
+    x: Sequence[float]
+    values: Sequence[Sequence[float]]
+    value_label: str
+    log: bool = False
+    spans: Sequence[tuple[float, str]] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure: file name, title, caption, its panels or heat maps."""
+
+    name: str
+    title: str
+    caption: str
+    panels: Sequence[Panel] = field(default_factory=tuple)
+    maps: Sequence[HeatMap] = field(default_factory=tuple)
+
+    @property
+    def empty(self) -> bool:
+        """True when there is nothing to draw."""
+        return not any(panel.lines for panel in self.panels) and not any(len(map.rows) for map in self.maps)
+
+    def csv(self) -> str:
+        """The data: one line for each point or each entry of a matrix."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["panel", "series", "x", "y"])
+        for panel in self.panels:
+            for line in panel.lines:
+                writer.writerows([panel.title, line.label, x, y] for x, y in zip(line.x, line.y, strict=True))
+        for map in self.maps:
+            for row, values in zip(map.rows, map.values, strict=True):
+                entries = zip(map.x, values, strict=True)
+                writer.writerows([map.title, row, x, y] for x, y in entries if not math.isnan(y))
+        return out.getvalue()
+
+
+def figures(cells: Cells, profile: str) -> list[Figure]:
+    """All figures of a profile that have something to show."""
+    convnet = plan_file()["profiles"][profile]["convnet"]
+    found = [
+        accuracy_curves(cells, profile),
+        underflow_by_scale(cells, profile),
+        underflow_map(cells, [f"{convnet}_fp8", "fp8_scale_1"]),
+        exponent_map(cells, f"{convnet}_fp8"),
+        exponent_map(cells, "transformer_fp8"),
+        loss_scales(cells, profile),
+        rounding_curves(cells, profile),
+    ]
+    return [figure for figure in found if not figure.empty]
+
+
+def accuracy_curves(cells: Cells, profile: str) -> Figure:
+    """Validation accuracy (images) and perplexity (translation) of each model in FP32 and FP8."""
+    panels = []
+    for study, metric, label in (("C1", "top1", "top-1, %"), ("C2", "perplexity", "perplexity")):
+        for model in dict.fromkeys(name.rsplit("_", 1)[0] for name in study_cells(study, profile)):
+            lines = [
+                line
+                for hue, precision in enumerate(("fp32", "fp8"))
+                for line in _curves(cells, f"{model}_{precision}", precision.upper(), hue, "eval", metric, "val")
+            ]
+            panels.append(Panel(model, "epoch", label, lines, log=metric == "perplexity"))
+    caption = (
+        "Validation over training, one line for each seed. BLEU is measured once, after the last epoch, and stands in "
+        "the table."
+    )
+    return Figure("accuracy", "Training in FP32 and FP8", caption, [panel for panel in panels if panel.lines])
+
+
+def underflow_by_scale(cells: Cells, profile: str) -> Figure:
+    """Share of errors that underflow over time, by loss scale (C4)."""
+    lines = []
+    for hue, name in enumerate(study_cells("C4", profile)):
+        for number, run in enumerate(_runs(cells, name)):
+            points = [(step / run.steps_per_epoch, share) for step, share in _shares(run, "error")]
+            label = run.record.loss_scaling if number == 0 else ""
+            x, y = zip(*points, strict=True) if points else ((), ())
+            lines.append(Line(label, x, [max(100 * share, 100 * FLOOR_SHARE) for share in y], hue, number > 0))
+    caption = "Errors of all converted layers that are not zero before rounding and zero after it, one line a seed."
+    panel = Panel("errors", "epoch", "errors that underflow, %", [line for line in lines if line.x], log=True)
+    return Figure("underflow", "C4: underflow by loss scale", caption, [panel])
+
+
+def underflow_map(cells: Cells, names: Sequence[str]) -> Figure:
+    """Share of errors that underflow, per layer over time (C4)."""
+    maps = []
+    for name in names:
+        run = cells[name].first if name in cells else None
+        telemetry = run.telemetry("error") if run else []
+        layers = list(dict.fromkeys(row["layer"] for _, rows in telemetry for row in rows))
+        if run is None or not layers:
+            continue
+        shares = [_by_layer(rows) for _, rows in telemetry]
+        values = [[max(100 * share[layer], 100 * FLOOR_SHARE) if layer in share else math.nan for share in shares]
+                  for layer in layers]  # fmt: skip
+        x = [step / run.steps_per_epoch for step, _ in telemetry]
+        title = f"{run.record.model}, loss scale {run.record.loss_scaling.removeprefix('constant ')}"
+        maps.append(HeatMap(title, "epoch", layers, x, values, "errors that underflow, %", log=True))
+    caption = "Layers from input (top) to output. Only layers in E5M2."
+    return Figure("underflow_map", "C4: underflow per layer over time", caption, maps=maps)
+
+
+def exponent_map(cells: Cells, name: str) -> Figure:
+    """Histograms of binary exponents per layer and role, against E5M2's range."""
+    run = cells[name].first if name in cells else None
+    maps = []
+    for role, operand in ROLE_OPERANDS if run else ():
+        totals: dict[str, dict[int, float]] = {}
+        for _, rows in run.telemetry(role) if run else []:
+            for row in rows:
+                if row.get("operand") == operand and row.get("exponents"):
+                    lowest, counts = row["exponents"]
+                    histogram = totals.setdefault(row["layer"], {})
+                    for exponent, count in enumerate(counts, lowest):
+                        histogram[exponent] = histogram.get(exponent, 0.0) + count
+        if not totals:
+            continue
+        low = min(min(h) for h in totals.values())
+        x = list(range(max(low, -40), 20))
+        values = []
+        for histogram in totals.values():
+            total = sum(histogram.values())
+            values.append([100 * histogram.get(e, 0.0) / total or math.nan for e in x])
+        maps.append(
+            HeatMap(f"{role}s" if role != "activation" else "activations (layer inputs)", "binary exponent",
+                    list(totals), x, values, "values, %", spans=E5M2_RANGE)
+        )  # fmt: skip
+    model = run.record.model if run else name
+    caption = (
+        "Values before rounding, loss scale included, over the whole run; each row, a layer, adds up to 100 %. Lines: "
+        "E5M2's smallest subnormal, its smallest normal value and its largest value."
+    )
+    return Figure(f"range_{model}", f"{model}: values against E5M2's range", caption, maps=maps)
+
+
+def loss_scales(cells: Cells, profile: str) -> Figure:
+    """The loss scale at every step of the C5 runs, with the floor in force."""
+    panels = []
+    for name in study_cells("C5", profile):
+        lines = []
+        for number, run in enumerate(_runs(cells, name)):
+            replay = run.loss_scale
+            if replay is None:
+                continue
+            x = [step / run.steps_per_epoch for step in range(len(replay.scale))]
+            lines.append(Line(f"seed {run.record.seed}", *_thinned(x, replay.scale), number))
+            if number == 0 and run.record.loss_scaling == "enhanced":
+                lines.append(Line("floor", *_thinned(x, replay.floors), 7, dashed=True))
+        if lines:
+            policy = next(iter(_runs(cells, name))).record.loss_scaling
+            panels.append(Panel(policy, "epoch", "loss scale", lines, log=True))
+    caption = "GNMT. The scale in force at each step, followed from the recorded skipped steps."
+    return Figure("loss_scale", "C5: loss scale over time", caption, panels)
+
+
+def rounding_curves(cells: Cells, profile: str) -> Figure:
+    """Training error, validation error and L2 loss over time, nearest and stochastic, FP16 and FP32 masters (C6)."""
+    headlines = {
+        "fp8_nearest": "nearest, FP16 masters",
+        "fp8_nearest_fp32_master": "nearest, FP32 masters",
+        "fp8_stochastic": "stochastic, FP16 masters",
+        "fp8_stochastic_fp32_master": "stochastic, FP32 masters",
+    }
+    panels = []
+    for title, kind, metric, split in (
+        ("training error", "eval", "top1", "train"),
+        ("validation error", "eval", "top1", "val"),
+        ("L2 loss", "train", "l2", None),
+    ):
+        lines = []
+        for hue, (name, label) in enumerate(headlines.items()):
+            for line in _curves(cells, name, label, hue, kind, metric, split):
+                y = [100 - value for value in line.y] if metric == "top1" else line.y
+                lines.append(Line(line.label, line.x, y, hue, line.faint, dashed="FP32" in label))
+        panels.append(Panel(title, "epoch", "%" if metric == "top1" else "sum of squared weights / 2", lines))
+    caption = "One line for each seed; the others of a cell are fainter. Dashed: FP32 masters."
+    return Figure("rounding", "C6: rounding", caption, [panel for panel in panels if panel.lines])
+
+
+def headline(name: str) -> str:
+    """What an experiment's file says of itself."""
+    return groups()["experiment"].get(name, name)
+
+
+def _e5m2_range() -> tuple[tuple[float, str], ...]:
+    from fp8repro.formats import E5M2
+
+    return (
+        (E5M2.min_exponent - E5M2.mantissa_bits, "smallest subnormal"),
+        (E5M2.min_exponent, "smallest normal"),
+        (E5M2.max_exponent + 1, "largest"),
+    )
+
+
+E5M2_RANGE = _e5m2_range()
+
+
+def _runs(cells: Cells, name: str) -> list[Run]:
+    return [run for _, run in sorted(cells[name].runs.items())] if name in cells else []
+
+
+def _curves(cells: Cells, name: str, label: str, hue: int, kind: str, metric: str, split: str | None) -> list[Line]:
+    lines = []
+    for number, run in enumerate(_runs(cells, name)):
+        points = run.series(kind, metric, split)
+        if points:
+            x, y = zip(*points, strict=True)
+            lines.append(Line(label if number == 0 else "", *_thinned(x, y), hue, faint=number > 0))
+    return lines
+
+
+def _shares(run: Run, role: str) -> list[tuple[int, float]]:
+    points = []
+    for step, rows in run.telemetry(role):
+        nonzero = sum(row["nonzero"] for row in rows)
+        if nonzero:
+            points.append((step, sum(row["underflow"] for row in rows) / nonzero))
+    return points
+
+
+def _by_layer(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    counts: dict[str, tuple[int, int]] = {}
+    for row in rows:
+        nonzero, underflow = counts.get(row["layer"], (0, 0))
+        counts[row["layer"]] = (nonzero + row["nonzero"], underflow + row["underflow"])
+    return {layer: underflow / nonzero for layer, (nonzero, underflow) in counts.items() if nonzero}
+
+
+def _thinned(x: Sequence[float], y: Sequence[float], most: int = 400) -> tuple[list[float], list[float]]:
+    """At most `most` points and the last one."""
+    stride = -(-len(x) // most)
+    kept = sorted({*range(0, len(x), stride), len(x) - 1}) if x else []
+    return [x[i] for i in kept], [y[i] for i in kept]

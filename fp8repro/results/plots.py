@@ -1,0 +1,149 @@
+"""Draws figures: SVG whose colours are the page's own (light and dark), and PNG. Knows nothing of runs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
+
+from fp8repro.results.figures import Figure, HeatMap, Panel
+
+# Okabe and Ito's palette, which colour-blind readers tell apart, in its order of contrast.
+HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
+INK, GRID = "#1f2328", "#d0d7de"
+# Colours of the SVG that the page's style sheet replaces.
+VARIABLES = {INK: "var(--ink)", GRID: "var(--line)", **{hue: f"var(--hue{i})" for i, hue in enumerate(HUES)}}
+MAP_COLOURS = LinearSegmentedColormap.from_list(
+    "share", ["#eef4fb", "#b3d1ea", "#5fa3d0", "#2470a8", "#0b3d6b", "#06223f"]
+)
+PANELS_IN_A_ROW = 3
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "font.family": ["sans-serif"],
+    "svg.fonttype": "none",
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG element for a page that defines --ink, --line and --hue0 to --hue7."""
+    out = io.StringIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": figure.name}):
+        _draw(figure).savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, variable)
+    # Several pictures share a page, so their names must differ.
+    text = re.sub(r'\bid="', f'id="{figure.name}-', text)
+    text = re.sub(r'(href="|url\()#', rf"\1#{figure.name}-", text)
+    size = re.search(r'width="([\d.]+)pt"', text)
+    width = float(size.group(1)) if size else 720.0
+    label = figure.title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    head = f'<svg role="img" aria-label="{label}" style="width:{width * 4 / 3:.0f}px" '
+    return re.sub(r'\s(width|height)="[\d.]+pt"', "", text, count=2).replace("<svg ", head, 1)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG on white."""
+    out = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        _draw(figure).savefig(out, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    return out.getvalue()
+
+
+def download(text: str, kind: str = "text/csv") -> str:
+    """A text as an address that needs no network."""
+    return f"data:{kind};base64,{base64.b64encode(text.encode()).decode()}"
+
+
+def _draw(figure: Figure) -> Canvas:
+    count = len(figure.panels) + len(figure.maps)
+    columns = min(PANELS_IN_A_ROW if figure.panels else 2, count)
+    rows = -(-count // columns)
+    heights = [_map_height(map) for map in figure.maps]
+    height = sum(max(heights[i : i + columns]) for i in range(0, count, columns)) if heights else 2.7 * rows
+    canvas = Canvas(figsize=(10.4 if columns > 1 else 6.4, height), layout="constrained")
+    ratios = [max(heights[i : i + columns]) for i in range(0, count, columns)] if heights else None
+    axes = canvas.subplots(rows, columns, squeeze=False, height_ratios=ratios).flatten()
+    for ax, panel in zip(axes, figure.panels, strict=False):
+        _lines(ax, panel)
+    for ax, map in zip(axes, figure.maps, strict=False):
+        _map(canvas, ax, map)
+    for ax in axes[count:]:
+        ax.set_axis_off()
+    return canvas
+
+
+def _lines(ax: Axes, panel: Panel) -> None:
+    for line in panel.lines:
+        ax.plot(
+            line.x, line.y, color=HUES[line.hue % len(HUES)], label=line.label or "_", alpha=0.35 if line.faint else 1,
+            linewidth=1.0 if line.faint else 1.6, linestyle="--" if line.dashed else "-",
+        )  # fmt: skip
+    ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+    if panel.log:
+        ax.set_yscale("log")
+    if any(line.label for line in panel.lines):
+        ax.legend()
+
+
+def _map(canvas: Canvas, ax: Axes, map: HeatMap) -> None:
+    values = np.array(map.values, dtype=float)
+    finite = values[np.isfinite(values)]
+    if map.log:
+        low = max(float(finite.min()), 1e-4)
+        norm: Normalize = LogNorm(low, max(float(finite.max()), 10 * low))
+        values = np.where(np.isfinite(values), np.maximum(values, low), values)
+    else:
+        norm = Normalize(0, float(finite.max()))
+    edges = _edges(map.x)
+    # One picture instead of thousands of rectangles.
+    mesh = ax.pcolormesh(edges, np.arange(len(map.rows) + 1), values, cmap=MAP_COLOURS, norm=norm, rasterized=True)
+    ax.invert_yaxis()
+    ax.grid(False)
+    step = -(-len(map.rows) // 40)
+    ax.set_yticks(np.arange(0, len(map.rows), step) + 0.5, list(map.rows)[::step], fontsize=7)
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    ax.set(title=map.title, xlabel=map.x_label)
+    for position, _ in map.spans:
+        if edges[0] < position < edges[-1]:
+            ax.axvline(position, color=HUES[1], linewidth=1.2)
+    bar = canvas.colorbar(mesh, ax=ax, label=map.value_label, pad=0.01, fraction=0.04)
+    bar.outline.set_edgecolor(GRID)  # type: ignore[operator]
+
+
+def _edges(x: Any) -> Any:
+    """Borders of the cells around x; an exponent e stands for [e, e + 1)."""
+    x = np.asarray(x, dtype=float)
+    step = float(np.median(np.diff(x))) if len(x) > 1 else 1.0
+    return np.append(x, x[-1] + (step if math.isfinite(step) and step > 0 else 1.0))
+
+
+def _map_height(map: HeatMap) -> float:
+    return 1.0 + 0.13 * min(len(map.rows), 40)

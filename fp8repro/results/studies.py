@@ -1,0 +1,210 @@
+"""The tables of the claims, from run records alone: a cell that was not run is empty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fp8repro.cli_choices import groups
+from fp8repro.reproduce.plan import plan_file, study_cells
+from fp8repro.results.cells import CellRuns, Run, by_seed, comparable
+from fp8repro.results.paired import difference
+from fp8repro.results.sheet import Column, Sheet, stat
+from fp8repro.results.tables import paper_figures
+
+Cells = Mapping[str, CellRuns]
+PERCENT, MEBI = 100.0, 1 / 2**20
+ROLES = ("weight", "activation", "error", "gradient")
+# Figure, title, decimals, factor.
+STUDY_COLUMNS: dict[str, list[tuple[str, str, int, float]]] = {
+    "C4": [
+        ("score", "top-1, %", 2, 1),
+        ("underflow_error", "errors that underflow, %", 3, PERCENT),
+        ("underflow_gradient", "weight gradients that underflow, %", 3, PERCENT),
+        ("skipped_steps", "skipped steps", 0, 1),
+    ],
+    "C5": [
+        ("score", "BLEU", 1, 1),
+        ("underflow_error", "errors that underflow, %", 3, PERCENT),
+        ("skipped_steps", "skipped steps", 0, 1),
+    ],
+    "C6": [
+        ("train_error", "training error, %", 2, 1),
+        ("val_error", "validation error, %", 2, 1),
+        ("l2", "L2 loss at the end", 1, 1),
+    ],
+    "C7": [
+        ("score", "top-1, %", 2, 1),
+        ("master_bytes", "master weights, MiB", 2, MEBI),
+        ("weight_bytes", "working weights, MiB", 2, MEBI),
+        ("saved_for_backward_bytes", "saved for backward, MiB", 2, MEBI),
+    ],
+    "recipes": [
+        ("score", "top-1, %", 2, 1),
+        ("underflow_error", "errors that underflow, %", 3, PERCENT),
+        ("saved_for_backward_bytes", "saved for backward, MiB", 2, MEBI),
+    ],
+}
+
+
+def sheets(cells: Cells, profile: str) -> list[Sheet]:
+    """All tables of a profile, in the order of the claims."""
+    return [
+        accuracy_sheet("C1", cells, profile),
+        accuracy_sheet("C2", cells, profile),
+        conversion_sheet(cells, profile),
+        *(study_sheet(study, cells, profile) for study in STUDY_COLUMNS),
+    ]
+
+
+def accuracy_sheet(study: str, cells: Cells, profile: str) -> Sheet:
+    """FP32 and FP8 of each model, the gap and its standard error, beside the paper's (C1, C2)."""
+    names = study_cells(study, profile)
+    models = list(dict.fromkeys(name.rsplit("_", 1)[0] for name in names))
+    digits = 2 if study == "C1" else 1
+    unit = "top-1, %" if study == "C1" else "BLEU"
+    paper = paper_figures()
+    rows = []
+    for model in models:
+        fp32, fp8 = (by_seed(cells, f"{model}_{precision}", "score") for precision in ("fp32", "fp8"))
+        gap = difference(fp8, fp32) if _comparable(cells, f"{model}_fp8", f"{model}_fp32") else None
+        theirs = paper["figures"][model]
+        rows.append(
+            {
+                "model": model,
+                "fp32": stat(fp32),
+                "fp8": stat(fp8),
+                "gap": gap and gap.mean,
+                "gap_se": gap and gap.se,
+                "seeds": gap.seeds if gap else None,
+                "paper_fp32": theirs["fp32"],
+                "paper_fp8": theirs["fp8"],
+                "paper_gap": round(theirs["fp8"] - theirs["fp32"], 2),
+                "failed": _failed(cells, [f"{model}_fp32", f"{model}_fp8"]),
+            }
+        )
+    columns = [
+        Column("model", "model"),
+        Column("fp32", f"FP32 {unit}", digits),
+        Column("fp8", f"FP8 {unit}", digits),
+        Column("gap", "gap", digits, sign=True),
+        Column("gap_se", "its standard error", digits),
+        Column("seeds", "pairs of seeds"),
+        Column("paper_fp32", "paper FP32", digits),
+        Column("paper_fp8", "paper FP8", digits),
+        Column("paper_gap", "paper gap", digits, sign=True),
+        Column("failed", "failed runs"),
+    ]
+    marks = sorted({paper["figures"][model]["mark"] for model in models})
+    known = ", ".join(f"{mark}: {paper['marks'][mark]}" for mark in marks)
+    notes = [
+        f"Paper: {paper['data'][paper['figures'][models[0]]['data']]} ({known}).",
+        *signatures(cells, names),
+    ]
+    if profile != "paper":
+        notes.insert(0, f"Ran on {_data(cells, names)}, not on the paper's data: compare the gaps, not the levels.")
+    return Sheet(
+        study, f"{study}: {plan_file()['studies'][study]['title']}", columns, rows, notes + _left_out(cells, names)
+    )
+
+
+def conversion_sheet(cells: Cells, profile: str) -> Sheet:
+    """What each FP8 model converted, what it left, and which roles telemetry counted (C3)."""
+    rows = []
+    for study in ("C1", "C2"):
+        for name in study_cells(study, profile):
+            run = cells[name].first if name in cells else None
+            if name.endswith("_fp8") and run is not None:
+                rows.append(conversion(run))
+    columns = [
+        Column("model", "model"),
+        Column("converted", "layers in E5M2"),
+        Column("exempt", "layers in 16 bit"),
+        Column("left", "layers left"),
+        Column("roles", "roles counted by telemetry"),
+        Column("backend", "products"),
+    ]
+    notes = ["Left: layers without a product of their own, or with one that the recipe leaves (see the run's record)."]
+    return Sheet("C3", "C3: what is in FP8", columns, rows, notes)
+
+
+def conversion(run: Run) -> dict[str, Any]:
+    """A row of `conversion_sheet`."""
+    by_status: dict[str, list[str]] = {}
+    for row in run.converted:
+        by_status.setdefault(str(row.get("status")), []).append(str(row.get("name")))
+    counted = [role for role in ROLES if any(row["nonzero"] for _, rows in run.telemetry(role) for row in rows)]
+    return {
+        "model": run.record.model,
+        "converted": len(by_status.get("converted", [])),
+        "exempt": ", ".join(by_status.get("exempt", [])) or "none",
+        "left": len(by_status.get("left", [])),
+        "roles": ", ".join(counted) or "none",
+        "backend": str(run.record.summary.get("backend")),
+    }
+
+
+def study_sheet(study: str, cells: Cells, profile: str) -> Sheet:
+    """The cells of a study with the figures that it compares."""
+    headlines = groups()["experiment"]
+    names = study_cells(study, profile)
+    rows = []
+    for name in names:
+        cell = cells.get(name, CellRuns(name))
+        row: dict[str, Any] = {"cell": name, "what": headlines[name], "seeds": len(cell.runs)}
+        for figure, _, _, factor in STUDY_COLUMNS[study]:
+            row[figure] = stat(cell.figures(figure), factor)
+        if study == "C5":
+            row |= _scale_figures(cell)
+        row["failed"] = _failed(cells, [name])
+        rows.append(row)
+    columns = [Column("cell", "cell"), Column("what", "what it is")]
+    columns += [Column(figure, title, digits) for figure, title, digits, _ in STUDY_COLUMNS[study]]
+    if study == "C5":
+        columns += [
+            Column("lowest_scale", "lowest scale"),
+            Column("last_scale", "last scale"),
+            Column("met_floor", "back-offs that met the floor"),
+        ]
+    columns += [Column("seeds", "seeds"), Column("failed", "failed runs")]
+    notes = ["mean ± standard deviation over seeds."] if any(row["seeds"] > 1 for row in rows) else []
+    title = plan_file()["studies"][study]["title"]
+    return Sheet(
+        study, title if study == "recipes" else f"{study}: {title}", columns, rows, notes + _left_out(cells, names)
+    )
+
+
+def _scale_figures(cell: CellRuns) -> dict[str, Any]:
+    replays = [run.loss_scale for run in cell.runs.values() if run.loss_scale is not None]
+    if not replays:
+        return {}
+    return {
+        "lowest_scale": ", ".join(f"{min(replay.scale):,.10g}" for replay in replays),
+        "last_scale": ", ".join(f"{replay.scale[-1]:,.10g}" for replay in replays),
+        "met_floor": ", ".join(str(len(replay.met_floor)) for replay in replays),
+    }
+
+
+def _comparable(cells: Cells, a: str, b: str) -> bool:
+    return a in cells and b in cells and comparable(cells[a], cells[b])
+
+
+def _failed(cells: Cells, names: list[str]) -> str | None:
+    said = [f"seed {seed}: {text}" for n in names if n in cells for seed, text in sorted(cells[n].failures.items())]
+    return "; ".join(said) or None
+
+
+def _left_out(cells: Cells, names: list[str]) -> list[str]:
+    return [f"Left out: {text}." for name in names if name in cells for text in cells[name].left_out]
+
+
+def _data(cells: Cells, names: list[str]) -> str:
+    found = sorted({run.record.data for name in names if name in cells for run in cells[name].runs.values()})
+    return ", ".join(found) or "nothing yet"
+
+
+def signatures(cells: Cells, names: list[str]) -> list[str]:
+    """How BLEU was computed."""
+    found = {str(run.record.summary["bleu_signature"]) for name in names if name in cells
+             for run in cells[name].runs.values() if run.record.summary.get("bleu_signature")}  # fmt: skip
+    return [f"BLEU signature: {signature}" for signature in sorted(found)]
