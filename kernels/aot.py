@@ -249,7 +249,7 @@ def main() -> int:
     """Entry point of `python -m fp8repro.kernels.aot`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("capabilities", type=int, nargs="+", help="80, 89, 90, 100, ...")
-    parser.add_argument("--only", default="", help="compile the cases whose name contains this")
+    parser.add_argument("--only", nargs="*", default=[""], help="compile the cases whose name contains one of these")
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     arguments = parser.parse_args()
     if INTERPRETED:
@@ -259,7 +259,7 @@ def main() -> int:
         compile_case(case, capability)
         for capability in arguments.capabilities
         for case in cases(capability)
-        if arguments.only in case.name and capability >= case.minimum
+        if any(part in case.name for part in arguments.only) and capability >= case.minimum
     ]
     print(json.dumps(rows) if arguments.json else f"Compiled by Triton {triton.__version__}.\n\n{table(rows)}")
     return 0
