@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fp8repro.errors import RunFailure, UserError
+from fp8repro.training.untrusted import require_harmless_file, require_plain
 
 FORMAT = 1
 CONTENT: dict[str, type] = {
@@ -115,7 +116,9 @@ def read_tensors(path: Path) -> dict[str, Any]:
     try:
         if expected.is_file() and expected.read_text().split()[:1] != [_sha256(path)]:
             raise UserError(f"checkpoint: {path.name} is damaged (its checksum differs)")
+        require_harmless_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+        require_plain(content)
     except UserError:
         raise
     # The unpickler and the archive reader raise whatever their parsing trips over.
