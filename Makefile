@@ -35,8 +35,9 @@ lint: $(INSTALLED) ## formatting, style and types
 	$(BIN)/mypy fp8repro
 
 reproduce-all: $(INSTALLED) ## all tables and studies of the paper (PROFILE=, ONLY=, SEEDS=1, ARGS='--images ...')
-	$(BIN)/fp8repro reproduce profile=$(PROFILE) --seeds $(SEEDS) --runs $(RUNS) $(if $(ONLY),--only $(ONLY)) $(ARGS)
-	$(BIN)/fp8repro compare $(RUNS)
+	@# The page is written when runs failed, too: it says which.
+	$(BIN)/fp8repro reproduce profile=$(PROFILE) --seeds $(SEEDS) --runs $(RUNS) $(if $(ONLY),--only $(ONLY)) $(ARGS); \
+		status=$$?; test $$status -gt 1 || $(BIN)/fp8repro report $(RUNS)/$(PROFILE); exit $$status
 
 compare: $(INSTALLED) ## tables of all runs beside the paper
 	$(BIN)/fp8repro compare $(RUNS)

@@ -187,6 +187,11 @@ def compare(arguments: list[str]) -> int:
 
         print(COMPARE)
         return 0
+    from fp8repro.results import two_runs
+
+    if len(options.runs) == 2 and all(map(two_runs.is_run, options.runs)):
+        print(two_runs.compare_two(*options.runs), end="")
+        return 0
     from fp8repro.results.records import read_records
 
     records, problems = read_records(options.runs)

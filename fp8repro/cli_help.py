@@ -74,9 +74,11 @@ options
 
 COMPARE = """\
 usage: fp8repro compare [FOLDER ...] [--format text|md|csv|json] [--out FOLDER]
+       fp8repro compare RUN RUN
 
 Reads the records of all finished runs under the folders (default: runs) and prints the mean and standard deviation over
-seeds, the gap to FP32, and the paper's figures beside them.
+seeds, the gap to FP32, and the paper's figures beside them. With the folders of two runs: the settings in which they
+differ, their curves, and a verdict over all seeds that lie beside them.
 
 options
   --format      text (default), md, csv or json

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from fp8repro.cli_settings import jobs
-from fp8repro.config import run_config
+from fp8repro.config import LossScalingConfig, build_dataclass
+from fp8repro.loss_scaling import make_scaler
 from fp8repro.reproduce.plan import make_plan
 
 EPOCHS, STEPS = 8, 160
@@ -28,11 +28,7 @@ DETAIL = ", ".join(f"{role} e5m2/nearest" for role in ("weight", "activation", "
 def planned() -> dict[str, tuple[Any, dict[str, Any]]]:
     """Cell and resolved configuration by name."""
     _, cells = make_plan()
-    found = {}
-    for cell in cells:
-        (job,) = jobs(cell.overrides, sweep=False)
-        found[cell.name] = (cell, run_config(job.values).to_dict())
-    return found
+    return {cell.name: (cell, cell.config) for cell in cells}
 
 
 def write_plan(root: Path, seeds: int = 3, names: tuple[str, ...] | None = None) -> Path:
@@ -73,9 +69,6 @@ def write_run(root: Path, name: str, seed: int = 0, skips: tuple[int, ...] = (),
 
 def metrics(name: str, config: dict[str, Any], score: float, skips: tuple[int, ...]) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
-    from fp8repro.config import LossScalingConfig, build_dataclass
-    from fp8repro.loss_scaling import make_scaler
-
     scaler = make_scaler(build_dataclass(LossScalingConfig, config["loss_scaling"], ""), STEPS)
     rounded = config["precision"]["name"] != "fp32"
     image = config["model"]["task"] == "image"

@@ -51,10 +51,12 @@ class Board:
         """A job's process ended, with the reason where it failed."""
         self.finished += 1
         del self._left[job.name]
-        self._done_cost += _cost(job)
         if failure is not None:
+            # A run that broke off says nothing about how long the others take.
+            self._begun += seconds
             self._say(f"        failed after {_duration(seconds)}: {failure}")
             return
+        self._done_cost += _cost(job)
         score = f"BLEU {summary['bleu']:.1f}" if "bleu" in summary else f"top-1 {summary['top1']:.2f} %"
         self._say(f"        {score} in {_duration(seconds)}")
 

@@ -100,7 +100,8 @@ def parse_seeds(text: str) -> list[int]:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    seeds = numbers if "," in text else list(range(*numbers[:1]))
+    # Without a comma there is one number at most.
+    seeds = numbers if "," in text else list(range(sum(numbers)))
     if not seeds or min(seeds) < 0:
         raise UserError(f"--seeds: got {text!r}, expected how many (3) or a list of them (0,1,2)")
     return list(dict.fromkeys(seeds))

@@ -1,4 +1,4 @@
-"""The plan: cells, seeds, the settings of each, and what their folders say of them. Runs nothing, imports no torch."""
+"""The plan: cells, seeds, the settings of each, and what their folders say of them. Runs nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Cell:
         model: what it trains. task: "image" or "translation".
         studies: the claims whose tables it serves.
         overrides: settings of its runs, all but seed and folder.
-        settings: what they come to, flat; only those that decide a result.
+        config: what they come to.
     """
 
     name: str
@@ -41,7 +41,12 @@ class Cell:
     task: str
     studies: tuple[str, ...]
     overrides: tuple[str, ...]
-    settings: dict[str, Any]
+    config: dict[str, Any]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The settings that decide a result, flat."""
+        return settings_of(self.config)
 
 
 @dataclass(frozen=True)
@@ -175,4 +180,4 @@ def _cell(name: str, studies: list[str], profile: str, further: list[str], roots
         overrides.append(_assignment("data.root", roots[task]))
     overrides += further
     (job,) = jobs(overrides, sweep=False)
-    return Cell(name, model, task, tuple(studies), tuple(overrides), settings_of(run_config(job.values).to_dict()))
+    return Cell(name, model, task, tuple(studies), tuple(overrides), run_config(job.values).to_dict())

@@ -62,13 +62,14 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure: file name, title, caption, its panels or heat maps."""
+    """A figure: file name, title, caption, its panels or heat maps; `shared`: all on one scale of values."""
 
     name: str
     title: str
     caption: str
     panels: Sequence[Panel] = field(default_factory=tuple)
     maps: Sequence[HeatMap] = field(default_factory=tuple)
+    shared: bool = False
 
     @property
     def empty(self) -> bool:
@@ -153,7 +154,7 @@ def underflow_map(cells: Cells, names: Sequence[str]) -> Figure:
         title = f"{run.record.model}, loss scale {run.record.loss_scaling.removeprefix('constant ')}"
         maps.append(HeatMap(title, "epoch", layers, x, values, "errors that underflow, %", log=True))
     caption = "Layers from input (top) to output. Only layers in E5M2."
-    return Figure("underflow_map", "C4: underflow per layer over time", caption, maps=maps)
+    return Figure("underflow_map", "C4: underflow per layer over time", caption, maps=maps, shared=True)
 
 
 def exponent_map(cells: Cells, name: str) -> Figure:
@@ -206,7 +207,7 @@ def loss_scales(cells: Cells, profile: str) -> Figure:
             policy = next(iter(_runs(cells, name))).record.loss_scaling
             panels.append(Panel(policy, "epoch", "loss scale", lines, log=True))
     caption = "GNMT. The scale in force at each step, followed from the recorded skipped steps."
-    return Figure("loss_scale", "C5: loss scale over time", caption, panels)
+    return Figure("loss_scale", "C5: loss scale over time", caption, panels, shared=True)
 
 
 def rounding_curves(cells: Cells, profile: str) -> Figure:

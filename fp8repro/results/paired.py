@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "not decided at this scale"
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "not decided"
 CONFIDENCE = 0.95
 # What counts as no difference: points of top-1 and BLEU. Part of the stated test, not a result.
 TOLERANCE = 1.0

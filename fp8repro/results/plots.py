@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -16,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from fp8repro.results.figures import Figure, HeatMap, Panel
 
@@ -25,10 +26,10 @@ HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d
 INK, GRID = "#1f2328", "#d0d7de"
 # Colours of the SVG that the page's style sheet replaces.
 VARIABLES = {INK: "var(--ink)", GRID: "var(--line)", **{hue: f"var(--hue{i})" for i, hue in enumerate(HUES)}}
-MAP_COLOURS = LinearSegmentedColormap.from_list(
-    "share", ["#eef4fb", "#b3d1ea", "#5fa3d0", "#2470a8", "#0b3d6b", "#06223f"]
-)
+# Fades into the page, so that it reads on white and on black.
+MAP_COLOURS = LinearSegmentedColormap.from_list("share", [(0.10, 0.45, 0.80, 0.03), (0.10, 0.45, 0.80, 1.0)])
 PANELS_IN_A_ROW = 3
+PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "font.family": ["sans-serif"],
@@ -90,32 +91,37 @@ def _draw(figure: Figure) -> Canvas:
     height = sum(max(heights[i : i + columns]) for i in range(0, count, columns)) if heights else 2.7 * rows
     canvas = Canvas(figsize=(10.4 if columns > 1 else 6.4, height), layout="constrained")
     ratios = [max(heights[i : i + columns]) for i in range(0, count, columns)] if heights else None
-    axes = canvas.subplots(rows, columns, squeeze=False, height_ratios=ratios).flatten()
+    axes = canvas.subplots(
+        rows, columns, squeeze=False, height_ratios=ratios, sharey=bool(figure.shared and figure.panels)
+    ).flatten()
     for ax, panel in zip(axes, figure.panels, strict=False):
-        _lines(ax, panel)
+        _lines(ax, panel, _decades(figure.panels if figure.shared else [panel]))
     for ax, map in zip(axes, figure.maps, strict=False):
-        _map(canvas, ax, map)
+        _map(canvas, ax, map, figure.maps if figure.shared else [map])
     for ax in axes[count:]:
         ax.set_axis_off()
     return canvas
 
 
-def _lines(ax: Axes, panel: Panel) -> None:
+def _lines(ax: Axes, panel: Panel, decades: float) -> None:
     for line in panel.lines:
         ax.plot(
             line.x, line.y, color=HUES[line.hue % len(HUES)], label=line.label or "_", alpha=0.35 if line.faint else 1,
             linewidth=1.0 if line.faint else 1.6, linestyle="--" if line.dashed else "-",
         )  # fmt: skip
     ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
-    if panel.log:
+    if panel.log and decades >= 1:
         ax.set_yscale("log")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_major_formatter(PLAIN)
     if any(line.label for line in panel.lines):
         ax.legend()
 
 
-def _map(canvas: Canvas, ax: Axes, map: HeatMap) -> None:
+def _map(canvas: Canvas, ax: Axes, map: HeatMap, together: Sequence[HeatMap]) -> None:
     values = np.array(map.values, dtype=float)
-    finite = values[np.isfinite(values)]
+    finite = np.concatenate([np.array(other.values, dtype=float).flatten() for other in together])
+    finite = finite[np.isfinite(finite)]
     if map.log:
         low = max(float(finite.min()), 1e-4)
         norm: Normalize = LogNorm(low, max(float(finite.max()), 10 * low))
@@ -135,6 +141,9 @@ def _map(canvas: Canvas, ax: Axes, map: HeatMap) -> None:
         if edges[0] < position < edges[-1]:
             ax.axvline(position, color=HUES[1], linewidth=1.2)
     bar = canvas.colorbar(mesh, ax=ax, label=map.value_label, pad=0.01, fraction=0.04)
+    if map.log:
+        bar.ax.yaxis.set_major_formatter(PLAIN)
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
     bar.outline.set_edgecolor(GRID)  # type: ignore[operator]
 
 
@@ -146,4 +155,9 @@ def _edges(x: Any) -> Any:
 
 
 def _map_height(map: HeatMap) -> float:
-    return 1.0 + 0.13 * min(len(map.rows), 40)
+    return max(1.9, 1.0 + 0.13 * min(len(map.rows), 40))
+
+
+def _decades(panels: Sequence[Panel]) -> float:
+    values = [value for panel in panels for line in panel.lines for value in line.y if value > 0]
+    return math.log10(max(values) / min(values)) if values else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fp8repro.cli_choices import groups
@@ -89,7 +89,7 @@ def accuracy_sheet(study: str, cells: Cells, profile: str) -> Sheet:
         Column("fp8", f"FP8 {unit}", digits),
         Column("gap", "gap", digits, sign=True),
         Column("gap_se", "its standard error", digits),
-        Column("seeds", "pairs of seeds"),
+        Column("seeds", "pairs of seeds", 0),
         Column("paper_fp32", "paper FP32", digits),
         Column("paper_fp8", "paper FP8", digits),
         Column("paper_gap", "paper gap", digits, sign=True),
@@ -118,9 +118,9 @@ def conversion_sheet(cells: Cells, profile: str) -> Sheet:
                 rows.append(conversion(run))
     columns = [
         Column("model", "model"),
-        Column("converted", "layers in E5M2"),
+        Column("converted", "layers in E5M2", 0),
         Column("exempt", "layers in 16 bit"),
-        Column("left", "layers left"),
+        Column("left", "layers left", 0),
         Column("roles", "roles counted by telemetry"),
         Column("backend", "products"),
     ]
@@ -166,7 +166,7 @@ def study_sheet(study: str, cells: Cells, profile: str) -> Sheet:
             Column("last_scale", "last scale"),
             Column("met_floor", "back-offs that met the floor"),
         ]
-    columns += [Column("seeds", "seeds"), Column("failed", "failed runs")]
+    columns += [Column("seeds", "seeds", 0), Column("failed", "failed runs")]
     notes = ["mean ± standard deviation over seeds."] if any(row["seeds"] > 1 for row in rows) else []
     title = plan_file()["studies"][study]["title"]
     return Sheet(
@@ -179,10 +179,16 @@ def _scale_figures(cell: CellRuns) -> dict[str, Any]:
     if not replays:
         return {}
     return {
-        "lowest_scale": ", ".join(f"{min(replay.scale):,.10g}" for replay in replays),
-        "last_scale": ", ".join(f"{replay.scale[-1]:,.10g}" for replay in replays),
-        "met_floor": ", ".join(str(len(replay.met_floor)) for replay in replays),
+        "lowest_scale": _each(min(replay.scale) for replay in replays),
+        "last_scale": _each(replay.scale[-1] for replay in replays),
+        "met_floor": _each(len(replay.met_floor) for replay in replays),
     }
+
+
+def _each(values: Iterable[float]) -> str:
+    """One figure a seed, or a single one where they are the same."""
+    texts = [f"{value:,.10g}" for value in values]
+    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
 def _comparable(cells: Cells, a: str, b: str) -> bool:

@@ -66,7 +66,7 @@ def verdict_sheet(by_profile: Mapping[str, Sequence[Verdict]]) -> Sheet:
     claims = paper_figures()["claims"]
     columns = [Column("claim", "claim"), Column("text", "the paper")]
     small = [profile for profile in by_profile if profile != "paper"]
-    columns += [Column(profile, f"verdict, {profile}") for profile in small]
+    columns += [Column(profile, f"verdict at the scale of profile={profile}") for profile in small]
     columns.append(Column("paper", "verdict at the paper's scale"))
     rows = []
     for claim, entry in claims.items():
@@ -75,9 +75,11 @@ def verdict_sheet(by_profile: Mapping[str, Sequence[Verdict]]) -> Sheet:
         # Small data never speaks for ImageNet or WMT16.
         row["paper"] = overall(claim, by_profile.get("paper", []))
         if "paper" not in by_profile:
-            row["paper"] = f"{UNDECIDED.split(' at ')[0]}: {NO_RUNS.replace('this profile', 'profile=paper')}"
+            row["paper"] = UNDECIDED
         rows.append(row)
     notes = ["A claim holds when every statement below holds, and does not hold when one does not."]
+    if "paper" not in by_profile:
+        notes.append("The paper's scale is not decided: there is no run with profile=paper.")
     return Sheet("verdicts", "Verdicts", columns, rows, notes)
 
 
