@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
 
+@cache
 def groups() -> dict[str, dict[str, str]]:
     """Every configuration group: its choices, each with the one line that its file says about it."""
     found = {}
