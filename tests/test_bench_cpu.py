@@ -1,0 +1,63 @@
+"""The CPU benchmarks' records: ratios, bars, the meter of foreign load, and work that does what it says."""
+
+import json
+import os
+import time
+
+import pytest
+import torch
+
+from fp8repro.bench import quantize, step
+from fp8repro.bench.cpu import PINNING, ForeignLoad, interleaved_medians, relaunch_pinned, report, rows
+from fp8repro.reference import round_to_format
+
+
+def test_work_is_done_in_turns_and_two_rounds_are_not_measured():
+    calls = []
+    medians = interleaved_medians({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert calls == ["a", "b"] * 5
+    assert set(medians) == {"a", "b"}
+
+
+def test_records_say_ratio_bar_machine_and_foreign_load(tmp_path, capsys):
+    measured = rows("work", {"base": 2.0, "fast": 1.0, "slow": 5.0}, "base", {"fast": 0.8, "slow": 1.0})
+    assert [(row.ratio, row.reached) for row in measured] == [(1.0, None), (0.5, True), (2.5, False)]
+    report("Some work", measured, 0.25, "work", tmp_path)
+    record = json.loads((tmp_path / "work.json").read_text())
+    assert record["foreign_load_cores"] == 0.25
+    assert record["environment"]["cpu"]
+    assert record["rows"][1]["reached"] is True
+    page = (tmp_path / "work.md").read_text()
+    assert "| work | slow | 5.000 | 2.500 x base | at most 1 | no |" in page
+    assert page in capsys.readouterr().out
+
+
+def test_own_work_is_no_foreign_load():
+    with ForeignLoad() as meter:
+        start = time.process_time()
+        while time.process_time() - start < 0.3:
+            pass
+    assert 0 <= meter.cores <= (os.cpu_count() or 1)
+
+
+def test_a_pinned_process_is_not_started_again(monkeypatch):
+    for key, value in PINNING.items():
+        monkeypatch.setenv(key, value)
+    assert relaunch_pinned("no.such.module", []) is None
+
+
+def test_the_measured_quantizer_calls_give_the_reference_values():
+    x = torch.randn(1000)
+    work = quantize.work(x)
+    assert {"copy_", "nearest", "stochastic"} <= set(work)
+    for call in work.values():
+        call()
+    assert torch.equal(work["x.to(float8_e5m2).float()"](), round_to_format(x, quantize.E5M2))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", step.BARS)
+def test_a_measured_step_trains(model):
+    run = step.training_step(model, "fp8")
+    for _ in range(2):
+        run()
