@@ -26,6 +26,10 @@ from fp8repro.models.resnet import LARGEST_SMALL_IMAGE
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUGMENTATIONS = ("auto", "imagenet", "small", "none")
 DIGITS_VAL_FRACTION = 0.2
+# Told by contents, whatever a file is called; PIL would start other programs for some kinds.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+# A photograph has some pixels a byte. What claims many more unfolds to gigabytes, up to 8 bytes a pixel.
+FREE_PIXELS, PIXELS_PER_BYTE = 16_000_000, 100
 Transform = Callable[[Any], Tensor]
 
 
@@ -181,7 +185,10 @@ def read_rgb(path: str) -> Any:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            pixels = image.width * image.height
+            if pixels > max(FREE_PIXELS, PIXELS_PER_BYTE * os.path.getsize(path)):
+                raise ValueError(f"{image.width} x {image.height} pixels are too many for the size of the file")
             return image.convert("RGB")
     # PIL's decoders raise whatever their parsing trips over; each means that this file cannot be used.
     except Exception as error:

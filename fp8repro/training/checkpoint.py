@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fp8repro.errors import RunFailure, UserError
-from fp8repro.training.untrusted import require_harmless_file, require_plain
+from fp8repro.training.untrusted import Harmful, require_harmless_file, require_plain
 
 FORMAT = 1
 CONTENT: dict[str, type] = {
@@ -143,6 +143,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(
             f"checkpoint: {path.name} is none of a run of this version ({reason}, expected format {FORMAT})"
         )
+    try:
+        # They are compared and read as settings.
+        require_plain([content["identity"], content["config"]], tensors=False)
+    except Harmful as error:
+        raise UserError(f"checkpoint: {path.name} cannot be used ({error} among its settings)") from None
     return content
 
 
@@ -171,8 +176,8 @@ def require_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Non
     for name in sorted(old.keys() | new.keys()):
         if name not in FREE_SETTINGS and old.get(name) != new.get(name):
             raise UserError(
-                f"resume: {name} is {old.get(name)!r} in the checkpoint and {new.get(name)!r} in this run, "
-                "expected the same"
+                f"resume: {name:.99} is {old.get(name)!r:.200} in the checkpoint and "
+                f"{new.get(name)!r:.200} in this run, expected the same"
             )
 
 

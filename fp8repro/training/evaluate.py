@@ -68,6 +68,8 @@ def load_weights(model: nn.Module, weights: dict[str, Any], where: str) -> None:
         UserError: names the first difference.
     """
     own = model.state_dict()
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise UserError(f"checkpoint: {where!r} holds no weights by name, expected a state dict")
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights or name not in own:
             place = "the file" if name not in weights else "the model"

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fp8repro.config import OptimizerConfig
+from fp8repro.training.untrusted import Harmful, require_like
+
+# What torch keeps for each parameter.
+STATE = {
+    torch.optim.SGD: ("momentum_buffer",),
+    torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+}
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -25,6 +36,26 @@ def decay_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, ob
     decayed = [p for p in parameters if id(p) not in ids]
     groups = [(decayed, config.weight_decay), (without, 0.0)]
     return [{"params": members, "weight_decay": decay} for members, decay in groups if members]
+
+
+def with_saved_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's own settings with the state of a checkpoint, as its `load_state_dict` takes them.
+
+    Raises:
+        Harmful: the state is none of such an optimizer over such parameters.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = saved.get("state")
+    if not isinstance(state, Mapping) or not all(type(i) is int and 0 <= i < len(parameters) for i in state):
+        raise Harmful("the optimizer's state has not one entry a parameter")
+    for index, values in state.items():
+        like = {name: _state_like(name, parameters[index]) for name in STATE[type(optimizer)]}
+        require_like(values, like, f"optimizer.state.{index}")
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def _state_like(name: str, parameter: Tensor) -> Tensor:
+    return torch.empty(() if name == "step" else parameter.shape, device="meta", dtype=torch.float32)
 
 
 @torch.no_grad()

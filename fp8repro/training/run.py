@@ -13,6 +13,7 @@ from torch import nn
 import fp8repro
 from fp8repro.config import RunConfig
 from fp8repro.context import StepContext
+from fp8repro.errors import UserError
 from fp8repro.injection import InjectionReport, inject
 from fp8repro.loss_scaling import LossScaler, make_scaler
 from fp8repro.master import MasterWeights
@@ -20,10 +21,11 @@ from fp8repro.telemetry import Telemetry
 from fp8repro.training import checkpoint as checkpoints
 from fp8repro.training.distributed import World
 from fp8repro.training.normalization import NormalizationStatistics, synchronize_normalization
-from fp8repro.training.optimizer import make_optimizer
+from fp8repro.training.optimizer import make_optimizer, with_saved_state
 from fp8repro.training.progress import Display
 from fp8repro.training.record import RunFolder
 from fp8repro.training.task import Task, make_task
+from fp8repro.training.untrusted import Harmful, require_like
 
 
 @dataclass
@@ -87,9 +89,16 @@ class Run:
             UserError: it is another run's.
         """
         checkpoints.require_same_run(state["identity"], self.identity())
+        own = self.state() | {"results": {"evaluated": 0, "metrics": {}, "best": {}}}
+        try:
+            for part in ("model", "scaler", "data", "results"):
+                require_like(state[part], own[part], part)
+            optimizer = with_saved_state(self.masters.optimizer, state["optimizer"])
+        except Harmful as error:
+            raise UserError(f"checkpoint: it does not fit this run ({error})") from None
         self.step, self.seconds, self.results = state["step"], state["seconds"], state["results"]
         self.model.load_state_dict(state["model"])
-        self.masters.load_state_dict(state["optimizer"])
+        self.masters.load_state_dict(optimizer)
         self.scaler.load_state_dict(state["scaler"])
         self.task.batches.load_state_dict(state["data"])
 

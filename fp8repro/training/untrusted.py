@@ -73,10 +73,14 @@ def _names_a_type(name: str) -> bool:
     return module == "torch" and isinstance(getattr(torch, kind, None), torch.dtype)
 
 
-def require_plain(content: Any) -> None:
+def require_plain(content: Any, tensors: bool = True) -> None:
     """Refuse contents that are no tree of plain values and dense tensors with memory of their own.
 
     Containers that hold themselves, or each other many times over, make small files unfold without end.
+
+    Args:
+        content: anything.
+        tensors: False where there must be none.
 
     Raises:
         Harmful: names the first that is something else.
@@ -91,9 +95,32 @@ def require_plain(content: Any) -> None:
             pending += [*value.keys(), *value.values()]
         elif isinstance(value, (list, tuple)):
             pending += value
-        elif isinstance(value, Tensor):
+        elif tensors and isinstance(value, Tensor):
             dense = value.layout is torch.strided and value.device.type == "cpu"
             if not dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise Harmful("it holds a tensor without memory of its own")
         elif value is not None and not isinstance(value, (bool, int, float, str, torch.Size)):
             raise Harmful(f"it holds a {type(value).__name__}")
+
+
+def require_like(value: Any, like: Any, name: str) -> None:
+    """Refuse plain values and tensors that differ from others in keys, kinds, shapes or dtypes.
+
+    Args:
+        value: from a file.
+        like: what this process has in its place; an empty mapping stands for any.
+        name: of the value, for the message.
+
+    Raises:
+        Harmful: names the first difference.
+    """
+    if isinstance(like, Tensor):
+        if not isinstance(value, Tensor) or (value.shape, value.dtype) != (like.shape, like.dtype):
+            raise Harmful(f"{name} is no {like.dtype} tensor of shape {tuple(like.shape)}")
+    elif isinstance(like, Mapping):
+        if not isinstance(value, Mapping) or (like and value.keys() != like.keys()):
+            raise Harmful(f"{name} has not the entries of this run's")
+        for key, item in like.items():
+            require_like(value[key], item, f"{name}.{key}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise Harmful(f"{name} is no number")

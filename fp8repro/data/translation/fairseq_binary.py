@@ -77,8 +77,12 @@ def read_binary(prefix: Path) -> TokenSequences:
         needed = int((starts + sizes).max()) * dtype.itemsize
     if data_bytes < needed:
         raise UserError(f"data.root: {str(data_path)!r} is truncated: {data_bytes} bytes, expected {needed}")
+    # fairseq's sequences lie one after the other; ones that overlap would unfold to more than the file.
+    if int(sizes.sum(dtype=np.float64)) * dtype.itemsize > data_bytes:
+        raise UserError(f"data.root: {str(index_path)!r} holds sequences that overlap, expected fairseq data")
     # An empty file cannot be mapped.
-    tokens = np.memmap(data_path, dtype=dtype, mode="r") if needed else np.zeros(0, dtype)
+    whole = data_bytes // dtype.itemsize
+    tokens = np.memmap(data_path, dtype=dtype, mode="r", shape=(whole,)) if needed else np.zeros(0, dtype)
     return TokenSequences(tokens, starts, sizes, shift)
 
 

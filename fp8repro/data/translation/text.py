@@ -15,6 +15,7 @@ from pathlib import Path
 from fp8repro.errors import UserError
 
 SEPARATOR = "@@"
+CODES_VERSIONS = ((0, 1), (0, 2))
 
 
 @cache
@@ -83,6 +84,8 @@ class Subwords:
             text = path.read_bytes().decode("utf-8")
             with contextlib.redirect_stderr(io.StringIO()):
                 self._bpe = BPE(io.StringIO(text), separator=SEPARATOR)
+            if self._bpe.version not in CODES_VERSIONS:
+                raise ValueError(f"version {self._bpe.version}")
         except OSError as error:
             raise UserError(f"data.options.bpe_codes: cannot read {str(path)!r} ({error.strerror})") from None
         except (UnicodeDecodeError, SystemExit, ValueError, IndexError):

@@ -17,6 +17,7 @@ from fp8repro.errors import UserError
 BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 OVERWRITE = " #fairseq:overwrite"
+LONGEST_COUNT = 18  # digits
 
 
 class Vocabulary:
@@ -61,7 +62,7 @@ class Vocabulary:
                 continue
             overwrite = line.endswith(OVERWRITE)
             token, _, count = line.removesuffix(OVERWRITE).rpartition(" ")
-            if not token or not count.isdecimal():
+            if not token or not count.isdecimal() or len(count) > LONGEST_COUNT:
                 raise UserError(f"data.root: {str(path)!r} line {number} is {line[:60]!r}, expected '<token> <count>'")
             if token in known and not overwrite:
                 raise UserError(f"data.root: {str(path)!r} line {number} repeats {token!r}, expected each token once")
