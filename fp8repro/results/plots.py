@@ -60,7 +60,8 @@ def svg(figure: Figure) -> str:
     text = text[text.index("<svg") :]
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, variable)
-    # Several pictures share a page, so their names must differ.
+    # Several pictures share a page, so their names must differ; equal rasters carry equal names that nothing refers to.
+    text = re.sub(r'(<image\b[^>]*?)\sid="[^"]*"', r"\1", text)
     text = re.sub(r'\bid="', f'id="{figure.name}-', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{figure.name}-", text)
     size = re.search(r'width="([\d.]+)pt"', text)

@@ -1,0 +1,191 @@
+"""Verdicts: the test against scipy's own, and each outcome from records whose figures are chosen here."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from scipy import stats
+from study_records import STEPS, write_run
+
+from fp8repro.results.cells import read_cells
+from fp8repro.results.paired import FAILS, HOLDS, UNDECIDED, Difference, difference, greater, not_worse
+from fp8repro.results.verdicts import Verdict, overall, verdict_sheet, verdicts
+
+
+def found(root: Path, claim: str) -> list[Verdict]:
+    cells, _, _ = read_cells([root])
+    return [verdict for verdict in verdicts(cells["embedded"], "embedded") if verdict.claim == claim]
+
+
+def test_the_difference_and_its_bound_are_those_of_a_paired_t_test() -> None:
+    a, b = {0: 97.0, 1: 98.5, 2: 96.0, 3: 97.5}, {0: 96.0, 1: 98.0, 2: 96.5, 3: 95.0, 9: 10.0}
+    gap = difference(a, b)
+    oracle = stats.ttest_rel([a[s] for s in range(4)], [b[s] for s in range(4)])
+    assert gap is not None
+    assert gap.half_width is not None
+    assert gap.se is not None
+    assert gap.mean / gap.se == pytest.approx(oracle.statistic)
+    assert gap.mean - gap.half_width == pytest.approx(oracle.confidence_interval(0.90).low)
+    assert gap.seeds == 4
+
+
+@pytest.mark.parametrize(
+    ("mean", "se", "as_good", "larger"),
+    [
+        # The 95 % bound of 3 seeds lies 2.92 standard errors away.
+        (-0.2, 0.1, HOLDS, FAILS),
+        (-0.2, 0.3, UNDECIDED, FAILS),
+        (-2.0, 0.1, FAILS, FAILS),
+        (0.5, 0.1, HOLDS, HOLDS),
+        (0.5, 0.3, HOLDS, UNDECIDED),
+        (0.0, 0.0, HOLDS, FAILS),
+        (0.5, None, UNDECIDED, UNDECIDED),
+    ],
+)
+def test_outcomes_at_a_tolerance_of_one_point(mean: float, se: float | None, as_good: str, larger: str) -> None:
+    gap = Difference(mean, se, 1 if se is None else 3)
+    assert not_worse(gap, 1.0) == as_good
+    assert greater(gap, 1.0) == larger
+
+
+def test_nothing_recorded_is_nothing_decided() -> None:
+    assert difference({0: 1.0}, {1: 1.0}) is None
+    assert (not_worse(None), greater(None, 1.0)) == (UNDECIDED, UNDECIDED)
+    assert {verdict.verdict for verdict in verdicts({}, "embedded")} == {UNDECIDED}
+
+
+def accuracy(root: Path, fp32: list[float], fp8: list[float]) -> Verdict:
+    for name, scores in (("resnet18_fp32", fp32), ("resnet18_fp8", fp8)):
+        for seed, score in enumerate(scores):
+            write_run(root, name, seed, score=score)
+    return found(root, "C1")[0]
+
+
+@pytest.mark.parametrize(
+    ("fp32", "fp8", "outcome"),
+    [
+        ([98.0, 98.2, 98.4], [97.9, 98.2, 98.2], HOLDS),
+        ([98.0, 98.2, 98.4], [95.0, 95.1, 95.5], FAILS),
+        ([98.0, 98.2, 98.4], [95.0, 99.0, 98.0], UNDECIDED),
+        ([98.0], [98.0], UNDECIDED),
+    ],
+)
+def test_accuracy(tmp_path: Path, fp32: list[float], fp8: list[float], outcome: str) -> None:
+    verdict = accuracy(tmp_path, fp32, fp8)
+    assert verdict.verdict == outcome
+    assert ("one seed has no standard error" in verdict.evidence) == (len(fp32) == 1)
+
+
+def test_a_claim_needs_all_its_models(tmp_path: Path) -> None:
+    accuracy(tmp_path, [98.0, 98.2, 98.4], [98.0, 98.2, 98.4])
+    assert overall("C1", found(tmp_path, "C1")) == UNDECIDED
+    for seed in range(3):
+        write_run(tmp_path, "resnet34_fp32", seed, score=98.0)
+        write_run(tmp_path, "resnet34_fp8", seed, score=90.0)
+    assert overall("C1", found(tmp_path, "C1")) == FAILS
+
+
+def test_a_failed_run_is_not_passed_over(tmp_path: Path) -> None:
+    accuracy(tmp_path, [98.0, 98.2, 98.4], [98.0, 98.2])
+    write_run(tmp_path, "resnet18_fp8", 2, status="failed", reason="every step was skipped")
+    (verdict, *_) = found(tmp_path, "C1")
+    assert (verdict.verdict, verdict.evidence) == (UNDECIDED, "failed runs: {'resnet18_fp8': 1}")
+
+
+def test_runs_that_were_trained_differently_are_not_compared(tmp_path: Path) -> None:
+    accuracy(tmp_path, [98.0, 98.2, 98.4], [98.0, 98.2, 98.4])
+    for folder in (tmp_path / "embedded").glob("resnet18_fp8-*"):
+        text = (folder / "config.yaml").read_text()
+        (folder / "config.yaml").write_text(text.replace("epochs: 8", "epochs: 9"))
+    (verdict, *_) = found(tmp_path, "C1")
+    assert verdict.verdict == UNDECIDED
+    assert "differ in more than precision" in verdict.evidence
+
+
+def test_underflow_must_fall_with_the_scale_in_every_seed(tmp_path: Path) -> None:
+    for seed in range(2):
+        for name in ("fp8_scale_1", "fp8_scale_1000", "fp8_scale_4000", "resnet18_fp8"):
+            write_run(tmp_path, name, seed)
+    assert found(tmp_path, "C4")[0].verdict == HOLDS
+    # The second seed's run at 4,000 takes the first figures of scale 1.
+    worse = tmp_path / "embedded" / "fp8_scale_4000-seed1" / "metrics.jsonl"
+    worse.write_text((tmp_path / "embedded" / "fp8_scale_1-seed1" / "metrics.jsonl").read_text())
+    assert found(tmp_path, "C4")[0].verdict == FAILS
+
+
+# Window of 1 % of 160 steps: the scale doubles every other good step. 60 skips bring it from 2^24 to under 32,768.
+COLLAPSE = tuple(range(100, 120))
+
+
+def test_the_floor_is_judged_only_where_every_seed_met_it(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(tmp_path, "gnmt_fp8", seed, skips=COLLAPSE)
+        write_run(tmp_path, "gnmt_fp8_dynamic", seed, skips=COLLAPSE)
+    keeps_up, as_good = found(tmp_path, "C5")
+    assert (keeps_up.verdict, as_good.verdict) == (HOLDS, HOLDS)
+    write_run(tmp_path, "gnmt_fp8", 2)
+    write_run(tmp_path, "gnmt_fp8_dynamic", 2, skips=COLLAPSE)
+    assert [verdict.verdict for verdict in found(tmp_path, "C5")] == [UNDECIDED, UNDECIDED]
+    assert ", 0 (one figure a seed)" in found(tmp_path, "C5")[0].evidence
+
+
+def test_the_loss_scale_is_followed_to_the_recorded_values_or_not_at_all(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "gnmt_fp8", skips=COLLAPSE)
+    cells, _, _ = read_cells([tmp_path])
+    replay = cells["embedded"]["gnmt_fp8"].runs[0].loss_scale
+    assert replay is not None
+    assert len(replay.scale) == STEPS
+    # From 2^24 nine halvings reach the floor of 32,768; each one after them meets it.
+    assert replay.skipped == list(COLLAPSE)
+    assert replay.met_floor == list(COLLAPSE)[9:]
+    assert replay.scale[COLLAPSE[-1]] == 32768
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(re.sub(r'"loss_scale": [^,]+', '"loss_scale": 3.0', text, count=1))
+    cells, _, _ = read_cells([tmp_path])
+    assert cells["embedded"]["gnmt_fp8"].runs[0].loss_scale is None
+
+
+def test_rounding_is_judged_with_both_masters(tmp_path: Path) -> None:
+    for seed in range(3):
+        for name in ("fp8_nearest", "fp8_stochastic", "fp8_nearest_fp32_master", "fp8_stochastic_fp32_master"):
+            write_run(tmp_path, name, seed)
+    by_statement = {verdict.statement: verdict.verdict for verdict in found(tmp_path, "C6")}
+    assert by_statement == {
+        "FP16 masters: nearest has the larger validation error": HOLDS,
+        "FP16 masters: nearest ends with the larger L2 loss": HOLDS,
+        "FP32 masters: nearest has the larger validation error": HOLDS,
+        "FP32 masters: nearest ends with the larger L2 loss": HOLDS,
+    }
+    assert all(f"({3} seeds)" in verdict.evidence for verdict in found(tmp_path, "C6"))
+
+
+def test_bytes_are_judged_against_fp32(tmp_path: Path) -> None:
+    accuracy(tmp_path, [98.0], [98.0])
+    masters, saved, _ = found(tmp_path, "C7")
+    assert (masters.verdict, masters.evidence, saved.verdict, saved.evidence) == (HOLDS, "0.500", HOLDS, "0.250")
+    path = tmp_path / "embedded" / "resnet18_fp8-seed0" / "metrics.jsonl"
+    path.write_text(path.read_text().replace(str(2**24), str(2**25)))
+    assert found(tmp_path, "C7")[1].verdict == FAILS
+
+
+def test_a_layer_that_is_not_e5m2_in_a_role_is_noticed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "resnet18_fp8")
+    assert found(tmp_path, "C3")[0].verdict == HOLDS
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace("gradient e5m2", "gradient fp16", 1))
+    assert found(tmp_path, "C3")[0].verdict == FAILS
+    rows = [json.loads(line) for line in text.splitlines()]
+    for row in rows:
+        if row["kind"] == "telemetry":
+            row["rows"] = [entry for entry in row["rows"] if entry["role"] != "error"]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert found(tmp_path, "C3")[0].verdict == FAILS
+
+
+def test_small_data_never_speaks_for_the_papers_scale(tmp_path: Path) -> None:
+    accuracy(tmp_path, [98.0, 98.2, 98.4], [98.0, 98.2, 98.4])
+    cells, _, _ = read_cells([tmp_path])
+    sheet = verdict_sheet({"embedded": verdicts(cells["embedded"], "embedded")})
+    assert {row["paper"] for row in sheet.rows} == {UNDECIDED}
+    assert [row["claim"] for row in sheet.rows] == ["C1", "C2", "C3", "C4", "C5", "C6", "C7"]
