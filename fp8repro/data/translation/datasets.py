@@ -319,9 +319,20 @@ def _open(folder: Path, languages: tuple[str, str]) -> TranslationData:
         for side in (source, target):
             _check_ids(side, len(words), f"{split} in {str(folder)!r}")
         splits[split] = Split(source, target, _references(folder, split, languages[1], target, words))
-    report = folder / REPORT_FILE
-    skipped = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
-    return TranslationData(words, languages, **splits, skipped=skipped, folder=folder)
+    return TranslationData(words, languages, **splits, skipped=_read_report(folder / REPORT_FILE), folder=folder)
+
+
+def _read_report(path: Path) -> dict[str, int]:
+    """Pairs that were left out, by reason; a folder that was not prepared here has no report."""
+    if not path.is_file():
+        return {}
+    try:
+        skipped = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        skipped = None
+    if not isinstance(skipped, dict) or not all(type(count) is int for count in skipped.values()):
+        raise UserError(f"data.root: {str(path)!r} is no report of left-out pairs, expected counts by reason")
+    return skipped
 
 
 def _check_ids(sequences: TokenSequences, vocab_size: int, name: str) -> None:
