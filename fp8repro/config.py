@@ -205,7 +205,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         UserError: an unknown setting, a wrong type, or a value that is not accepted.
     """
-    values = dict(values)
+    values = _mapping(values, "configuration")
     precision = _mapping(values.pop("precision", None), "precision")
     # A saved run's config.yaml has the policy resolved already and carries no default.
     defaults = _mapping(precision.pop("default_loss_scaling", None), "precision.default_loss_scaling")
@@ -223,6 +223,8 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         given = _lookup(config, setting)
         if given not in accepted:
             raise UserError(f"{setting}: got {given!r}, expected one of {', '.join(accepted)}")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"seed: got {config.seed}, expected a whole number from 0 to 2^63 - 1")
     bounds: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
         (POSITIVE, "a number over 0", lambda x: 0 < x < math.inf),
         (NOT_NEGATIVE, "a number from 0 on", lambda x: 0 <= x < math.inf),
