@@ -11,10 +11,12 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from study_records import write_plan, write_run
+from study_records import LAYERS, write_plan, write_run
 
 from fp8repro import cli
 from fp8repro.results import report
+from fp8repro.results.cells import read_cells
+from fp8repro.results.figures import exponent_map, underflow_map
 from fp8repro.results.records import read_records
 from fp8repro.results.two_runs import compare_two
 
@@ -223,3 +225,16 @@ def test_in_a_browser_every_table_has_rows_and_every_figure_draws(written: Path,
     (ids,) = (line[1:] for line in lines if line[0] == "ids")
     assert ids[0] == ids[1], "two elements share an id"
     assert ["overflow", "0"] in lines
+
+
+def test_layers_stand_from_input_to_output_whatever_the_order_of_telemetry(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "resnet18_fp8")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "telemetry":
+            line["rows"].reverse()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cells, _, _ = read_cells([tmp_path])
+    for figure in (underflow_map(cells["embedded"], ["resnet18_fp8"]), exponent_map(cells["embedded"], "resnet18_fp8")):
+        assert all(tuple(map.rows) == LAYERS for map in figure.maps)
+        assert figure.maps

@@ -171,6 +171,9 @@ def test_bytes_are_judged_against_fp32(tmp_path: Path) -> None:
 
 def test_a_layer_that_is_not_e5m2_in_a_role_is_noticed(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "resnet18_fp8")
+    assert found(tmp_path, "C3")[0].verdict == UNDECIDED
+    for model in ("resnet34", "resnet50", "gnmt", "transformer"):
+        write_run(tmp_path, f"{model}_fp8")
     assert found(tmp_path, "C3")[0].verdict == HOLDS
     text = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(text.replace("gradient e5m2", "gradient fp16", 1))

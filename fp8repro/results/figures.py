@@ -144,7 +144,7 @@ def underflow_map(cells: Cells, names: Sequence[str]) -> Figure:
     for name in names:
         run = cells[name].first if name in cells else None
         telemetry = run.telemetry("error") if run else []
-        layers = list(dict.fromkeys(row["layer"] for _, rows in telemetry for row in rows))
+        layers = _in_order(run, {row["layer"] for _, rows in telemetry for row in rows}) if run else []
         if run is None or not layers:
             continue
         shares = [_by_layer(rows) for _, rows in telemetry]
@@ -172,15 +172,16 @@ def exponent_map(cells: Cells, name: str) -> Figure:
                         histogram[exponent] = histogram.get(exponent, 0.0) + count
         if not totals:
             continue
+        layers = _in_order(run, set(totals)) if run else []
         low = min(min(h) for h in totals.values())
         x = list(range(max(low, -40), 20))
         values = []
-        for histogram in totals.values():
+        for histogram in (totals[layer] for layer in layers):
             total = sum(histogram.values())
             values.append([100 * histogram.get(e, 0.0) / total or math.nan for e in x])
         maps.append(
             HeatMap(f"{role}s" if role != "activation" else "activations (layer inputs)", "binary exponent",
-                    list(totals), x, values, "values, %", spans=E5M2_RANGE)
+                    layers, x, values, "values, %", spans=E5M2_RANGE)
         )  # fmt: skip
     model = run.record.model if run else name
     caption = (
@@ -264,6 +265,11 @@ def _curves(cells: Cells, name: str, label: str, hue: int, kind: str, metric: st
             x, y = zip(*points, strict=True)
             lines.append(Line(label if number == 0 else "", *_thinned(x, y), hue, faint=number > 0))
     return lines
+
+
+def _in_order(run: Run, layers: set[str]) -> list[str]:
+    """Layers from the input on; telemetry names those of the backward pass from the output on."""
+    return [row["name"] for row in run.converted if row["name"] in layers]
 
 
 def _shares(run: Run, role: str) -> list[tuple[int, float]]:

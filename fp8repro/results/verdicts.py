@@ -141,11 +141,14 @@ def _compared(
 def _conversion(cells: Cells, profile: str) -> Verdict:
     statement = "weights, activations, errors and gradients of every product are E5M2, but for the exempt layers"
     test = "each FP8 run's record: converted layers list E5M2 in all four roles, telemetry counted operands in each"
-    rows, wrong = [], []
+    rows, wrong, absent = [], [], []
     for study in ("C1", "C2"):
         for name in study_cells(study, profile):
             run = cells[name].first if name in cells else None
-            if not name.endswith("_fp8") or run is None:
+            if not name.endswith("_fp8"):
+                continue
+            if run is None:
+                absent.append(name)
                 continue
             row = conversion(run)
             rows.append(f"{row['model']} {row['converted']}")
@@ -156,7 +159,8 @@ def _conversion(cells: Cells, profile: str) -> Verdict:
     if not rows:
         return Verdict("C3", statement, test, UNDECIDED, NO_RUNS)
     evidence = f"layers converted: {', '.join(rows)}" + (f"; not so: {', '.join(wrong)}" if wrong else "")
-    return Verdict("C3", statement, test, FAILS if wrong else HOLDS, evidence)
+    evidence += f"; not run: {', '.join(absent)}" if absent else ""
+    return Verdict("C3", statement, test, FAILS if wrong else UNDECIDED if absent else HOLDS, evidence)
 
 
 def _ordered(cells: Cells, names: Sequence[str], figure: str) -> tuple[str, list[int]]:
