@@ -80,7 +80,7 @@ class TextSettings:
 
     source: str = "en"
     target: str = "de"
-    bpe_merges: int = 1000
+    bpe_merges: int = 4000
     bpe_codes: str | None = None
     tokenized: bool = False
     max_length: int = 100
