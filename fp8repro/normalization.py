@@ -73,13 +73,16 @@ class _NormalizeAddRelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         stored, mask, weight, mean, inverse_deviation = ctx.saved_tensors
-        if mask is not None and grad.stride() == stored.stride() and native.walks(grad):
-            grad = native.keep_where(grad, mask)
-        elif mask is not None:
-            # In the layout of torch's own ReLU, which decides the order of the sums that follow.
-            layout = torch.contiguous_format if grad.is_contiguous() else torch.preserve_format
-            zero = torch.zeros((), dtype=grad.dtype, device=grad.device)
-            grad = torch.where(unpack_bits(mask, stored), grad, zero, out=torch.empty_like(grad, memory_format=layout))
+        if mask is not None:
+            if grad.stride() == stored.stride() and native.walks(grad):
+                grad = native.keep_where(grad, mask)
+            else:
+                zero = torch.zeros((), dtype=grad.dtype, device=grad.device)
+                grad = torch.where(unpack_bits(mask, stored), grad, zero, out=torch.empty_like(grad))
+            if grad.is_contiguous():
+                # One pixel an image is contiguous either way. Torch's own ReLU then calls it contiguous, and the
+                # strides decide the order of the sums that follow.
+                grad = grad.as_strided(grad.shape, torch.empty(grad.shape, device="meta").stride())
         x = stored if stored.dtype == torch.float32 else decode(stored)
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, None, None, mean, inverse_deviation, True, ctx.eps, ctx.needs_input_grad[:3]

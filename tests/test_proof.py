@@ -265,10 +265,11 @@ def test_underflow_share_of_errors_by_loss_scale() -> None:
         torch.tensor(digits.images, dtype=torch.float32).div(16).sub(0.3).div(0.37)[:, None].repeat_interleave(3, 1)
     )
     targets = torch.tensor(digits.target)
-    model = small_resnet18()
+    model = small_resnet18().to(memory_format=torch.channels_last)
     recipe = load_recipe("fp8")
     context = StepContext()
-    inject(model, recipe, context)
+    # One backend, because the order of its sums decides how a run goes on.
+    inject(model, recipe, context, backend="emulate")
     masters = MasterWeights(
         model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4), recipe
     )
@@ -283,17 +284,18 @@ def test_underflow_share_of_errors_by_loss_scale() -> None:
     # The errors shrink with the loss, so the shares rise over a run: taken over the fourth to sixth epoch.
     scales = (1.0, 1_000.0, 10_000.0)
     counted: dict[float, list[float]] = {scale: [] for scale in scales}
-    for step in range(133):
+    for step in range(132):
         context.telemetry.every = 0
         context.telemetry.begin(step)
         errors(step, 10_000.0)
         masters.step(10_000.0)
-        if step >= 88 and step % 11 == 0:
+        if step >= 87 and step % 11 == 10:
             context.telemetry.every = 1
             for scale in scales:
                 context.telemetry.begin(step)
-                errors(1000 + step, scale)
+                for part in range(4):
+                    errors(1000 + 4 * step + part, scale)
                 counted[scale].append(context.telemetry.share("error", "output_error"))
     shares = {scale: sum(values) / len(values) for scale, values in counted.items()}
     for scale, expected in ((1.0, 0.69), (1_000.0, 0.012), (10_000.0, 0.0017)):
-        assert expected / 2 <= shares[scale] <= expected * 2, (shares, counted)
+        assert expected / 2 <= shares[scale] <= expected * 2, shares
