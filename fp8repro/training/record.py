@@ -58,8 +58,10 @@ class RunFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / LOCK).open("a")
-        except OSError as error:
-            raise UserError(f"run_dir: {str(self.folder)!r} cannot be written ({error.strerror})") from None
+        # A name with a null byte is a ValueError.
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"run_dir: {str(self.folder)!r} cannot be written ({reason})") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -88,7 +90,12 @@ class RunFolder:
         for name in (METRICS, SUMMARY, CONFIG, ENVIRONMENT):
             (self.folder / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, TENSORBOARD):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            path = self.folder / name
+            # What a link leads to is not the run's own.
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
     def begin(self, step: int) -> None:
         """Write config and environment; forget what was measured after `step` (the run goes on from there)."""
