@@ -113,11 +113,6 @@ def steps(run_dir: Path) -> list[int]:
     return [int(path.stem.removeprefix("step-")) for path in list_checkpoints(run_dir / "checkpoints")]
 
 
-def begun(run_dir: Path) -> bool:
-    """True once a run trains; loading torch comes before."""
-    return (run_dir / "metrics.jsonl").exists()
-
-
 def wait_until(condition: Callable[[], bool]) -> None:
     """Wait for something."""
     end = time.monotonic() + TIMEOUT
@@ -125,6 +120,16 @@ def wait_until(condition: Callable[[], bool]) -> None:
         if time.monotonic() > end:
             raise SystemExit(f"waited {TIMEOUT} s in vain")
         time.sleep(0.01)
+
+
+def wait_until_begun(run: subprocess.Popen[str], run_dir: Path) -> None:
+    """Until a run trains (loading torch comes before) or has ended."""
+    wait_until(lambda: (run_dir / "metrics.jsonl").exists() or run.poll() is not None)
+
+
+def wait_until_saved(run_dir: Path, count: int) -> None:
+    """Until so many checkpoints are there."""
+    wait_until(lambda: len(steps(run_dir)) >= count)
 
 
 def whole_steps(run_dir: Path) -> list[int]:
@@ -169,7 +174,7 @@ class Killed:
 def kill_and_resume(run_dir: Path, processes: int, moment: float, whole: dict[str, Any]) -> Killed:
     """Start a run, kill all its processes `moment` seconds into its training, start it again, compare with `whole`."""
     run = start(run_dir, processes)
-    wait_until(lambda: begun(run_dir) or run.poll() is not None)
+    wait_until_begun(run, run_dir)
     seen: list[int] = []
     end = time.monotonic() + moment
     while time.monotonic() < end and run.poll() is None:
@@ -194,7 +199,7 @@ def kills(report: Report, root: Path, count: int) -> None:
     draw = random.Random(SEED)
     for processes, number, workers in ((1, count - count // 3, 2), (2, count // 3, 1)):
         run = start(root / f"whole{processes}", processes)
-        wait_until(lambda run=run, processes=processes: begun(root / f"whole{processes}") or run.poll() is not None)
+        wait_until_begun(run, root / f"whole{processes}")
         begin = time.monotonic()
         output = finish(run)
         seconds = time.monotonic() - begin
@@ -305,7 +310,7 @@ def dead_rank(report: Report, root: Path) -> None:
     for restarts in (0, 1):
         run_dir = root / f"rank{restarts}"
         run = start(run_dir, 2, restarts)
-        wait_until(lambda run_dir=run_dir: len(steps(run_dir)) >= 2)
+        wait_until_saved(run_dir, 2)
         begin = time.monotonic()
         kill(ranks(run.pid)[-1])
         output = finish(run)
