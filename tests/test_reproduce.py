@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from study_records import planned, write_run
 
@@ -20,6 +23,7 @@ from fp8repro.errors import UserError
 from fp8repro.reproduce import needs, runner
 from fp8repro.reproduce.command import parse_seeds
 from fp8repro.reproduce.plan import make_jobs, make_plan, plan_file, state, study_cells
+from fp8repro.telemetry import Telemetry
 
 CONF = Path(__file__).parents[1] / "conf"
 PROFILES = tuple(plan_file()["profiles"])
@@ -317,5 +321,27 @@ def test_a_cell_trains_through_the_command_line(tmp_path: Path) -> None:
     lines = map(json.loads, (job.folder / "metrics.jsonl").read_text().splitlines())
     counted = [row for line in lines if line["kind"] == "telemetry" for row in line["rows"] if "exponents" in row]
     for row in counted:
-        assert sum(row["exponents"][1]) == row["nonzero"]
+        assert 0 < sum(row["exponents"][1]) <= row["nonzero"] or row["nonzero"] == 0
     assert counted
+
+
+def test_exponents_are_those_of_frexp_whatever_the_layout() -> None:
+    telemetry = Telemetry(every=1)
+    telemetry.begin(0)
+    x = torch.randn(3, 5, 7, 11, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(-30, -19)
+    x[0, 0, 0, :4] = torch.tensor([0.0, -0.0, torch.inf, torch.nan])
+    for tensor in (x, x.to(memory_format=torch.channels_last)):
+        telemetry.buffer("layer", "error", "output_error", x.device)
+        telemetry.count_exponents("layer", "error", "output_error", tensor)
+    (row,) = telemetry.rows()
+    values = x[x.isfinite() & (x != 0)].double().numpy()
+    expected = Counter((np.frexp(values)[1] - 1).tolist())
+    lowest, counts = row["exponents"]
+    assert {e: count for e, count in enumerate(counts, lowest) if count} == {e: 2 * n for e, n in expected.items()}
+    telemetry.begin(1)
+    big = torch.full((1_000_000,), 2.0**-20)
+    telemetry.buffer("layer", "error", "input_error", x.device)
+    telemetry.count_exponents("layer", "error", "input_error", big)
+    lowest, (count,) = telemetry.rows()[0]["exponents"]
+    assert lowest == -20
+    assert 16_384 <= count < 20_000

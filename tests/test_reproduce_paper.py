@@ -15,7 +15,7 @@ from fp8repro.training.loop import train
 
 CELLS = sorted({name for study in plan_file()["studies"] for name in study_cells(study, "paper")})
 SETTINGS = {
-    "image": ["data.image_size=64", "data.workers=0", "trainer.batch_size=8", "trainer.eval_train=false"],
+    "image": ["data.image_size=80", "data.workers=0", "trainer.batch_size=8", "trainer.eval_train=false"],
     "translation": [
         "data.workers=0",
         "trainer.batch_size=300",

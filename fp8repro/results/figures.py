@@ -185,7 +185,7 @@ def exponent_map(cells: Cells, name: str) -> Figure:
         )  # fmt: skip
     model = run.record.model if run else name
     caption = (
-        "Values before rounding, loss scale included, over the whole run; each row, a layer, adds up to 100 %. Lines: "
+        "Sampled values before rounding, loss scale included, over the whole run; each row adds up to 100 %. Lines: "
         "E5M2's smallest subnormal, its smallest normal value and its largest value."
     )
     return Figure(f"range_{model}", f"{model}: values against E5M2's range", caption, maps=maps)
