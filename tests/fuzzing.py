@@ -207,7 +207,10 @@ def image_reader(folder: Path) -> Reader:
             buffer = io.BytesIO()
             Image.effect_noise((20, 16), 50).convert(mode).save(buffer, name, **compressed)
             sources.append(buffer.getvalue())
-    bombs = [_png(side, side) for side in (5_000, 12_000, 30_000, 2**31 - 1)]
+    # The first is the largest that may be; the others are refused.
+    buffer = io.BytesIO()
+    Image.new("RGB", (4000, 4000)).save(buffer, "PNG")
+    bombs = [buffer.getvalue(), *(_png(side, side) for side in (5_000, 12_000, 30_000, 2**31 - 1))]
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) run\n%%EOF\n"
     transforms = [_train_transform(FolderSettings(), 16), _plain_transform(FolderSettings(), 64)]
     path = folder / "image.jpg"
