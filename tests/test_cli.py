@@ -291,3 +291,11 @@ def test_train_evaluate_compare_from_an_empty_folder(capsys: pytest.CaptureFixtu
     code, _, err = run(capsys, "train", "precision=fp8", *settings)
     assert code == 2
     assert "overwrite=true" in err
+
+
+@pytest.mark.parametrize("model", ["resnet34", "resnet50"])
+def test_deep_networks_train_at_the_papers_loss_scale_from_the_first_step(model, tmp_path):
+    settings = [f"model={model}", "precision=fp8", f"run_dir={tmp_path / 'run'}", "logger=none"]
+    assert cli.main(["train", *settings, "trainer.max_steps=3", "trainer.eval_every_epochs=0"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["loss_scaling"], summary["steps"], summary["skipped_steps"]) == ("constant", 3, 0)
