@@ -47,7 +47,7 @@ def draw_accuracy(axes: Any, records: Iterable[RunRecord]) -> None:
         for row in read_metrics(record.folder, "eval"):
             if row["split"] == "val":
                 curves.setdefault(record.precision, {}).setdefault(row["epoch"], []).append(row["top1"])
-    for precision, curve in sorted(curves.items(), reverse=True):
+    for precision, curve in sorted(curves.items()):
         epochs = sorted(curve)
         means = [statistics.mean(curve[epoch]) for epoch in epochs]
         colour = COLOURS.get(precision)
