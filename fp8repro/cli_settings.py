@@ -39,6 +39,7 @@ NO_PART_OF_A_RUN = (
     "data.root",
     "data.workers",
 )
+PATHS = ("run_dir", "resume", "data.root")
 # What may be exchanged in an earlier run's configuration, to evaluate its weights otherwise.
 EXCHANGEABLE = ("precision", "data", "loss_scaling")
 # Groups without a choice of their own at first (see conf/config.yaml).
@@ -70,7 +71,7 @@ class Job:
         for override in sorted(self.overrides):
             key = override.lstrip("+~").partition("=")[0]
             if key not in (*named, "seed") and (key in self.swept or key not in NO_PART_OF_A_RUN):
-                parts.append(re.sub(r"[^\w.=,+]+", "_", override.lstrip("+")))
+                parts.append(re.sub(r"[^\w.+]+", "_", override.lstrip("+")).strip("_"))
         name = "-".join(parts)
         if len(name) > 120:
             name = f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -126,10 +127,15 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     for text in overrides:
         if "=" not in text and not text.startswith("~"):
             raise UserError(f"{text!r}: expected group=choice or setting=value")
+        key, _, value = text.partition("=")
         try:
             parsed.append(parser.parse_override(text))
         except HydraException as error:
-            raise UserError(f"{text!r}: {_first_line(error)}") from error
+            if key not in PATHS:
+                raise UserError(f"{text!r}: {_first_line(error)}") from error
+            # Names of folders need no quotes, whatever is in them.
+            quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+            parsed.append(parser.parse_override(f"{key}='{quoted}'"))
     return parsed
 
 

@@ -166,7 +166,7 @@ def test_train_runs_what_was_asked_and_prints_the_result(
     assert (code, err) == (0, "")
     (config,) = trained
     assert (config.model.name, config.precision.name, config.trainer.epochs, config.seed) == ("resnet34", "fp8", 2, 3)
-    assert config.run_dir == "runs/resnet34-digits-fp8-trainer.epochs=2-seed3"
+    assert config.run_dir == "runs/resnet34-digits-fp8-trainer.epochs_2-seed3"
     assert "top-1 98.25 %" in out
     assert config.run_dir in out
 
@@ -248,6 +248,16 @@ def test_cfg_job_prints_settings_that_make_the_same_run(capsys: pytest.CaptureFi
     assert printed["loss_scaling"] == {**printed["loss_scaling"], "policy": "constant", "scale": 10000}
 
 
+@pytest.mark.parametrize(
+    "path", ["a=b", "a folder (1)", "Bücher/日本", "it's", "back\\slash", "a/b-c_d.e", "../x", "1e3x"]
+)
+@pytest.mark.parametrize("setting", ["data.root", "run_dir"])
+def test_folders_need_no_quotes(setting: str, path: str) -> None:
+    (job,) = jobs([f"{setting}={path}"], sweep=False)
+    section, _, name = setting.rpartition(".")
+    assert (job.values[section] if section else job.values)[name] == path
+
+
 def test_run_names_stay_short_and_inside_their_folder() -> None:
     (job,) = jobs(["data=image_folder", "data.options.note=../../etc", "trainer.epochs=3"], sweep=False)
     assert "/" not in job.name
@@ -255,6 +265,8 @@ def test_run_names_stay_short_and_inside_their_folder() -> None:
     many = [f"data.options.setting{i}={'x' * 30}" for i in range(20)]
     (one,), (other,) = jobs(many, sweep=False), jobs([*many[:-1], "data.options.setting19=y"], sweep=False)
     assert len(one.name) < 150
+    # A run's name can be given back as run_dir= without quotes.
+    assert not set(one.name) & set("=,' ()[]{}")
     assert one.name != other.name
 
 
