@@ -53,7 +53,7 @@ class InjectionReport:
     """What `inject` did.
 
     Attributes:
-        backend: what multiplies; `why`: what kept "auto" from FP8 tensor cores, or "".
+        backend: what multiplies ("torch" where nothing is converted); `why`: what kept "auto" from FP8 tensor cores, or "".
     """
 
     recipe: str
@@ -103,7 +103,8 @@ def inject(
     model.fp8_context = context  # type: ignore[assignment]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     products, why = select_backend(backend, device, recipe.accumulate)
-    report = InjectionReport(recipe.name, products.name, why)
+    # A recipe that rounds nothing leaves every product to torch, and the record must say so.
+    report = InjectionReport(recipe.name, products.name if recipe.converts else "torch", why)
     modules = dict(model.named_modules())
     kinds = {name: type(module).__name__ for name, module in modules.items()}
     candidates = [name for name, module in modules.items() if type(module) in CONVERTED]

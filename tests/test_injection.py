@@ -245,3 +245,8 @@ def test_triton_where_it_cannot_run_is_an_error_that_says_why() -> None:
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(UserError, match="backend: got 'cuda', expected one of auto, emulate, triton"):
         inject(nn.Sequential(nn.Linear(2, 2)), "fp8", backend="cuda")
+
+
+def test_a_recipe_that_rounds_nothing_leaves_the_products_to_torch() -> None:
+    report = inject(nn.Sequential(nn.Linear(2, 2)), "fp32")
+    assert (report.backend, report.names("converted")) == ("torch", [])
