@@ -53,7 +53,8 @@ class InjectionReport:
     """What `inject` did.
 
     Attributes:
-        backend: what multiplies ("torch" where nothing is converted); `why`: what kept "auto" from FP8 tensor cores, or "".
+        backend: what multiplies; "torch" where nothing is converted.
+        why: what kept "auto" from FP8 tensor cores, or "".
     """
 
     recipe: str
