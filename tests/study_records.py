@@ -67,6 +67,13 @@ def write_run(root: Path, name: str, seed: int = 0, skips: tuple[int, ...] = (),
     return folder
 
 
+def lengthen(folder: Path) -> None:
+    """Let the run's configuration say one epoch more than the plan does."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["trainer"]["epochs"] += 1
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
 def metrics(name: str, config: dict[str, Any], score: float, skips: tuple[int, ...]) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     scaler = make_scaler(build_dataclass(LossScalingConfig, config["loss_scaling"], ""), STEPS)

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.version import VersionBase
+from packaging.version import Version
 from torch import Tensor, nn
 
 from fp8repro import products
@@ -159,7 +161,12 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def quiet() -> Iterator[None]:
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """fairseq's commands, without their logging and with the compatibility level of Hydra that they need.
+
+    That level belongs to the process: a test that ran before may have raised it to ours.
+    """
+    monkeypatch.setattr(VersionBase.instance(), "version_base", Version("1.1"))
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)

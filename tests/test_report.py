@@ -11,7 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from study_records import LAYERS, write_plan, write_run
+import yaml
+from study_records import LAYERS, lengthen, write_plan, write_run
 
 from fp8repro import cli
 from fp8repro.results import report
@@ -156,11 +157,12 @@ def test_the_page_needs_no_network_and_no_number_of_ours_is_in_its_template(writ
 def test_runs_with_other_settings_are_left_out_and_named(tmp_path: Path) -> None:
     write_plan(tmp_path, seeds=2, names=("resnet18_fp8",))
     other = write_run(tmp_path / "elsewhere", "resnet18_fp8", 5, score=10.0)
-    (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("epochs: 8", "epochs: 1"))
+    lengthen(other)
     report.write_report([tmp_path], tmp_path / "out")
     assert rows(tmp_path / "out", "C1")[0]["fp8"] == str((98.0 + 98.1) / 2)
     note = (tmp_path / "out" / "tables" / "embedded_C1.md").read_text()
-    assert "Left out: resnet18_fp8: 1 run(s) with trainer.epochs=1." in note
+    epochs = yaml.safe_load((other / "config.yaml").read_text())["trainer"]["epochs"]
+    assert f"Left out: resnet18_fp8: 1 run(s) with trainer.epochs={epochs}." in note
 
 
 def test_nothing_to_report_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
