@@ -229,7 +229,7 @@ def reproduce(arguments: list[str]) -> int:
     parser.add_argument("--images")
     parser.add_argument("--text")
     parser.add_argument("--runs", type=Path, default=Path(DEFAULT_RUNS))
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=None)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--retry", action="store_true")

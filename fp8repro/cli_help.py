@@ -56,7 +56,7 @@ options
   --images FOLDER   data of the convolutional networks (midscale, paper)
   --text FOLDER     data of the translation models (midscale, paper)
   --runs FOLDER     where records are kept (default runs)
-  --jobs N          runs at a time (default 1); cores and GPUs are shared out
+  --jobs N          runs at a time (default: one for each GPU, or for each core up to 4); they share the cores out
   --processes N     processes of each run, through torchrun (one for each GPU)
   --retry           run again what failed
   --dry-run         list the runs and their state, run nothing

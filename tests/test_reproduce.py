@@ -94,6 +94,9 @@ def test_policies_of_the_recurrent_study() -> None:
     policies = [planned()[name][1]["loss_scaling"] for name in study_cells("C5", "embedded")]
     assert [policy["policy"] for policy in policies] == ["constant", "dynamic", "enhanced"]
     assert (policies[1]["min_scale"], policies[1]["floors"]) == (1.0, [])
+    # They differ in nothing but the floor.
+    assert policies[1]["window"] == policies[2]["window"]
+    assert [floor / 32 for _, floor in policies[2]["floors"]] == [8192, 32768]
 
 
 def test_only_takes_studies_models_and_cells() -> None:

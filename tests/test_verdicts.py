@@ -135,10 +135,10 @@ def test_the_loss_scale_is_followed_to_the_recorded_values_or_not_at_all(tmp_pat
     replay = cells["embedded"]["gnmt_fp8"].runs[0].loss_scale
     assert replay is not None
     assert len(replay.scale) == STEPS
-    # From 2^24 nine halvings reach the floor of 32,768; each one after them meets it.
+    # From 2^24 four halvings reach the floor of 2^20; each one after them meets it.
     assert replay.skipped == list(COLLAPSE)
-    assert replay.met_floor == list(COLLAPSE)[9:]
-    assert replay.scale[COLLAPSE[-1]] == 32768
+    assert replay.met_floor == list(COLLAPSE)[4:]
+    assert replay.scale[COLLAPSE[-1]] == 2**20
     text = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(re.sub(r'"loss_scale": [^,]+', '"loss_scale": 3.0', text, count=1))
     cells, _, _ = read_cells([tmp_path])

@@ -12,7 +12,7 @@ from fp8repro.errors import RunFailure, UserError
 from fp8repro.reproduce import needs
 from fp8repro.reproduce.board import Board
 from fp8repro.reproduce.plan import Job, make_jobs, make_plan, plan_file, state
-from fp8repro.reproduce.runner import lock_plan, run_jobs
+from fp8repro.reproduce.runner import default_workers, lock_plan, run_jobs
 
 DEFAULT_SEEDS = "3"
 
@@ -25,7 +25,7 @@ class Options:
         settings: `profile=...` and settings for every cell.
         only: studies, cells, models, separated by commas. seeds: how many, or a list of them.
         images, text: data folders.
-        runs: where records go. workers: jobs at a time. processes: of each job.
+        runs: where records go. workers: jobs at a time; None: as many as the machine takes. processes: of each job.
         dry_run: list and run nothing. retry: run failed jobs again.
     """
 
@@ -35,7 +35,7 @@ class Options:
     images: str | None
     text: str | None
     runs: Path
-    workers: int
+    workers: int | None
     processes: int
     dry_run: bool
     retry: bool
@@ -63,13 +63,14 @@ def reproduce(options: Options) -> None:
         return
     needs.check(profile, cells, roots)
     for name, value in (("--jobs", options.workers), ("--processes", options.processes)):
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"{name}: got {value}, expected a number from 1 on")
     unlock = lock_plan(options.runs / profile)
     # A polite kill is an interruption too: the runs write their checkpoints.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        failures = run_jobs(jobs, options.workers, options.processes, Board(len(jobs)), options.retry)
+        workers = options.workers or default_workers(options.processes)
+        failures = run_jobs(jobs, workers, options.processes, Board(len(jobs)), options.retry)
     finally:
         unlock()
     for name, reason in failures.items():

@@ -176,6 +176,7 @@ def _cell(name: str, studies: list[str], profile: str, further: list[str], roots
     overrides += [*options["settings"], *options[task]]
     for study in studies:
         overrides += options.get("studies", {}).get(study, [])
+    overrides += options.get("cells", {}).get(name, [])
     if roots.get(task):
         overrides.append(_assignment("data.root", roots[task]))
     overrides += further

@@ -24,6 +24,8 @@ SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_STOP = 60
 PR_SET_PDEATHSIG = 1
 TAIL_BYTES = 65536
+# Small models keep one core busy and a second one hardly; each process holds about 1 GB.
+MOST_WORKERS_ON_CPU = 4
 
 
 @dataclass
@@ -95,6 +97,12 @@ def run_jobs(jobs: Sequence[Job], workers: int, processes: int, board: Board, re
     return failures
 
 
+def default_workers(processes: int) -> int:
+    """Jobs at a time where nothing is said: as many as there are GPUs for, or one for each core up to four."""
+    gpus = len(_gpus(dict(os.environ)))
+    return max(1, gpus // processes) if gpus else max(1, min(_cores(), MOST_WORKERS_ON_CPU) // processes)
+
+
 def start(job: Job, slot: int, workers: int, processes: int) -> Running:
     """Start a job's process; it dies with this one, after a checkpoint."""
     log = job.folder.parent / "logs" / f"{job.name}.log"
@@ -108,8 +116,7 @@ def start(job: Job, slot: int, workers: int, processes: int) -> Running:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     environment = dict(os.environ)
     if workers > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // workers)))
         visible = _gpus(environment)[slot * processes : (slot + 1) * processes]
         if visible:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
@@ -194,6 +201,10 @@ def _wait_until_free(folder: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus(environment: dict[str, str]) -> list[str]:
