@@ -20,15 +20,16 @@ def test_work_is_done_in_turns_and_two_rounds_are_not_measured():
 
 
 def test_records_say_ratio_bar_machine_and_foreign_load(tmp_path, capsys):
-    measured = rows("work", {"base": 2.0, "fast": 1.0, "slow": 5.0}, "base", {"fast": 0.8, "slow": 1.0})
+    measured = rows("work", {"base": 2.0, "fast": 1.0, "slow": 5.0}, "base", {"fast": 0.8, "slow": 1.0}, 10)
     assert [(row.ratio, row.reached) for row in measured] == [(1.0, None), (0.5, True), (2.5, False)]
     report("Some work", measured, 0.25, "work", tmp_path)
     record = json.loads((tmp_path / "work.json").read_text())
     assert record["foreign_load_cores"] == 0.25
     assert record["environment"]["cpu"]
     assert record["rows"][1]["reached"] is True
+    assert record["rows"][1]["tokens_per_second"] == 10_000
     page = (tmp_path / "work.md").read_text()
-    assert "| work | slow | 5.000 | 2.500 x base | at most 1 | no |" in page
+    assert "| work | slow | 5.000 | 2,000 | 2.500 x base | at most 1 | no |" in page
     assert page in capsys.readouterr().out
 
 
@@ -53,6 +54,24 @@ def test_the_measured_quantizer_calls_give_the_reference_values():
     for call in work.values():
         call()
     assert torch.equal(work["x.to(float8_e5m2).float()"](), round_to_format(x, quantize.E5M2))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_decoding_writes_the_tokens_that_are_counted(monkeypatch, precision):
+    searched = []
+    search = step.beam_search
+
+    def watched(model, source, config):
+        searched.append(search(model, source, config))
+        return searched[-1]
+
+    monkeypatch.setattr(step, "beam_search", watched)
+    monkeypatch.setitem(step.SIZES, "transformer", {**step.SIZES["transformer"], "width": 16, "ffn_width": 16})
+    step.decoding("transformer", precision)()
+    (found,) = searched
+    assert len(found) == step.BATCHES["transformer"][0]
+    # The last token of each is the end of sentence.
+    assert sum(len(hypotheses[0].tokens) + 1 for hypotheses in found) == step.target_tokens("transformer")
 
 
 @pytest.mark.long

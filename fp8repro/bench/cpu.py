@@ -32,6 +32,7 @@ class Row:
         median_ms: median wall time of one call.
         ratio: that time relative to `against`, another name of the group.
         bar: what the ratio shall at most be, or None.
+        tokens: target tokens of one call, or None where it has none.
     """
 
     group: str
@@ -40,6 +41,12 @@ class Row:
     ratio: float
     against: str
     bar: float | None = None
+    tokens: int | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Rate of the median call."""
+        return None if self.tokens is None else self.tokens / self.median_ms * 1e3
 
     @property
     def reached(self) -> bool | None:
@@ -67,10 +74,16 @@ def interleaved_medians(work: Mapping[str, Callable[[], object]], repeats: int) 
     return {name: median(values) for name, values in times.items()}
 
 
-def rows(group: str, medians: Mapping[str, float], against: str, bars: Mapping[str, float] | None = None) -> list[Row]:
+def rows(
+    group: str,
+    medians: Mapping[str, float],
+    against: str,
+    bars: Mapping[str, float] | None = None,
+    tokens: int | None = None,
+) -> list[Row]:
     """Rows of one group, relative to one of its members."""
     base = medians[against]
-    return [Row(group, name, ms, ms / base, against, (bars or {}).get(name)) for name, ms in medians.items()]
+    return [Row(group, name, ms, ms / base, against, (bars or {}).get(name), tokens) for name, ms in medians.items()]
 
 
 class ForeignLoad:
@@ -106,7 +119,9 @@ def report(title: str, measured: Sequence[Row], foreign: float, slug: str, folde
         "environment": machine,
         "pinned": PINNING,
         "foreign_load_cores": round(foreign, 3),
-        "rows": [{**asdict(row), "reached": row.reached} for row in measured],
+        "rows": [
+            {**asdict(row), "reached": row.reached, "tokens_per_second": row.tokens_per_second} for row in measured
+        ],
     }
     page = _markdown(title, measured, foreign, machine)
     print(page)
@@ -124,12 +139,13 @@ def _markdown(title: str, measured: Sequence[Row], foreign: float, machine: Mapp
         f"code {machine['commit']}. Medians, interleaved in one process, pinned threads; "
         f"other processes kept {foreign:.2f} cores busy meanwhile.",
         "",
-        "| work | by | median ms | ratio | bar | reached |",
-        "|---|---|---|---|---|---|",
+        "| work | by | median ms | tokens/s | ratio | bar | reached |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in measured:
         bar = "" if row.bar is None else f"at most {row.bar:g}"
         reached = {True: "yes", False: "no", None: ""}[row.reached]
-        cells = (row.group, row.name, f"{row.median_ms:.3f}", f"{row.ratio:.3f} x {row.against}", bar, reached)
+        rate = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
+        cells = (row.group, row.name, f"{row.median_ms:.3f}", rate, f"{row.ratio:.3f} x {row.against}", bar, reached)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -1,12 +1,14 @@
 """`fp8repro bench step`: one whole training step (forward, backward, update) of each recipe beside FP32.
 
-Writes results/cpu/step_<model>.json and .md.
+Translation models translate a batch, too, and our Transformer's FP32 step stands beside fairseq's where that is
+installed. Writes results/cpu/step_<model>.json and .md.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp8repro.bench.cpu import DEFAULT_OUT, ForeignLoad, interleaved_medians, relaunch_pinned, report, rows
+from fp8repro.config import DecodeConfig
 from fp8repro.injection import inject
 from fp8repro.master import MasterWeights
+from fp8repro.models.fairseq_model import fairseq_transformer
 from fp8repro.models.gnmt import gnmt
 from fp8repro.models.resnet import make_resnet
 from fp8repro.models.transformer import transformer
 from fp8repro.recipe import load_recipe
+from fp8repro.training.decode import beam_search
 
 # Largest time of an FP8 step relative to FP32: with BF16 instructions, and with FP32 products.
 BARS = {"resnet18": (0.80, 1.05), "transformer": (0.75, 1.08), "gnmt": (0.80, 1.10)}
 VOCABULARY = 2048
+PAD, EOS = 1, 2
+# Sentences and their tokens.
+BATCHES = {"transformer": (16, 64), "gnmt": (32, 24)}
+SIZES: dict[str, dict[str, Any]] = {
+    "transformer": {"encoder_layers": 4, "decoder_layers": 4, "width": 256, "ffn_width": 1024, "heads": 4},
+    "gnmt": {"layers": 4, "width": 512},
+}
+MAKERS: dict[str, Callable[..., nn.Module]] = {
+    "transformer": transformer,
+    "gnmt": gnmt,
+    "fairseq_transformer": fairseq_transformer,
+}
+FAIRSEQ = "fairseq's fp32"
 SHAPES = {
     "resnet18": "32x32, batch 32, channels_last",
     "transformer": "width 256, 4+4 layers, 64 tokens, batch 16",
@@ -38,25 +56,29 @@ def _batch(model: str) -> tuple[Tensor, ...]:
     if model == "resnet18":
         x = torch.randn(32, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
         return x, torch.randint(10, (32,), generator=generator)
-    shape = (16, 64) if model == "transformer" else (32, 24)
-    source, target = (torch.randint(3, VOCABULARY, shape, generator=generator) for _ in range(2))
+    source, target = (torch.randint(3, VOCABULARY, BATCHES[model], generator=generator) for _ in range(2))
     return source, target, target.roll(-1, 1)
 
 
-def _model(model: str) -> nn.Module:
+def _model(model: str, maker: str = "") -> nn.Module:
     torch.manual_seed(0)
     if model == "resnet18":
         return make_resnet("resnet18", 10, image_size=32).to(memory_format=torch.channels_last)
-    if model == "transformer":
-        size = {"encoder_layers": 4, "decoder_layers": 4, "width": 256, "ffn_width": 1024, "heads": 4}
-        return transformer(VOCABULARY, 1, 2, **size)
-    return gnmt(VOCABULARY, 1, 2, layers=4, width=512)
+    return MAKERS[maker or model](VOCABULARY, PAD, EOS, **SIZES[model])
 
 
-def training_step(model: str, precision: str, backend: str = "auto") -> Callable[[], object]:
-    """A function that trains a fresh model for one step on one fixed batch."""
+def target_tokens(model: str) -> int | None:
+    """Target tokens of the batch; None for images."""
+    if model not in BATCHES:
+        return None
+    sentences, length = BATCHES[model]
+    return sentences * length
+
+
+def training_step(model: str, precision: str, backend: str = "auto", maker: str = "") -> Callable[[], object]:
+    """A function that trains a fresh model for one step on one fixed batch; `maker`: another model of its size."""
     recipe = load_recipe(precision)
-    network = _model(model)
+    network = _model(model, maker)
     inject(network, recipe, backend=backend)
     if model == "resnet18":
         optimizer: torch.optim.Optimizer = torch.optim.SGD(network.parameters(), 0.01, 0.9, weight_decay=1e-4)
@@ -82,6 +104,17 @@ def training_step(model: str, precision: str, backend: str = "auto") -> Callable
     return step
 
 
+def decoding(model: str, precision: str) -> Callable[[], object]:
+    """A function that translates the batch by beam search of 4, every sentence to the batch's length."""
+    network: Any = _model(model)
+    inject(network, load_recipe(precision))
+    network.eval()
+    # Untrained weights end no sentence by themselves, so all of them go to the limit.
+    config = DecodeConfig(beam=4, alpha=1.0, max_length_a=0.0, max_length_b=BATCHES[model][1])
+    source = _batch(model)[0]
+    return lambda: beam_search(network, source, config)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; gives the exit code."""
     parser = argparse.ArgumentParser(prog="fp8repro bench step", description=__doc__)
@@ -102,10 +135,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for precision in options.precisions.split(","):
         work[precision] = training_step(model, precision)
     work["fp8, backend=emulate"] = training_step(model, "fp8", "emulate")
+    fast, slow = BARS[model]
+    bars = {"fp8": fast, "fp8, backend=emulate": slow}
+    if model == "transformer" and find_spec("fairseq"):
+        work[FAIRSEQ] = training_step(model, "fp32", maker="fairseq_transformer")
     with ForeignLoad() as foreign:
         medians = interleaved_medians(work, options.repeats)
-    fast, slow = BARS[model]
-    measured = rows(f"{model}, {SHAPES[model]}", medians, "fp32", {"fp8": fast, "fp8, backend=emulate": slow})
+        theirs = {name: medians.pop(name) for name in (FAIRSEQ,) if name in medians}
+        measured = rows(f"{model}, {SHAPES[model]}", medians, "fp32", bars, target_tokens(model))
+        if theirs:
+            both = {"fp32": medians["fp32"], **theirs}
+            measured += rows("the same, against fairseq", both, FAIRSEQ, {"fp32": 1.0}, target_tokens(model))
+        if model in BATCHES:
+            decode = {precision: decoding(model, precision) for precision in ("fp32", "fp8")}
+            medians = interleaved_medians(decode, max(1, options.repeats // 3))
+            measured += rows(f"{model}, beam 4, same batch", medians, "fp32", None, target_tokens(model))
     report(f"Training step of {model}", measured, foreign.cores, f"step_{model}", options.out)
     return 0
 
