@@ -139,6 +139,7 @@ def evaluate(arguments: list[str]) -> int:
     """`fp8repro evaluate`: saved weights on the validation data, in any precision."""
     parser = _Parser("evaluate")
     parser.add_argument("settings", nargs="*")
+    parser.add_argument("--split", default="val")
     options = parser.parse_intermixed_args(arguments)
     if options.help:
         from fp8repro.cli_help import EVALUATE
@@ -167,8 +168,8 @@ def evaluate(arguments: list[str]) -> int:
     else:
         # A checkpoint knows its own model and data.
         config = run_config(changed(checkpoint_config(path).to_dict(), settings))
-    figures = measure_weights(path, config)
-    print(f"{config.model.name} on {config.data.name}, {config.precision.name}: {path}")
+    figures = measure_weights(path, config, options.split)
+    print(f"{config.model.name} on {config.data.name} ({options.split}), {config.precision.name}: {path}")
     print("  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
     return 0
 

@@ -30,14 +30,16 @@ settings that most runs need (--cfg job prints all of them)
 """
 
 EVALUATE = """\
-usage: fp8repro evaluate WEIGHTS [group=choice ...] [setting=value ...]
+usage: fp8repro evaluate WEIGHTS [group=choice ...] [setting=value ...] [--split val|train|test]
 
   fp8repro evaluate runs/resnet18-digits-fp8-seed0
   fp8repro evaluate runs/resnet18-digits-fp32-seed0 precision=fp8
+  fp8repro evaluate runs/gnmt-synthetic_translation-fp8-seed0 --split test decode.beam=1
   fp8repro evaluate resnet50-0676ba61.pth model=resnet50 data=imagenet data.root=/data/imagenet precision=fp8
 
 WEIGHTS is a run's folder (its newest checkpoint), a checkpoint, or a state dict with torchvision's names. A checkpoint
-brings its run's settings along; precision=, data= and single values may be changed. Other weights need model=."""
+brings its run's settings along; precision=, data= and single values may be changed. Other weights need model=. Translation models have the split test,
+on which they translate."""
 
 REPRODUCE = """\
 usage: fp8repro reproduce [profile=embedded|midscale|paper] [setting=value ...] [options]

@@ -294,7 +294,10 @@ def test_train_evaluate_compare_from_an_empty_folder(capsys: pytest.CaptureFixtu
     assert f"top1 {summary['top1']:.4f}" in out
     code, out, _ = run(capsys, "evaluate", "here", "precision=fp32")
     assert code == 0
-    assert "resnet18 on digits, fp32" in out
+    assert "resnet18 on digits (val), fp32" in out
+    code, _, err = run(capsys, "evaluate", "here", "--split", "test")
+    assert code == 2
+    assert "--split: got 'test', expected one of val, train" in err
 
     code, out, _ = run(capsys, "compare", ".", "--format", "json")
     (row,) = json.loads(out)

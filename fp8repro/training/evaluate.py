@@ -31,16 +31,20 @@ def measure(task: Task[Any], model: nn.Module, config: RunConfig, world: World, 
         model.train(training)
 
 
-def evaluate(path: str | Path, config: RunConfig) -> dict[str, float]:
-    """Figures of saved weights on the validation split, in the configuration's precision.
+def evaluate(path: str | Path, config: RunConfig, split: str = "val") -> dict[str, float]:
+    """Figures of saved weights on a split, in the configuration's precision.
 
     Args:
         path: a checkpoint of a run, or a state dict with torchvision's names (`.pth`).
         config: data, model and precision; see `checkpoint_config` for a checkpoint's own.
+        split: val | train; of translation models also test, which they translate.
 
     Raises:
-        UserError: a file that is missing or damaged, or weights of another model.
+        UserError: a file that is missing or damaged, weights of another model, or an unknown split.
     """
+    accepted = ("val", "train", "test") if config.model.task == "translation" else ("val", "train")
+    if split not in accepted:
+        raise UserError(f"--split: got {split!r}, expected one of {', '.join(accepted)}")
     world = World(device=choose_device(config.device))
     content = read_tensors(Path(path))
     weights = content["model"] if content.get("format") == FORMAT and "model" in content else content
@@ -49,7 +53,7 @@ def evaluate(path: str | Path, config: RunConfig) -> dict[str, float]:
     load_weights(model, weights, str(path))
     model.to(world.device)
     inject(model, config.precision, StepContext(config.seed), config.backend)
-    return measure(task, model, config, world)
+    return measure(task, model, config, world, split)
 
 
 def checkpoint_config(path: str | Path) -> RunConfig:
