@@ -38,8 +38,8 @@ usage: fp8repro evaluate WEIGHTS [group=choice ...] [setting=value ...] [--split
   fp8repro evaluate resnet50-0676ba61.pth model=resnet50 data=imagenet data.root=/data/imagenet precision=fp8
 
 WEIGHTS is a run's folder (its newest checkpoint), a checkpoint, or a state dict with torchvision's names. A checkpoint
-brings its run's settings along; precision=, data= and single values may be changed. Other weights need model=. Translation models have the split test,
-on which they translate."""
+brings its run's settings along; precision=, data= and single values may be changed. Other weights need model=.
+--split (default val) says on which data; test, which translation models translate, is theirs alone."""
 
 REPRODUCE = """\
 usage: fp8repro reproduce [profile=embedded|midscale|paper] [setting=value ...] [options]
