@@ -68,6 +68,10 @@ class Site:
         if spec.is_identity:
             return Operand(x, values=x)
         fmt = spec.float_format
+        offered = getattr(x, "offered_codes", None)
+        # Who rounded it already has counted nothing.
+        if offered is not None and offered[:2] == (x._version, spec) and not self.context.telemetry.active:
+            return Operand(offered[2], fmt)
         if fmt.dtype is None:
             # Without a storage dtype the FP32 values are the codes.
             rounded = torch.empty_like(x, dtype=torch.float32)
@@ -79,6 +83,9 @@ class Site:
         scale = self._round(x, spec, role, name, call, values=values, codes=codes)
         if scale is not None and values is not None:
             values.div_(scale)
+        if values is None and scale is None and spec.rounding != "stochastic":
+            # Queries, keys and values are projections of one tensor.
+            offer(x, spec, codes)
         return Operand(codes, fmt, scale, values)
 
     def weight(self, weight: Tensor, training: bool) -> Operand:
@@ -126,6 +133,17 @@ class Site:
             stats=self.context.telemetry.buffer(self.name, role, name, x.device),
         )
         return scale
+
+
+def offer(x: Tensor, spec: RoleSpec, codes: Tensor) -> None:
+    """Spare layers that get `x` a pass over it: its codes under a role that draws no random bits and has no scale.
+
+    They are worth nothing once x is changed, and are not counted by telemetry: a measured step rounds again.
+    """
+    # Whether such a tensor was changed nobody can tell.
+    if x.is_inference():
+        return
+    x.offered_codes = (x._version, spec, codes)  # type: ignore[attr-defined]
 
 
 def tensor_scale(x: Tensor, fmt: FloatFormat) -> float:

@@ -18,7 +18,7 @@ from fp8repro.errors import UserError
 from fp8repro.functional import Site
 from fp8repro.layers import FP8Conv2d, FP8Linear, FP8MatMul, MasterEmbedding
 from fp8repro.models.layers import MatMul
-from fp8repro.normalization import FusedBatchNorm2d, fuse_normalizations
+from fp8repro.normalization import FusedBatchNorm2d, fuse_normalizations, use_kernels
 from fp8repro.recipe import AUTO, ROLES, Recipe, RoleSpec, load_recipe
 
 CONVERTED = {nn.Linear: FP8Linear, nn.Conv2d: FP8Conv2d, MatMul: FP8MatMul}
@@ -123,6 +123,8 @@ def inject(
                 module.__class__ = MasterEmbedding
         if recipe.fuse_normalization:
             fuse_normalizations(model)
+            if products.name == "triton":
+                use_kernels(model, recipe.activation)
     for name, module in modules.items():
         described = _describe(module, recipe, name in exempt, name in candidates)
         if described is not None:

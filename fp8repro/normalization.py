@@ -15,9 +15,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fp8repro import native
 from fp8repro.formats import BF16, FP32, FloatFormat
-from fp8repro.functional import Site
+from fp8repro.functional import Site, offer
 from fp8repro.products import decode
 from fp8repro.quantizer import round_into
+from fp8repro.recipe import RoleSpec
 
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
@@ -95,9 +96,11 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
     Attributes:
         input_format: that format; what the input is kept in for backward.
+        consumers: set where Triton kernels normalize: how the layers behind round what they get.
     """
 
     input_format: FloatFormat
+    consumers: RoleSpec | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """[B, C, H, W] FP32 -> the same shape: normalize, add `residual`, clamp at zero."""
@@ -107,8 +110,62 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             return torch.relu(result) if relu else result
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+        if self.consumers is not None:
+            return self._by_kernels(input, residual, relu, self.consumers)
         fused: Tensor = _NormalizeAddRelu.apply(input, self.weight, self.bias, residual, self, relu)
         return fused
+
+    def _by_kernels(self, input: Tensor, residual: Tensor | None, relu: bool, consumers: RoleSpec) -> Tensor:
+        from fp8repro.kernels.norm_ops import batch_norm
+
+        # A result before its ReLU goes into a sum, not into a layer.
+        rounding = _offered(consumers) if relu else _NOT_OFFERED
+        kept = "" if self.input_format is FP32 else self.input_format.name
+        y, codes, _, _, mean, _, variance = batch_norm(
+            input, self.weight, self.bias, residual, relu, self.eps, kept, *rounding
+        )
+        if rounding[0]:
+            offer(y, consumers, codes.detach())
+        with torch.no_grad():
+            count = input.numel() // input.shape[1]
+            momentum = self.momentum or 0.0
+            self.running_mean.lerp_(mean, momentum)  # type: ignore[union-attr]
+            self.running_var.lerp_(variance * (count / (count - 1)), momentum)  # type: ignore[union-attr]
+        return y
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` by one Triton kernel each way, which also rounds the result for the layers behind.
+
+    Attributes:
+        consumers: how those layers round what they get.
+    """
+
+    consumers: RoleSpec
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., D] FP32 -> the same shape."""
+        from fp8repro.kernels.norm_ops import layer_norm
+
+        rounding = _offered(self.consumers)
+        y, codes, _, _ = layer_norm(input, self.weight, self.bias, self.eps, *rounding)
+        if rounding[0]:
+            offer(y, self.consumers, codes.detach())
+        return y
+
+
+_NOT_OFFERED = ("", "nearest", "inf")
+
+
+def _offered(consumers: RoleSpec) -> tuple[str, str, str]:
+    """Format, rounding and overflow that a normalization can round to for the layers behind it.
+
+    Not to random bits, which each layer draws for itself, nor to a scale, which needs the whole tensor first.
+    """
+    spec = consumers
+    if not spec.float_format.is_fp8 or spec.rounding == "stochastic" or spec.scaling != "none":
+        return _NOT_OFFERED
+    return spec.format, spec.rounding, spec.overflow
 
 
 class FusedBasicBlock(BasicBlock):
@@ -173,3 +230,18 @@ def fuse_normalizations(model: nn.Module) -> list[str]:
 
 def _fusible(norm: nn.Module) -> bool:
     return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
+
+
+def use_kernels(model: nn.Module, consumers: RoleSpec) -> None:
+    """Let Triton kernels do the fused batch normalizations and the layer normalizations, in place.
+
+    Args:
+        model: after `fuse_normalizations`.
+        consumers: the recipe's activation role.
+    """
+    for module in model.modules():
+        plain = type(module) is nn.LayerNorm and module.weight is not None and module.bias is not None
+        if plain and len(module.normalized_shape) == 1:  # type: ignore[arg-type]
+            module.__class__ = FusedLayerNorm
+        if isinstance(module, (FusedBatchNorm2d, FusedLayerNorm)):
+            module.consumers = consumers

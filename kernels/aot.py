@@ -162,12 +162,13 @@ def _update_cases() -> Iterator[Case]:
 
 
 def _norm_cases() -> Iterator[Case]:
+    """As a recipe launches them: FP32 in and out, rounded results beside; backward reads the kept FP8 input."""
     rounded = quantize.rounding_options(E5M2, "nearest", "inf", "same")
-    errors = quantize.rounding_options(E5M2, "stochastic", "inf", "same")
-    fp8 = ("x_ptr", "residual_ptr", "grad_ptr")
-    codes = ("y_ptr", "grad_x_ptr", "flags_ptr")
+    plain = quantize.rounding_options(FP32, "nearest", "inf", "same")
+    kept = {"KEPT_EB": 5, "KEPT_MB": 2, "KEPT_INF": True}
+    codes = ("y_ptr", "flags_ptr", "kept_ptr")
 
-    def norm(name: str, kernel: Any, **constants: Any) -> Case:
+    def norm(name: str, kernel: Any, fp8: tuple[str, ...] = (), **constants: Any) -> Case:
         types = {}
         for argument in kernel.arg_names:
             if argument.islower() and argument not in constants:
@@ -176,12 +177,19 @@ def _norm_cases() -> Iterator[Case]:
                 types[argument] = pointer if argument.endswith("_ptr") else scalar
         return Case(name, kernel, types, constants, group="norm", aligned=("channels", "count", "width", "pixels"))
 
+    apply, block = normalizations.batch_apply, norms.FLAT_BLOCK
+    fp8_only = {"values_ptr": None, "kept_ptr": None}
+    x = ("x_ptr",)
     yield norm("batch norm statistics", normalizations.channel_statistics, ROWS=16, BLOCK=64)
-    yield norm("batch norm apply", normalizations.batch_apply, **rounded, RELU=True, BLOCK=norms.FLAT_BLOCK)
-    yield norm("batch norm gradient sums", normalizations.batch_gradient_sums, ROWS=16, BLOCK=64)
-    yield norm("batch norm gradient", normalizations.batch_gradient_apply, **errors, BLOCK=norms.FLAT_BLOCK)
+    yield norm("batch norm apply", apply, **rounded, **kept, RELU=True, BLOCK=block)
+    everything = ("x_ptr", "residual_ptr")
+    yield norm(
+        "batch norm apply, fp8 in and out", apply, everything, **fp8_only, **rounded, **kept, RELU=True, BLOCK=block
+    )
+    yield norm("batch norm gradient sums", normalizations.batch_gradient_sums, x, ROWS=16, BLOCK=64)
+    yield norm("batch norm gradient", normalizations.batch_gradient_apply, x, **plain, BLOCK=block)
     yield norm("layer norm", normalizations.layer_forward, **rounded, ROWS=2, BLOCK=1024)
-    yield norm("layer norm gradient", normalizations.layer_backward, **errors, ROWS=2, BLOCK=1024)
+    yield norm("layer norm gradient", normalizations.layer_backward, **plain, ROWS=2, BLOCK=1024)
 
 
 def cases(capability: int) -> Iterator[Case]:

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fp8repro.formats import FP32, FloatFormat
 from fp8repro.kernels import normalizations as kernels
 from fp8repro.kernels.launch import INTERPRETED, block_size, check_device, launch
 from fp8repro.kernels.matmul import Epilogue, raw_result
@@ -29,6 +30,8 @@ class BatchNormResult:
         mean: FP32 [C].
         inverse_deviation: FP32 [C].
         variance: FP32 [C], biased.
+        values: FP32, the result before rounding, where asked for.
+        kept: codes of the input in the format that was asked for.
     """
 
     y: Tensor
@@ -36,6 +39,8 @@ class BatchNormResult:
     mean: Tensor
     inverse_deviation: Tensor
     variance: Tensor
+    values: Tensor | None = None
+    kept: Tensor | None = None
 
 
 def batch_norm(
@@ -47,17 +52,21 @@ def batch_norm(
     relu: bool = False,
     eps: float = 1e-5,
     epilogue: Epilogue | None = None,
+    values: bool = False,
+    kept: FloatFormat | None = None,
 ) -> BatchNormResult:
     """Normalize over batch and pixels, add the residual, clamp, round: two reads of x, one write.
 
     Args:
-        x: [B, C, H, W] of any floating-point dtype; kept by the caller for `batch_norm_backward`.
+        x: [B, C, H, W] of any floating-point dtype; what `batch_norm_backward` wants again, or its `kept` codes.
         weight: FP32 [C].
         bias: FP32 [C].
         residual: like x in shape, of any floating-point dtype.
         relu: clamp at zero.
         eps: added to the variance.
         epilogue: how the result is stored; FP32 by default.
+        values: give the FP32 result too, before rounding.
+        kept: format that holds every value of x; its codes are written in the same pass.
 
     Raises:
         ValueError: an argument does not fit, or there is nothing to take statistics of.
@@ -73,7 +82,11 @@ def batch_norm(
     partial, counts = _sums(kernels.channel_statistics, (dense,), rows, channels)
     mean, variance = _combine(partial, counts)
     inverse = (variance + eps).rsqrt()
-    y = epilogue.empty((batch, height, width, channels), x.device).permute(0, 3, 1, 2)
+    shape = (batch, height, width, channels)
+    y = epilogue.empty(shape, x.device).permute(0, 3, 1, 2)
+    plain = Epilogue().empty(shape, x.device).permute(0, 3, 1, 2) if values else None
+    codes = None if kept is None else Epilogue(kept).empty(shape, x.device).permute(0, 3, 1, 2)
+    kept = kept or FP32
     flags = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device) if relu else None
     block = block_size(FLAT_BLOCK, x.numel())
     launch(
@@ -87,16 +100,21 @@ def batch_norm(
         bias,
         None if residual is None else _rows(residual),
         raw_result(y),
+        plain,
+        None if codes is None else raw_result(codes),
         flags,
         x.numel(),
         channels,
         pixels,
         *epilogue.words(),
         **epilogue.options(),
+        KEPT_EB=kept.exponent_bits,
+        KEPT_MB=kept.mantissa_bits,
+        KEPT_INF=kept.has_infinity,
         RELU=relu,
         BLOCK=block,
     )
-    return BatchNormResult(y, flags, mean, inverse, variance)
+    return BatchNormResult(y, flags, mean, inverse, variance, plain, codes)
 
 
 def batch_norm_backward(
@@ -156,12 +174,18 @@ def batch_norm_backward(
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, epilogue: Epilogue | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    epilogue: Epilogue | None = None,
+    values: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Normalize the last dimension and round in the same pass.
 
     Returns:
-        Result [..., D], mean and inverse deviation (FP32, one a row).
+        Result [..., D], mean and inverse deviation (FP32, one a row); with `values` the FP32 result before rounding.
 
     Raises:
         ValueError: an argument does not fit; nothing was launched.
@@ -169,6 +193,7 @@ def layer_norm(
     epilogue = epilogue or Epilogue()
     width, rows = _check_rows(x, weight, bias)
     y = epilogue.empty(tuple(x.shape), x.device)
+    plain = Epilogue().empty(tuple(x.shape), x.device) if values else None
     mean, inverse = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     height, block = _row_block(rows, width)
     launch(
@@ -179,6 +204,7 @@ def layer_norm(
         weight,
         bias,
         raw_result(y),
+        plain,
         mean,
         inverse,
         rows,
@@ -189,7 +215,7 @@ def layer_norm(
         ROWS=height,
         BLOCK=block,
     )
-    return y, mean, inverse
+    return y, mean, inverse, plain
 
 
 def layer_norm_backward(

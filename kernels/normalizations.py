@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fp8repro.kernels import codec
+from fp8repro.kernels.codec import NEAREST
 from fp8repro.kernels.rounding import RANDOM_WORDS
 from fp8repro.kernels.tiles import store_rounded, to_fp32
 
@@ -53,6 +55,8 @@ def batch_apply(
     bias_ptr,
     residual_ptr,
     y_ptr,
+    values_ptr,
+    kept_ptr,
     flags_ptr,
     count,
     channels,
@@ -68,14 +72,23 @@ def batch_apply(
     ROUNDING: tl.constexpr,
     SATURATE: tl.constexpr,
     SUBNORMAL_NEAREST: tl.constexpr,
+    KEPT_EB: tl.constexpr,
+    KEPT_MB: tl.constexpr,
+    KEPT_INF: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y = rounded(relu(normalized x + residual)), and one bit an element that says where the ReLU let it pass."""
+    """y = rounded(relu(normalized x + residual)), and one bit an element that says where the ReLU let it pass.
+
+    Also, where pointers are given: the FP32 values before that rounding, and the codes of x in a format that holds it.
+    """
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < count
     channel = offset % channels
     x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
+    if kept_ptr is not None:
+        code = codec.encode(x, offset, KEPT_EB, KEPT_MB, KEPT_INF, NEAREST, False, False)
+        tl.store(kept_ptr + offset, code.to(kept_ptr.dtype.element_ty), mask=mask)
     scale = tl.load(inverse_ptr + channel, mask=mask, other=0.0) * tl.load(weight_ptr + channel, mask=mask, other=0.0)
     y = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * scale
     y += tl.load(bias_ptr + channel, mask=mask, other=0.0)
@@ -88,6 +101,8 @@ def batch_apply(
         bits = tl.reshape(passed.to(tl.int32), [BLOCK // 8, 8]) << tl.arange(0, 8)[None, :]
         byte = tl.program_id(0).to(tl.int64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
         tl.store(flags_ptr + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < count)
+    if values_ptr is not None:
+        tl.store(values_ptr + offset, y, mask=mask)
     index = _logical_index(offset, channels, pixels)
     store_rounded(
         y_ptr + offset,
@@ -223,6 +238,7 @@ def layer_forward(
     weight_ptr,
     bias_ptr,
     y_ptr,
+    values_ptr,
     mean_ptr,
     inverse_ptr,
     rows,
@@ -242,7 +258,10 @@ def layer_forward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Normalize ROWS whole rows of [rows, width], round them, and keep mean and inverse deviation of each."""
+    """Normalize ROWS whole rows of [rows, width], round them, and keep mean and inverse deviation of each.
+
+    The FP32 values before that rounding are stored too where a pointer is given.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = column < width
@@ -256,6 +275,8 @@ def layer_forward(
     tl.store(inverse_ptr + row, inverse, mask=row < rows)
     y = away * inverse[:, None] * tl.load(weight_ptr + column, mask=inside, other=0.0)
     y += tl.load(bias_ptr + column, mask=inside, other=0.0)
+    if values_ptr is not None:
+        tl.store(values_ptr + offset, y, mask=mask)
     store_rounded(
         y_ptr + offset,
         y,

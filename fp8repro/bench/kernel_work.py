@@ -224,8 +224,7 @@ def measure_step(bench: Bench) -> None:
     """A training step of ResNet-50 in FP8 beside BF16 autocast, both channels_last: time and peak memory."""
     from torchvision.models import resnet18, resnet50
 
-    from fp8repro.injection import inject, sites
-    from fp8repro.kernels.backend import TritonBackend
+    from fp8repro.injection import inject
     from fp8repro.master import MasterWeights
     from fp8repro.recipe import load_recipe
 
@@ -246,9 +245,7 @@ def measure_step(bench: Bench) -> None:
 
     def fp8(model: nn.Module) -> Callable[[], object]:
         recipe = load_recipe("fp8")
-        inject(model, recipe, backend="emulate")
-        for site in sites(model).values():
-            site.backend = TritonBackend(recipe.accumulate)
+        inject(model, recipe, backend="triton")
         masters = MasterWeights(model, torch.optim.SGD(model.parameters(), 0.1, 0.9), recipe)
 
         def step() -> None:
