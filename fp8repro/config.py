@@ -102,6 +102,8 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     average_checkpoints: int = 0  # translation: average the weights of the last N epochs for the final score
     max_skipped_in_a_row: int = 50
+    on_divergence: str = "stop"  # stop | rollback, to the last checkpoint from before it
+    max_rollbacks: int = 3
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule.name": ("constant", "cosine", "step", "inverse_sqrt", "gnmt"),
     "schedule.warmup_form": ("linear", "exponential"),
     "trainer.smoothing_form": ("all", "others"),
+    "trainer.on_divergence": ("stop", "rollback"),
     "decode.length_penalty": ("fairseq", "wu"),
     "logger": ("tensorboard", "wandb", "none"),
     "device": ("auto", "cpu", "cuda"),
@@ -173,6 +176,7 @@ POSITIVE = (
     "trainer.log_every",
     "trainer.keep_checkpoints",
     "trainer.max_skipped_in_a_row",
+    "trainer.max_rollbacks",
     "trainer.clip_norm",
     "trainer.checkpoint_every_steps",
     "trainer.checkpoint_every_minutes",

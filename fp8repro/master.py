@@ -131,6 +131,10 @@ class MasterWeights:
             codes=None if target.dtype == torch.float32 else target,
         )
 
+    def finite(self) -> bool:
+        """True when no parameter holds NaN or infinity."""
+        return all_finite([p.data for p in self._parameters.values()])
+
     def bytes(self) -> int:
         """Bytes that the parameters occupy between steps."""
         return sum(p.numel() * p.element_size() for p in self._parameters.values())
@@ -167,6 +171,9 @@ def all_finite(tensors: list[Tensor]) -> bool:
     tensors = [tensor for tensor in tensors if tensor.numel()]
     if not tensors:
         return True
-    # The largest magnitude of each tensor is NaN or infinite exactly when one of its elements is.
-    norms = torch._foreach_norm(tensors, math.inf)
-    return bool(torch.stack([norm.isfinite() for norm in norms]).all())
+    # Of a tensor with NaN or infinity no norm is finite. The Euclidean one is the faster, but may overflow by itself.
+    for order in (2.0, math.inf):
+        norms = torch._foreach_norm(tensors, order)
+        if bool(torch.stack([norm.isfinite() for norm in norms]).all()):
+            return True
+    return False

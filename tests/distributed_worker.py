@@ -1,5 +1,6 @@
-"""The processes of test_training_distributed.py, started by torchrun: one or two runs, one after the other."""
+"""The processes of test_training_distributed.py, started by torchrun: one run or several, one after the other."""
 
+import math
 import os
 import signal
 import sys
@@ -33,14 +34,26 @@ def fp8_config(run_dir):
     return replace(config, resume="auto")
 
 
+def rolling_config(run_dir):
+    """Rolled back when three steps in a row are skipped."""
+    config = fp8_config(run_dir)
+    return replace(config, trainer=replace(config.trainer, on_divergence="rollback", max_skipped_in_a_row=3))
+
+
 def main(run_dir, what):
     rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     fp8repro.training.image.make_resnet = without_dropout
-    own_step, scales = loop.train_step, []
+    own_step, scales, hooks = loop.train_step, [], []
 
     def step(run, batches, stop):
         if what == "dying" and rank == 1 and attempt == 0 and run.step == 6:
             os.kill(os.getpid(), signal.SIGKILL)
+        if run.config.trainer.on_divergence == "rollback" and rank == 1:
+            # What this rank's last layer gives is not finite in some steps, nor when they are repeated.
+            if run.step == 8:
+                hooks.append(run.model[10].register_forward_hook(lambda module, inputs, output: output * math.inf))
+            if run.step == 11:
+                hooks.pop().remove()
         result = own_step(run, batches, stop)
         scales.append((run.scaler.scale, result.applied))
         if run.step + 1 == run.last_step:
@@ -56,6 +69,7 @@ def main(run_dir, what):
     loop.train(fp8_config(run_dir))
     if what == "both":
         loop.train(synchronized_config(run_dir + "-synchronized"))
+        loop.train(rolling_config(run_dir + "-rolling"))
 
 
 if __name__ == "__main__":

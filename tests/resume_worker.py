@@ -1,4 +1,4 @@
-"""The run of test_resume.py; as a process of its own it gets a signal before a step."""
+"""The run of test_resume.py; as a process of its own it gets a signal before a step or in an evaluation."""
 
 import os
 import signal
@@ -21,22 +21,42 @@ def resumable_config(run_dir, images):
         epochs=4,
         batch_size=12,
         micro_steps=2,
+        eval_batch_size=8,
         checkpoint_every_steps=4,
     )
     return replace(config, resume="auto")
 
 
-def main(run_dir, images, name, at):
+def main(run_dir, images, name, at, place):
+    """Place "step": the signal comes before the step `at`; "evaluation": amid the evaluation after so many steps."""
     use_tiny_network()
-    own_step = loop.train_step
+    own_step, own_measure = loop.train_step, loop.measure
+    steps = 0
+
+    def send():
+        # As a terminal or a cluster does it: the workers that load data get the signal too.
+        os.killpg(os.getpgrp(), getattr(signal, name))
 
     def step(run, batches, stop):
-        if run.step == int(at):
-            # As a terminal or a cluster does it: the workers that load data get the signal too.
-            os.killpg(os.getpgrp(), getattr(signal, name))
+        nonlocal steps
+        steps = run.step + 1
+        if run.step == int(at) and place == "step":
+            send()
         return own_step(run, batches, stop)
 
-    loop.train_step = step
+    def measure(task, model, config, world, split, poll):
+        polls = 0
+
+        def counted():
+            nonlocal polls
+            polls += 1
+            if (steps, place, polls) == (int(at), "evaluation", 2):
+                send()
+            poll()
+
+        return own_measure(task, model, config, world, split, counted)
+
+    loop.train_step, loop.measure = step, measure
     loop.train(resumable_config(run_dir, images))
 
 

@@ -128,6 +128,8 @@ TRAINED = {
     "trainer.keep_checkpoints": small,
     "trainer.checkpoint_every_steps": small,
     "trainer.max_skipped_in_a_row": small,
+    "trainer.on_divergence": st.sampled_from(["stop", "rollback"]),
+    "trainer.max_rollbacks": small,
     "optimizer.lr": real,
     "optimizer.momentum": real,
     "optimizer.nesterov": st.booleans(),

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from resume_worker import resumable_config
-from training_tools import rows, use_tiny_network, write_images
+from training_tools import resuming, rows, tiny_config, use_tiny_network, write_images
 
+import fp8repro.training.loop as loop
 from fp8repro.errors import UserError
 from fp8repro.recipe import load_recipe
 from fp8repro.training import train
 from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint, read_tensors
+from fp8repro.training.image import ImageTask
 
 HERE = Path(__file__).parent
 
@@ -50,9 +52,9 @@ def tiny(monkeypatch):
     use_tiny_network(monkeypatch)
 
 
-def signalled(run_dir, images, name, at):
-    """The exit code of a process that sends itself a signal before a step."""
-    command = [sys.executable, str(HERE / "resume_worker.py"), str(run_dir), str(images), name, str(at)]
+def signalled(run_dir, images, name, at, place="step"):
+    """The exit code of a process that sends itself a signal before a step, or amid the evaluation after it."""
+    command = [sys.executable, str(HERE / "resume_worker.py"), str(run_dir), str(images), name, str(at), place]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=300, start_new_session=True
@@ -112,6 +114,56 @@ def test_asked_to_stop_it_writes_a_checkpoint_first(whole, images, tmp_path, nam
     # The step that the signal met is finished, and the one that then saw the request.
     assert last_state(tmp_path / "run")["step"] in (at + 1, at + 2)
     train(resumable_config(tmp_path / "run", images))
+    assert_same_run(whole, tmp_path / "run")
+
+
+# After 10 and after 20 steps there is an epoch's end; the second is the run's, and a checkpoint's too.
+@pytest.mark.parametrize(("name", "at", "code"), [("SIGTERM", 10, 143), ("SIGUSR1", 20, 138)])
+def test_asked_to_stop_in_an_evaluation_it_is_left_and_made_as_a_whole_later(whole, images, tmp_path, name, at, code):
+    assert signalled(tmp_path / "run", images, name, at, "evaluation") == code
+    assert last_state(tmp_path / "run")["step"] == at
+    assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, at + 1))
+    assert [row["step"] for row in rows(tmp_path / "run", "eval")] == list(range(5, at, 5))
+    train(resumable_config(tmp_path / "run", images))
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_of_an_evaluation_that_is_left_in_its_second_split_nothing_stays(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path / "run", eval_train=True, batch_size=512)
+    own = loop.measure
+
+    def measure(task, model, config, world, split, poll):
+        if split == "train":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(task, model, config, world, split, poll)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "measure", measure)
+        with pytest.raises(SystemExit) as stopped:
+            train(config)
+    assert stopped.value.code == 143
+    assert (last_state(tmp_path / "run")["step"], rows(tmp_path / "run", "eval")) == (3, [])
+    train(resuming(config))
+    measured = [(row["step"], row["split"]) for row in rows(tmp_path / "run", "eval")]
+    assert measured == [(3, "val"), (3, "train"), (6, "val"), (6, "train")]
+
+
+def test_killed_after_an_evaluation_that_no_checkpoint_knows_of_it_is_on_record_once(
+    whole, images, tmp_path, monkeypatch
+):
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments):
+        raise Killed
+
+    config = resumable_config(tmp_path / "run", images)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageTask, "finish", killed)
+        with pytest.raises(Killed):
+            train(config)
+    assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [5, 10, 15, 20]
+    train(config)
     assert_same_run(whole, tmp_path / "run")
 
 

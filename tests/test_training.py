@@ -29,7 +29,7 @@ def tiny(monkeypatch):
 
 
 SUMMARY_KEYS = {
-    *("model", "data", "precision", "loss_scaling", "profile", "seed", "steps", "skipped_steps", "top1", "top5"),
+    *("model", "data", "precision", "loss_scaling", "profile", "seed", "steps", "skipped_steps", "rollbacks", "top1", "top5"),
     *("train_seconds", "status", "experiment", "epochs", "parameters", "device", "backend", "version", "best"),
 }
 

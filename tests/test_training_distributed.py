@@ -1,5 +1,6 @@
 """Several processes under torchrun (gloo on the CPU) against one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -66,6 +67,19 @@ def test_ranks_agree_on_weights_and_scale_but_not_on_the_bits_of_errors(fp8_run)
     # One process wrote, once.
     assert [row["step"] for row in rows(fp8_run, "train")] == list(range(1, 13))
     assert len(rows(fp8_run, "convert")) == 1
+
+
+def test_ranks_roll_back_together(fp8_run):
+    rolling = fp8_run.with_name("run-rolling")
+    a, b = ranks(rolling)
+    for name, value in a["model"].items():
+        assert value.numpy().tobytes() == b["model"][name].numpy().tobytes(), name
+    (event,) = [row for row in rows(rolling, "event") if row["what"] == "rolled_back"]
+    assert event["step"] == 11
+    assert "rolled back to the weights after step 8," in event["text"]
+    # It names what only the second rank met.
+    assert "(first at 10: activation)" in event["text"]
+    assert json.loads((rolling / "summary.json").read_text())["rollbacks"] == 1
 
 
 def test_another_number_of_processes_is_refused(fp8_run, monkeypatch):

@@ -21,7 +21,7 @@ MAX_BYTES = 1_000_000
 MAX_SETTINGS, MAX_NAME = 2_000, 500
 # A line of metrics: the telemetry of a large model takes some hundred kilobytes.
 MAX_LINE = 4_000_000
-# Settings that leave a run's result as it is.
+# Settings that leave a run's result as it is, as long as it rolled nothing back.
 NO_EFFECT = (
     "backend",
     "data.root",
@@ -41,6 +41,8 @@ NO_EFFECT = (
     "trainer.eval_train",
     "trainer.keep_checkpoints",
     "trainer.log_every",
+    "trainer.max_rollbacks",
+    "trainer.on_divergence",
     "trainer.telemetry_every",
 )
 
@@ -214,6 +216,8 @@ def _read_record(folder: Path) -> RunRecord:
     deciding = settings_of(config)
     # "auto" differs from machine to machine; the record says what it came to.
     deciding["backend"] = str(summary.get("backend"))
+    if summary.get("rollbacks"):
+        deciding["trainer.on_divergence"] = "rollback"
     return RunRecord(folder, **texts, seed=seed, metric=metric, score=float(score), settings=deciding, summary=summary)
 
 

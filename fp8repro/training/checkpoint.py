@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fp8repro.config import DecodeConfig
 from fp8repro.errors import RunFailure, UserError
+from fp8repro.results.records import NO_EFFECT
 from fp8repro.training.untrusted import Harmful, require_harmless_file, require_plain
 
 FORMAT = 1
@@ -26,29 +29,13 @@ CONTENT: dict[str, type] = {
     "seconds": float,
     "results": dict,
 }
-# Settings that say how a run is watched or where it happens, not what it computes.
-FREE_SETTINGS = (
-    "data.root",
-    "data.workers",
-    "logger",
-    "profile",
-    "experiment",
-    "device",
-    "backend",
-    "run_dir",
-    "resume",
-    "overwrite",
+# A resumed run may have others: they leave the training as it is, or say when it ends and how it is scored.
+FREE_SETTINGS = {
+    *NO_EFFECT,
     "trainer.max_steps",
-    "trainer.eval_batch_size",
-    "trainer.log_every",
-    "trainer.eval_every_epochs",
-    "trainer.eval_train",
-    "trainer.telemetry_every",
-    "trainer.checkpoint_every_steps",
-    "trainer.checkpoint_every_minutes",
-    "trainer.keep_checkpoints",
     "trainer.max_skipped_in_a_row",
-)
+    *(f"decode.{field.name}" for field in fields(DecodeConfig)),
+} - {"seed"}
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -62,7 +49,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, content: Mapping[str, Any], keep: int) -> Path:
-    """Write a checkpoint and remove all but the last `keep`.
+    """Write a checkpoint and remove all but the last `keep`, and the last from before the steps skipped just now.
 
     Args:
         folder: the run's `checkpoints/`.
@@ -74,9 +61,14 @@ def save_checkpoint(folder: Path, content: Mapping[str, Any], keep: int) -> Path
     """
     path = checkpoint_path(folder, content["step"])
     write_tensors(path, content)
-    for old in list_checkpoints(folder)[:-keep]:
-        old.unlink(missing_ok=True)
-        checksum_path(old).unlink(missing_ok=True)
+    present = list_checkpoints(folder)
+    sound = content["step"] - content["scaler"]["skipped_in_a_row"]
+    # What a rollback would want, should the run skip on.
+    spared = [old for old in present if old <= checkpoint_path(folder, sound)][-1:]
+    for old in present[:-keep]:
+        if old not in spared:
+            old.unlink(missing_ok=True)
+            checksum_path(old).unlink(missing_ok=True)
     return path
 
 
@@ -151,9 +143,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest whole checkpoint of a run, or None; damaged ones are reported, set aside and passed over."""
+def newest_checkpoint(folder: Path, report: Callable[[str], None], until: int | None = None) -> dict[str, Any] | None:
+    """The newest whole checkpoint of a run, or None; damaged ones are reported, set aside and passed over.
+
+    Args:
+        folder: the run's `checkpoints/`.
+        report: told of damage.
+        until: the last step that will do.
+    """
     for path in reversed(list_checkpoints(folder)):
+        if until is not None and path > checkpoint_path(folder, until):
+            continue
         try:
             return read_checkpoint(path)
         except UserError as error:

@@ -14,11 +14,13 @@ from fp8repro.errors import UserError
 from fp8repro.injection import inject
 from fp8repro.training.checkpoint import FORMAT, read_checkpoint, read_tensors
 from fp8repro.training.distributed import World, choose_device
-from fp8repro.training.task import Task, autocast, make_task
+from fp8repro.training.task import Poll, Task, autocast, make_task, no_poll
 
 
 @torch.no_grad()
-def measure(task: Task[Any], model: nn.Module, config: RunConfig, world: World, split: str = "val") -> dict[str, float]:
+def measure(
+    task: Task[Any], model: nn.Module, config: RunConfig, world: World, split: str = "val", poll: Poll = no_poll
+) -> dict[str, float]:
     """Figures of a model on a split; the model's mode is the same afterwards."""
     training = model.training
     model.eval()
@@ -26,7 +28,7 @@ def measure(task: Task[Any], model: nn.Module, config: RunConfig, world: World, 
     model.fp8_context.telemetry.active = False  # type: ignore[union-attr]
     try:
         with autocast(config, world.device):
-            return task.evaluate(model, split)
+            return task.evaluate(model, split, poll)
     finally:
         model.train(training)
 

@@ -16,6 +16,7 @@ from fp8repro.data.images import load_images
 from fp8repro.errors import UserError
 from fp8repro.models.resnet import make_resnet
 from fp8repro.training.distributed import World
+from fp8repro.training.task import Poll, no_poll, polled
 
 
 class ImageTask:
@@ -75,28 +76,29 @@ class ImageTask:
         """See `Task`."""
         return means
 
-    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, split: str, poll: Poll = no_poll) -> dict[str, float]:
         """See `Task`: loss (not smoothed), top1, top5."""
         dataset = self.data.val if split == "val" else self.data.train_plain
-        mine = range(self.world.rank, len(dataset), self.world.size)  # type: ignore[arg-type]
+        images: int = len(dataset)  # type: ignore[arg-type]
+        mine, most = range(self.world.rank, images, self.world.size), len(range(0, images, self.world.size))
         size = self.config.trainer.eval_batch_size
         keys = [[(0, i) for i in mine[start : start + size]] for start in range(0, len(mine), size)]
         # Loss, top-1, top-5 and images.
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         with closing(load_batches(dataset, keys, self.config.data.workers, self._pinned)) as batches:
-            for batch in batches:
+            for batch in polled(batches, -(-most // size), poll):
                 logits, labels = self._logits(model, batch)
                 hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
                 losses = F.cross_entropy(logits, labels, reduction="none")
-                images = torch.full_like(labels[0], len(labels))
-                sums += torch.stack([losses.double().sum(), hits[:, 0].sum(), hits.sum(), images])
-        loss, top1, top5, count = self.world.sum(sums.tolist())
-        return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+                count = torch.full_like(labels[0], len(labels))
+                sums += torch.stack([losses.double().sum(), hits[:, 0].sum(), hits.sum(), count])
+        loss, top1, top5, total = self.world.sum(sums.tolist())
+        return {"loss": loss / total, "top1": 100 * top1 / total, "top5": 100 * top5 / total}
 
     def score(self, metrics: dict[str, float]) -> float:
         """See `Task`."""
         return metrics["top1"]
 
-    def finish(self, model: nn.Module, metrics: dict[str, float], folder: Path) -> dict[str, Any]:
+    def finish(self, model: nn.Module, metrics: dict[str, float], folder: Path, poll: Poll = no_poll) -> dict[str, Any]:
         """See `Task`."""
         return {"top1": metrics["top1"], "top5": metrics["top5"]}

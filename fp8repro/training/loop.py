@@ -8,6 +8,7 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -26,10 +27,10 @@ from fp8repro.training.memory import counting_saved_bytes, working_weight_bytes
 from fp8repro.training.optimizer import l2_loss
 from fp8repro.training.progress import Display, NoTracker, Tracker, make_tracker
 from fp8repro.training.record import RunFolder
-from fp8repro.training.run import Run, build, resume, summary
+from fp8repro.training.run import Run, build, resume, roll_back, summary
 from fp8repro.training.schedule import learning_rate
-from fp8repro.training.signals import StopRequest, exit_code
-from fp8repro.training.task import autocast
+from fp8repro.training.signals import Interrupted, StopRequest, exit_code
+from fp8repro.training.task import Poll, autocast
 
 
 @dataclass
@@ -84,7 +85,7 @@ def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
     (already_done,) = world.sum([float(bool(finished) and run.step == run.last_step)])
     if already_done:
         return finished or {}
-    record.begin(run.step)
+    record.begin(run.step, run.results["evaluated"])
     table = run.report.table()
     display.say(table if config.precision.converts else table.splitlines()[0])
     if run.step:
@@ -97,12 +98,21 @@ def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
     started = clock - run.seconds
     window, window_units = clock, 0.0
     groups = _groups(run)
+    poll = partial(stop.poll, world)
+
+    def save() -> None:
+        nonlocal saved_at, saved_step
+        # If the weights are not finite, the next step will tell every rank so.
+        if record.writes and run.masters.finite():
+            checkpoints.save_checkpoint(record.checkpoints, run.state(), trainer.keep_checkpoints)
+            saved_at, saved_step = time.monotonic(), run.step
+
     try:
         run.model.train()
         while True:
             at_boundary = run.step == run.last_step or _every(run.step, trainer.eval_every_epochs * run.steps_per_epoch)
             if at_boundary and run.results["evaluated"] != run.step:
-                _evaluate(run, record, display, tracker)
+                _evaluate(run, record, display, tracker, poll)
                 window, window_units = time.monotonic(), 0.0
             run.seconds = time.monotonic() - started
             if run.step == run.last_step:
@@ -128,36 +138,41 @@ def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
             if run.context.telemetry.active:
                 _log_telemetry(run, record, tracker)
             if not result.applied:
-                _check_skipped(run, result, batches, record, display)
-            if trainer.average_checkpoints and _every(run.step, run.steps_per_epoch):
+                _report_skipped(run, result, record, display)
+            averaged = trainer.average_checkpoints and _every(run.step, run.steps_per_epoch)
+            rolled_back = False
+            if not result.applied or averaged or run.step == run.last_step:
+                rolled_back = _check_divergence(run, result, batches, record, display)
+            if averaged:
                 save_epoch_weights(run.model, record, round(run.epoch), trainer.average_checkpoints)
 
             run.seconds = time.monotonic() - started
             minutes = (time.monotonic() - saved_at) / 60
-            due = _every(run.step, trainer.checkpoint_every_steps or 0)
-            due = due or minutes >= (trainer.checkpoint_every_minutes or math.inf)
-            if (due or result.stop) and record.writes:
-                checkpoints.save_checkpoint(record.checkpoints, run.state(), trainer.keep_checkpoints)
-                saved_at, saved_step = time.monotonic(), run.step
+            due = rolled_back or result.stop or _every(run.step, trainer.checkpoint_every_steps or 0)
+            if due or minutes >= (trainer.checkpoint_every_minutes or math.inf):
+                save()
             if result.stop:
-                # Another process may have got the signal.
-                display.say(f"stopped after step {run.step} of {run.last_step}; resume=auto goes on from there")
-                raise SystemExit(exit_code(stop.signal or signal.SIGTERM))
+                raise _stopped(run, stop, display)
 
         if run.scaler.skipped == run.step:
             raise RunFailure(f"every one of the {run.step} steps was skipped: no gradient was finite")
-        if saved_step != run.step and record.writes:
-            checkpoints.save_checkpoint(record.checkpoints, run.state(), trainer.keep_checkpoints)
+        if saved_step != run.step:
+            save()
         # The other ranks read what the first one wrote.
         world.wait()
         if trainer.average_checkpoints and load_averaged_weights(run.model, record, trainer.average_checkpoints):
-            run.results["metrics"] = measure(run.task, run.model, config, world)
+            run.results["metrics"] = measure(run.task, run.model, config, world, poll=poll)
         run.model.eval()
         with torch.no_grad(), autocast(config, world.device):
-            figures = run.task.finish(run.model, run.results["metrics"], record.folder)
+            figures = run.task.finish(run.model, run.results["metrics"], record.folder, poll)
         final = summary(run, "finished") | figures
         record.summary(final)
         return final
+    except Interrupted:
+        # The weights after the last step are saved before they are averaged or used for a translation.
+        if saved_step != run.step:
+            save()
+        raise _stopped(run, stop, display) from None
     except RunFailure as error:
         record.event(run.step, "failure", str(error))
         record.summary(summary(run, "failed") | {"reason": str(error)})
@@ -235,14 +250,22 @@ def _groups(run: Run) -> Generator[list[Any], None, None]:
                 yield group
 
 
+def _stopped(run: Run, stop: StopRequest, display: Display) -> SystemExit:
+    """What to raise once a signal was granted."""
+    display.say(f"stopped after step {run.step} of {run.last_step}; resume=auto goes on from there")
+    # Another process may have got the signal.
+    return SystemExit(exit_code(stop.signal or signal.SIGTERM))
+
+
 def _every(step: int, interval: int) -> bool:
     return interval > 0 and step > 0 and step % interval == 0
 
 
-def _evaluate(run: Run, record: RunFolder, display: Display, tracker: Tracker) -> None:
+def _evaluate(run: Run, record: RunFolder, display: Display, tracker: Tracker, poll: Poll) -> None:
     splits = ("val", "train") if run.config.trainer.eval_train else ("val",)
-    for split in splits:
-        metrics = measure(run.task, run.model, run.config, run.world, split)
+    # Nothing is recorded before all is measured: what is interrupted is measured again as a whole.
+    found = {split: measure(run.task, run.model, run.config, run.world, split, poll) for split in splits}
+    for split, metrics in found.items():
         record.row("eval", run.step, epoch=run.epoch, split=split, **metrics)
         tracker.log(run.step, {f"{split}/{name}": value for name, value in metrics.items()})
         display.say(f"epoch {run.epoch:.4g}  {split}  " + "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
@@ -250,7 +273,7 @@ def _evaluate(run: Run, record: RunFolder, display: Display, tracker: Tracker) -
             best = run.results["best"]
             if not best or run.task.score(metrics) > run.task.score(best["metrics"]):
                 best = {"step": run.step, "metrics": metrics}
-            run.results = {"evaluated": run.step, "metrics": metrics, "best": best}
+            run.results |= {"evaluated": run.step, "metrics": metrics, "best": best}
 
 
 def _log(run: Run, result: StepResult, rate: float, record: RunFolder, display: Display, tracker: Tracker) -> None:
@@ -282,32 +305,57 @@ def _log_telemetry(run: Run, record: RunFolder, tracker: Tracker) -> None:
     tracker.log(run.step, {f"underflow/{role}": share for role, share in shares.items() if not math.isnan(share)})
 
 
-def _check_skipped(run: Run, result: StepResult, batches: list[Any], record: RunFolder, display: Display) -> None:
-    """Report a skipped step; end a run that does nothing but skip.
-
-    Raises:
-        RunFailure: `trainer.max_skipped_in_a_row` steps in a row.
-    """
-    scaler = run.scaler
+def _report_skipped(run: Run, result: StepResult, record: RunFolder, display: Display) -> None:
     if result.forward_finite:
         record.event(run.step, "skipped", f"a gradient was not finite at loss scale {result.scale:g}")
+        return
+    text = "the forward pass was not finite: no loss scale cures it; normalization statistics were left as they were"
+    record.event(run.step, "nonfinite_forward", text)
+    display.say(f"step {run.step}: {text}")
+
+
+def _check_divergence(run: Run, result: StepResult, batches: list[Any], record: RunFolder, display: Display) -> bool:
+    """Dump what a run that diverged met, and end it or roll it back as `trainer.on_divergence` says.
+
+    Weights that are not finite are a divergence, and `trainer.max_skipped_in_a_row` skipped steps in a row. All ranks
+    see the same: weights and skipped steps are the same on each.
+
+    Returns:
+        True when the run was rolled back.
+
+    Raises:
+        RunFailure: it diverged and is not to be rolled back, or not once more, or there is no checkpoint to go back to.
+    """
+    trainer, skipped = run.config.trainer, run.scaler.skipped_in_a_row
+    if not run.masters.finite():
+        where = f"weights were not finite after step {run.step - skipped}"
+    elif skipped >= trainer.max_skipped_in_a_row:
+        where = f"{skipped} steps in a row were skipped up to step {run.step}"
     else:
-        text = (
-            "the forward pass was not finite: no loss scale cures it; normalization statistics were left as they were"
-        )
-        record.event(run.step, "nonfinite_forward", text)
-        display.say(f"step {run.step}: {text}")
-    if scaler.skipped_in_a_row >= run.config.trainer.max_skipped_in_a_row:
-        where = f"{scaler.skipped_in_a_row} steps in a row were skipped up to step {run.step}"
-        where += _first_nonfinite(run, result, batches, record)
-        if not result.forward_finite:
-            raise RunFailure(
-                f"{where}: the forward pass is not finite, no loss scale cures it (learning rate too high?)"
-            )
-        state = f"collapsed to its floor {scaler.floor:g}" if scaler.at_floor else f"fell to {scaler.scale:g}"
-        if run.config.loss_scaling.policy in ("none", "constant"):
-            state = f"is fixed at {scaler.scale:g}"
-        raise RunFailure(f"{where}: gradients are not finite, and the loss scale {state}")
+        return False
+    reason = where + _first_nonfinite(run, result, batches, record) + _explanation(run, result)
+    if trainer.on_divergence == "stop":
+        raise RunFailure(reason)
+    if run.results["rollbacks"] >= trainer.max_rollbacks:
+        raise RunFailure(f"{reason}; trainer.max_rollbacks={trainer.max_rollbacks} are used up")
+    step = roll_back(run, record, display)
+    if step is None:
+        raise RunFailure(f"{reason}; there is no checkpoint from before it to roll back to")
+    text = f"{reason}; rolled back to the weights after step {step}, the updates since are lost"
+    record.event(run.step, "rolled_back", text)
+    display.say(text)
+    return True
+
+
+def _explanation(run: Run, result: StepResult) -> str:
+    """Why a run cannot go on as it is."""
+    scaler = run.scaler
+    if result.applied or not result.forward_finite:
+        return ": the forward pass is not finite, no loss scale cures it (learning rate too high?)"
+    state = f"collapsed to its floor {scaler.floor:g}" if scaler.at_floor else f"fell to {scaler.scale:g}"
+    if run.config.loss_scaling.policy in ("none", "constant"):
+        state = f"is fixed at {scaler.scale:g}"
+    return f": gradients are not finite, and the loss scale {state}"
 
 
 def _first_nonfinite(run: Run, result: StepResult, batches: list[Any], record: RunFolder) -> str:

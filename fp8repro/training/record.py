@@ -97,11 +97,17 @@ class RunFolder:
             else:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def begin(self, step: int) -> None:
-        """Write config and environment; forget what was measured after `step` (the run goes on from there)."""
+    def begin(self, step: int, evaluated: int = 0) -> None:
+        """Write config and environment; forget what will be measured again.
+
+        Args:
+            step: the run goes on from there.
+            evaluated: step of the last evaluation that it knows of; one at `step` may be on record already.
+        """
         if not self.writes:
             return
-        kept = [line for line, row in _rows(self.folder / METRICS) if step and row["step"] <= step]
+        rows = _rows(self.folder / METRICS) if step else []
+        kept = [line for line, row in rows if row["step"] <= (evaluated if row.get("kind") == "eval" else step)]
         self._write(METRICS, "".join(kept))
         (self.folder / SUMMARY).unlink(missing_ok=True)
         self._write(CONFIG, yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True))
@@ -128,14 +134,16 @@ class RunFolder:
             self._write(SUMMARY, json.dumps(_finite(dict(values)), indent=2) + "\n")
 
     def finished_summary(self) -> dict[str, Any] | None:
-        """The summary of a run that finished here, or None."""
+        """The summary of a run that finished here and translated as the settings say, or None."""
         if not self.writes:
             return None
         try:
             values = json.loads((self.folder / SUMMARY).read_text())
-        except (OSError, ValueError):
+            decode = yaml.safe_load((self.folder / CONFIG).read_text())["decode"]
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
             return None
-        return values if isinstance(values, dict) and values.get("status") == "finished" else None
+        same = decode == self.config.to_dict()["decode"]
+        return values if same and isinstance(values, dict) and values.get("status") == "finished" else None
 
     def _write(self, name: str, text: str) -> None:
         path = self.folder / name

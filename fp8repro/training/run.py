@@ -28,6 +28,11 @@ from fp8repro.training.task import Task, make_task
 from fp8repro.training.untrusted import Harmful, require_like
 
 
+def no_results() -> dict[str, Any]:
+    """`Run.results` at step 0."""
+    return {"evaluated": 0, "metrics": {}, "best": {}, "rollbacks": 0}
+
+
 @dataclass
 class Run:
     """What a run is made of, and what it has come to.
@@ -35,7 +40,7 @@ class Run:
     Attributes:
         step: updates so far, skipped ones counted.
         seconds: spent in the loop, by former processes too.
-        results: plain values that a checkpoint keeps: last evaluation, its step, the best one.
+        results: plain values that a checkpoint keeps: last evaluation, its step, the best one; rollbacks so far.
     """
 
     config: RunConfig
@@ -51,7 +56,7 @@ class Run:
     total_steps: int
     step: int = 0
     seconds: float = 0.0
-    results: dict[str, Any] = field(default_factory=lambda: {"evaluated": 0, "metrics": {}, "best": {}})
+    results: dict[str, Any] = field(default_factory=no_results)
 
     @property
     def last_step(self) -> int:
@@ -89,7 +94,9 @@ class Run:
             UserError: it is another run's.
         """
         checkpoints.require_same_run(state["identity"], self.identity())
-        own = self.state() | {"results": {"evaluated": 0, "metrics": {}, "best": {}}}
+        # Before there were rollbacks, checkpoints did not count them.
+        state = state | {"results": {"rollbacks": 0, **state["results"]}}
+        own = self.state() | {"results": no_results()}
         try:
             for part in ("model", "scaler", "data", "results"):
                 require_like(state[part], own[part], part)
@@ -134,15 +141,39 @@ def resume(run: Run, record: RunFolder, display: Display) -> None:
     wanted = run.config.resume
     if wanted == "never":
         return
-    if wanted == "auto":
-        newest = checkpoints.newest_checkpoint(record.checkpoints, display.say) if run.world.is_main else None
-        (step,) = run.world.sum([newest["step"] + 1 if newest else 0])
-        if not step:
-            return
-        state = newest or checkpoints.read_checkpoint(checkpoints.checkpoint_path(record.checkpoints, int(step) - 1))
-    else:
-        state = checkpoints.read_checkpoint(Path(wanted))
-    run.load(state)
+    state = _newest(run, record, display) if wanted == "auto" else checkpoints.read_checkpoint(Path(wanted))
+    if state:
+        run.load(state)
+
+
+def roll_back(run: Run, record: RunFolder, display: Display) -> int | None:
+    """Take weights, optimizer and loss scale back to the newest checkpoint from before the steps skipped just now.
+
+    Nothing else goes back: the present step stays, so what was trained since is thrown away and the batches of those
+    steps are not met again; the schedule, the epochs and the random numbers go on as if the steps had been skipped.
+
+    Returns:
+        The checkpoint's step, or None, with nothing changed, when there is none.
+    """
+    state = _newest(run, record, display, run.step - run.scaler.skipped_in_a_row)
+    if state is None:
+        return None
+    counted = {name: value for name, value in run.scaler.state_dict().items() if name in ("step", "skipped")}
+    results = run.results | {"rollbacks": run.results["rollbacks"] + 1}
+    kept = {"step": run.step, "seconds": run.seconds, "results": results, "data": run.task.batches.state_dict()}
+    run.load(state | kept | {"scaler": state["scaler"] | counted})
+    # The first rank may remove the checkpoint that another still reads.
+    run.world.wait()
+    return int(state["step"])
+
+
+def _newest(run: Run, record: RunFolder, display: Display, until: int | None = None) -> dict[str, Any] | None:
+    """The newest whole checkpoint in the run's folder, up to a step; every rank the same."""
+    newest = checkpoints.newest_checkpoint(record.checkpoints, display.say, until) if run.world.is_main else None
+    (step,) = run.world.sum([newest["step"] + 1 if newest else 0])
+    if not step:
+        return None
+    return newest or checkpoints.read_checkpoint(checkpoints.checkpoint_path(record.checkpoints, int(step) - 1))
 
 
 def summary(run: Run, status: str) -> dict[str, Any]:
@@ -159,6 +190,7 @@ def summary(run: Run, status: str) -> dict[str, Any]:
         "seed": config.seed,
         "steps": run.step,
         "skipped_steps": run.scaler.skipped,
+        "rollbacks": run.results["rollbacks"],
         "epochs": run.epoch,
         "train_seconds": run.seconds,
         "best": run.results["best"],

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 as a wish to stop, which the loop grants between two steps."""
+"""Ctrl-C, SIGTERM and SIGUSR1 as a wish to stop, which the loop grants between two steps or batches of evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from fp8repro.training.distributed import World
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupted(Exception):
+    """An evaluation or a translation was left in the middle, by every rank at the same place."""
 
 
 class StopRequest:
@@ -34,6 +40,16 @@ class StopRequest:
         """Put the former handlers back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def poll(self, world: World) -> None:
+        """Ask in the midst of an evaluation, on every rank at once.
+
+        Raises:
+            Interrupted: a signal came to any of them.
+        """
+        (stops,) = world.sum([float(bool(self.signal))])
+        if stops:
+            raise Interrupted
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -39,6 +40,27 @@ class TrainBatches(Protocol):
 
 
 B = TypeVar("B", contravariant=True)
+T = TypeVar("T")
+# Raises where an evaluation is to be left; what it raises passes through. Every rank calls it equally often.
+Poll = Callable[[], None]
+
+
+def no_poll() -> None:
+    """Never leave an evaluation."""
+
+
+def polled(batches: Iterable[T], count: int, poll: Poll) -> Iterator[T]:
+    """Batches of an evaluation, with a poll before each.
+
+    Args:
+        batches: of this rank.
+        count: of the rank that has most of them; one with fewer polls as often.
+        poll: see `Poll`.
+    """
+    rest = iter(batches)
+    for _ in range(count):
+        poll()
+        yield from islice(rest, 1)
 
 
 class Task(Protocol[B]):
@@ -76,21 +98,22 @@ class Task(Protocol[B]):
         """The other figures of `loss` as people read them, from their means over images or tokens."""
         ...
 
-    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Figures of a model in evaluation mode on "val" or "train" (not augmented), over all ranks."""
+    def evaluate(self, model: nn.Module, split: str, poll: Poll = no_poll) -> dict[str, float]:
+        """Figures of a model in evaluation mode on "val" or "train" (not augmented), over all ranks; polls."""
         ...
 
     def score(self, metrics: dict[str, float]) -> float:
         """The figure of `evaluate` by which models are compared; more is better."""
         ...
 
-    def finish(self, model: nn.Module, metrics: dict[str, float], folder: Path) -> dict[str, Any]:
+    def finish(self, model: nn.Module, metrics: dict[str, float], folder: Path, poll: Poll = no_poll) -> dict[str, Any]:
         """The summary's figures, after the last step; may write files into the run's folder on the first rank.
 
         Args:
             model: in evaluation mode; with `trainer.average_checkpoints`, its weights are the averaged ones.
             metrics: of the last `evaluate`.
             folder: the run's.
+            poll: called as often as the work allows.
         """
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from fp8repro.models.transformer import transformer
 from fp8repro.training.bleu import chrf_score, sacrebleu_score, tokenized_bleu
 from fp8repro.training.decode import translate
 from fp8repro.training.distributed import World
+from fp8repro.training.task import Poll, no_poll, polled
 
 HYPOTHESES, REFERENCES, SAMPLES = "test.hypotheses.txt", "test.references.txt", "samples.txt"
 SAMPLE_COUNT = 20
@@ -100,11 +101,11 @@ class TranslationTask:
         """See `Task`."""
         return {"perplexity": perplexity(means["nll"])}
 
-    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, split: str, poll: Poll = no_poll) -> dict[str, float]:
         """See `Task`: loss without smoothing and perplexity; of the split "test" BLEU and chrF too."""
         pairs: Split = {"val": self.data.valid, "train": self.data.train, "test": self.data.test}[split]
         total, count = 0.0, 0
-        for indices in self._eval_batches(pair_lengths(pairs), 1):
+        for indices in self._eval_batches(pair_lengths(pairs), 1, poll):
             batch = make_batch(pairs, indices.tolist()).to(self.world.device)
             _, nll = smoothed_loss(model(batch.source, batch.decoder_input), batch.target)
             total, count = total + nll.item(), count + batch.target_tokens
@@ -112,7 +113,7 @@ class TranslationTask:
         loss = loss_sum / tokens
         metrics = {"loss": loss, "perplexity": perplexity(loss)}
         if split == "test":
-            hypotheses = [self.data.detokenize(ids) for ids in self.translate(model, pairs)]
+            hypotheses = [self.data.detokenize(ids) for ids in self.translate(model, pairs, poll)]
             metrics["bleu"] = sacrebleu_score(hypotheses, pairs.references).value
             metrics["chrf"] = chrf_score(hypotheses, pairs.references).value
         return metrics
@@ -121,11 +122,11 @@ class TranslationTask:
         """See `Task`."""
         return -metrics["loss"]
 
-    def finish(self, model: nn.Module, metrics: dict[str, float], folder: Path) -> dict[str, Any]:
+    def finish(self, model: nn.Module, metrics: dict[str, float], folder: Path, poll: Poll = no_poll) -> dict[str, Any]:
         """See `Task`: translates the test split; writes translations, references and samples."""
         test, language = self.data.test, self.data.languages[1]
         started = time.monotonic()
-        found = self.translate(model, test)
+        found = self.translate(model, test, poll)
         seconds = time.monotonic() - started
         hypotheses, references = [self.data.detokenize(ids) for ids in found], test.references
         bleu, chrf = sacrebleu_score(hypotheses, references), chrf_score(hypotheses, references)
@@ -149,12 +150,12 @@ class TranslationTask:
             "skipped_pairs": dict(self.data.skipped),
         }
 
-    def translate(self, model: nn.Module, split: Split) -> list[list[int]]:
+    def translate(self, model: nn.Module, split: Split, poll: Poll = no_poll) -> list[list[int]]:
         """Best translation (ids without EOS) of each sentence of a split, in its order; the same on every rank."""
         decode = self.config.decode
         found: dict[int, list[int]] = {}
         # A sentence takes `beam` rows.
-        for indices in self._eval_batches(split.source.sizes, decode.beam):
+        for indices in self._eval_batches(split.source.sizes, decode.beam, poll):
             source = pad_sequences(split.source, indices.tolist()).to(self.world.device)
             found |= dict(zip(indices.tolist(), translate(model, [source], decode), strict=True))  # type: ignore[arg-type]
         if self.world.size > 1:
@@ -163,10 +164,13 @@ class TranslationTask:
             found = {index: ids for share in shares for index, ids in share.items()}
         return [found[index] for index in range(len(split.source))]
 
-    def _eval_batches(self, lengths: np.ndarray[Any, np.dtype[np.int64]], rows: int) -> Sequence[Any]:
+    def _eval_batches(
+        self, lengths: np.ndarray[Any, np.dtype[np.int64]], rows: int, poll: Poll
+    ) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
         """This rank's batches of `trainer.eval_batch_size` tokens with `rows` rows a sentence; the longest first."""
         budget = max(self.config.trainer.eval_batch_size // rows, int(lengths.max()))
-        return bucket_batches(lengths, budget)[::-1][self.world.rank :: self.world.size]
+        batches = bucket_batches(lengths, budget)[::-1]
+        return polled(batches[self.world.rank :: self.world.size], -(-len(batches) // self.world.size), poll)
 
     def _samples(self, hypotheses: list[str]) -> list[str]:
         test, lines = self.data.test, []
