@@ -40,6 +40,11 @@ def rolling_config(run_dir):
     return replace(config, trainer=replace(config.trainer, on_divergence="rollback", max_skipped_in_a_row=3))
 
 
+def stopped_config(run_dir):
+    """180 validation images on one rank and 179 on the other: two batches and one."""
+    return replace(tiny_config(run_dir, batch_size=480, epochs=1, eval_batch_size=179), resume="auto")
+
+
 def main(run_dir, what):
     rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     fp8repro.training.image.make_resnet = without_dropout
@@ -65,11 +70,33 @@ def main(run_dir, what):
             torch.save(state, Path(run.config.run_dir) / f"rank{rank}.pt")
         return result
 
-    loop.train_step = step
+    own_measure = loop.measure
+
+    def measure(task, model, config, world, split, poll):
+        polls = 0
+
+        def counted():
+            nonlocal polls
+            polls += 1
+            # One rank gets the signal, after the last batch of its own.
+            if config.run_dir.endswith("-stopped") and codes == [] and (rank, polls) == (1, 2):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            poll()
+
+        return own_measure(task, model, config, world, split, counted)
+
+    codes = []
+    loop.train_step, loop.measure = step, measure
     loop.train(fp8_config(run_dir))
     if what == "both":
         loop.train(synchronized_config(run_dir + "-synchronized"))
         loop.train(rolling_config(run_dir + "-rolling"))
+        try:
+            loop.train(stopped_config(run_dir + "-stopped"))
+        except SystemExit as error:
+            codes.append(error.code)
+        codes.append(loop.train(stopped_config(run_dir + "-stopped"))["status"])
+        (Path(run_dir + "-stopped") / f"codes{rank}").write_text(" ".join(map(str, codes)))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,14 @@ def test_ranks_roll_back_together(fp8_run):
     assert json.loads((rolling / "summary.json").read_text())["rollbacks"] == 1
 
 
+def test_a_signal_to_one_rank_ends_the_evaluation_of_all(fp8_run):
+    stopped = fp8_run.with_name("run-stopped")
+    # The other one cannot know which signal it was.
+    assert [(stopped / f"codes{rank}").read_text() for rank in range(2)] == ["143 finished", "138 finished"]
+    assert [(row["what"], row["step"]) for row in rows(stopped, "event")] == [("resume", 3)]
+    assert [row["step"] for row in rows(stopped, "eval")] == [3]
+
+
 def test_another_number_of_processes_is_refused(fp8_run, monkeypatch):
     monkeypatch.setattr(fp8repro.training.image, "make_resnet", without_dropout)
     with pytest.raises(UserError, match="resume: processes is 2 in the checkpoint and 1 in this run"):

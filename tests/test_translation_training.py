@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,6 +24,8 @@ from fp8repro.data.translation.batching import make_batch
 from fp8repro.data.translation.corpus import read_lines
 from fp8repro.data.translation.synthetic import synthetic_corpus
 from fp8repro.errors import UserError
+from fp8repro.training import translation
+from fp8repro.training.decode import translate
 from fp8repro.training.distributed import World
 from fp8repro.training.loop import build, train
 from fp8repro.training.translation import HYPOTHESES, REFERENCES, SAMPLES, TranslationTask, smoothed_loss
@@ -195,6 +199,54 @@ def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(text: Path, tmp_pat
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(value.dtype == torch.float16 for value in first.values())
+
+
+def test_asked_to_stop_amid_the_translation_it_is_left_and_made_as_a_whole_later(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = {"epochs": 2, "batch_size": 120, "eval_batch_size": 100, "average_checkpoints": 2}
+    settings = config(text, trainer=trainer, run_dir=str(tmp_path / "run"))
+    whole = train(replace(settings, run_dir=str(tmp_path / "whole")))
+    batches = 0
+
+    def interrupted(*arguments: Any) -> list[list[int]]:
+        nonlocal batches
+        batches += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        return translate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(translation, "translate", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            train(settings)
+    assert (stopped.value.code, batches) == (143, 1)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    again = train(replace(settings, resume="auto"))
+    timed = ("train_seconds", "decode_seconds", "decode_tokens_per_second")
+    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    measured = [
+        [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "eval"]
+        for folder in (tmp_path / "whole", tmp_path / "run")
+    ]
+    assert measured[0] == measured[1]
+
+
+def test_a_finished_run_is_translated_again_where_that_is_to_be_done_otherwise(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(text, run_dir=str(tmp_path), trainer={"epochs": 20, "batch_size": 120, "eval_batch_size": 400})
+    first, before = train(settings), weights(tmp_path)
+    again = replace(settings, resume="auto")
+    shorter = replace(again, decode=replace(again.decode, max_length_a=0.0, max_length_b=2))
+    second = train(shorter)
+    assert second["brevity_penalty"] < 0.5 < first["brevity_penalty"]
+    assert second["steps"] == first["steps"]
+    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path).items())
+    # Done once.
+    monkeypatch.setattr(translation, "translate", None)
+    assert train(shorter) == second
 
 
 def test_a_checkpoint_of_another_vocabulary_or_other_codes_is_refused(text: Path, tmp_path: Path) -> None:
