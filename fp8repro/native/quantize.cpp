@@ -90,51 +90,78 @@ void run(const Tensors& t, int64_t at_x, int64_t at_values, int64_t at_codes, in
 
 // ---- A matrix stored [rows][columns] whose logical order is [columns][rows] ----
 
+// `some` rows (up to 4) of up to LANES columns, the first at `position`; draws[r] belongs to row r.
+template <typename T, bool COUNT>
+INLINE void tile(const Tensors& t, int64_t position, int64_t columns, int width, int some, const U32 draws[4],
+                 const Format& f, Counts& counts) {
+    if (width == LANES && some == 4) {
+        U32 bits[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) bits[r] = load((const T*)t.x + position + r * columns);
+        round_block<true, COUNT, 4>(bits, draws, f, counts);
+        store_block<4>(bits, t, position, position, columns, f);
+        return;
+    }
+    for (int r = 0; r < some; ++r, position += columns) {
+        if (width == LANES) {
+            U32 bits[1] = {load((const T*)t.x + position)};
+            round_block<true, COUNT, 1>(bits, draws + r, f, counts);
+            store_block<1>(bits, t, position, position, columns, f);
+        } else {
+            partial<T, true, COUNT>(t, position, position, position, width, (uint32_t*)&draws[r], f, counts);
+        }
+    }
+}
+
 // Rows [first, last) of a matrix of `rows` rows; logical index of (row, column): base + column * rows + row.
+// `first` is a multiple of 4; so is `base` where `rows` is.
 template <typename T, bool COUNT>
 void transposed(Tensors t, int64_t at, int64_t rows, int64_t columns, int64_t first, int64_t last, uint64_t base,
                 Random random, Format f, Counts& total) {
     Counts counts;
+    U64 offsets[2];  // logical distances between the columns of a tile, even lanes first
+    for (int lane = 0; lane < LANES; ++lane) offsets[lane % 2][lane / 2] = lane * rows;
+    if (rows % 4 == 0) {
+        // Every column of a tile draws from one block, so tiles can follow each other as they lie in memory.
+        offsets[0] >>= 2;
+        offsets[1] >>= 2;
+        for (int64_t row = first; row < last; row += 4) {
+            for (int64_t column = 0; column < columns; column += LANES) {
+                const uint64_t block = (base + column * rows + row) / 4;
+                const U64 blocks[2] = {offsets[0] + block, offsets[1] + block};
+                U32 draws[4];
+                philox_gathered(blocks, random.stream, random.key, draws);
+                const int width = (int)std::min<int64_t>(LANES, columns - column);
+                tile<T, COUNT>(t, at + row * columns + column, columns, width, 4, draws, f, counts);
+            }
+        }
+        if (COUNT) total.add(counts);
+        return;
+    }
     for (int64_t column = 0; column < columns; column += LANES) {
         const int width = (int)std::min<int64_t>(LANES, columns - column);
-        U64 blocks[2], skips[2];
-        for (int lane = 0; lane < LANES; ++lane) blocks[lane % 2][lane / 2] = base + (column + lane) * rows + first;
-        for (int g = 0; g < 2; ++g) {
-            skips[g] = blocks[g] & 3;
-            blocks[g] >>= 2;
-        }
-        const U32 skip = (U32)(skips[0] | (skips[1] << 32));
-        const bool aligned = !any_above(skip, U32{});
-        // A tile of four rows draws from one block a column, or from two neighbouring ones.
+        const uint64_t start = base + column * rows + first;
+        U64 blocks[2] = {offsets[0] + start, offsets[1] + start};
+        const U32 skip = (U32)((blocks[0] & 3) | ((blocks[1] & 3) << 32));
+        blocks[0] >>= 2;
+        blocks[1] >>= 2;
+        // A column of a tile draws from one block or from two neighbouring ones.
         U32 words[8];
         philox_gathered(blocks, random.stream, random.key, words);
         for (int64_t row = first; row < last; row += 4) {
-            U32 draws[4] = {words[0], words[1], words[2], words[3]};
-            blocks[0] += 1;
-            blocks[1] += 1;
-            if (aligned) {
-                if (row + 4 < last) philox_gathered(blocks, random.stream, random.key, words);
-            } else {
+            const int some = (int)std::min<int64_t>(4, last - row);
+            if (any_above(skip + (uint32_t)some, splat(4)) || row + some < last) {
+                blocks[0] += 1;
+                blocks[1] += 1;
                 philox_gathered(blocks, random.stream, random.key, words + 4);
-#pragma GCC unroll 4
-                for (int r = 0; r < 4; ++r) {
-                    for (int s = 1; s < 4; ++s) draws[r] = choose(skip == (uint32_t)s, words[r + s], draws[r]);
-                }
-                for (int k = 0; k < 4; ++k) words[k] = words[k + 4];
             }
-            const int64_t position = at + row * columns + column;
-            if (width == LANES && row + 4 <= last) {
-                U32 bits[4];
+            U32 draws[4] = {words[0], words[1], words[2], words[3]};
 #pragma GCC unroll 4
-                for (int r = 0; r < 4; ++r) bits[r] = load((const T*)t.x + position + r * columns);
-                round_block<true, COUNT, 4>(bits, draws, f, counts);
-                store_block<4>(bits, t, position, position, columns, f);
-            } else {
-                for (int64_t r = 0; r < std::min<int64_t>(4, last - row); ++r) {
-                    const int64_t p = position + r * columns;
-                    partial<T, true, COUNT>(t, p, p, p, width, (uint32_t*)&draws[r], f, counts);
-                }
+            for (int r = 0; r < 4; ++r) {
+                for (int s = 1; s < 4; ++s) draws[r] = choose(skip == (uint32_t)s, words[r + s], draws[r]);
             }
+            for (int k = 0; k < 4; ++k) words[k] = words[k + 4];
+            tile<T, COUNT>(t, at + row * columns + column, columns, width, some, draws, f, counts);
         }
     }
     if (COUNT) total.add(counts);
