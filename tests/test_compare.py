@@ -93,9 +93,9 @@ def test_a_single_seed_has_no_spread_and_one_seed_done_twice_is_one_seed(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "setting", ["trainer.epochs=3", "optimizer.lr=0.3", "data.options.shift=1", "model.stem=imagenet"]
+    "setting", ["trainer.epochs=3", "optimizer.lr=0.3", "data.options.shift=1", "model.stem=imagenet", "decode.beam=1"]
 )
-def test_runs_that_were_trained_differently_are_not_averaged(runs: Path, setting: str) -> None:
+def test_runs_that_were_trained_or_scored_differently_are_not_averaged(runs: Path, setting: str) -> None:
     record(runs / "other", "precision=fp8", setting, seed=5, top1=50.0)
     fp32, *fp8 = rows_of(runs)
     assert fp32.seeds == 3
@@ -110,6 +110,21 @@ def test_runs_that_were_trained_differently_are_not_averaged(runs: Path, setting
 def test_settings_that_change_no_result_do_not_split_a_row(runs: Path) -> None:
     record(runs / "other", "precision=fp8", "trainer.log_every=1", "data.workers=2", "logger=none", seed=2, top1=99.0)
     assert [row.seeds for row in rows_of(runs)] == [3, 3]
+
+
+def test_a_run_that_was_rolled_back_is_a_row_of_its_own_and_one_that_could_have_been_is_not(runs: Path) -> None:
+    for seed, rollbacks in ((2, 0), (3, 1)):
+        record(
+            runs / f"{seed}",
+            "precision=fp8",
+            "trainer.on_divergence=rollback",
+            seed=seed,
+            top1=90.0,
+            rollbacks=rollbacks,
+        )
+    found = {row.seed_list[0]: row for row in rows_of(runs)[1:]}
+    assert [row.seed_list for row in found.values()] == [[0, 1, 2], [3]]
+    assert found[3].settings == "trainer.on_divergence=rollback"
 
 
 def test_a_changed_recipe_is_a_row_of_its_own_against_the_same_baseline(runs: Path) -> None:

@@ -214,6 +214,7 @@ def test_a_run_that_diverged(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "event        skipped, 4 times, first at step 1: a gradient was not finite" in text
     assert "overflow" in text
     assert "advice       lower loss_scaling.scale" in text
+    assert "advice       resume=auto trainer.on_divergence=rollback goes back" in text
 
 
 def test_a_run_that_was_killed_and_its_damaged_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

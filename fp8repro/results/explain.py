@@ -18,6 +18,7 @@ ADVICE = {
     "forward": "lower optimizer.lr, or give schedule.warmup= or trainer.clip_norm=",
     "fixed": "lower loss_scaling.scale, or take loss_scaling=dynamic or enhanced",
     "moving": "lower optimizer.lr, or give trainer.clip_norm=; a floor that is too high shows as overflow of errors",
+    "rollback": "resume=auto trainer.on_divergence=rollback goes back to before it and leaves out the batches since",
     "resume": "the same command with resume=auto goes on from the newest whole checkpoint",
 }
 
@@ -114,6 +115,8 @@ def _advice(summary: Mapping[str, Any], history: _History) -> Iterator[str]:
             yield ADVICE["forward"]
         elif "skipped" in history.events:
             yield ADVICE["fixed" if summary.get("loss_scaling") in ("none", "constant") else "moving"]
+        if "diagnosis" in history.last and not summary.get("rollbacks"):
+            yield ADVICE["rollback"]
     if summary.get("status") != "finished":
         yield ADVICE["resume"]
 
