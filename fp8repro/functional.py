@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from fp8repro import products
 from fp8repro.context import StepContext
 from fp8repro.formats import FloatFormat
-from fp8repro.products import Backend, Conv2dGeometry, Operand
+from fp8repro.products import Backend, Conv2dGeometry, Operand, Rounding
 from fp8repro.quantizer import round_into
 from fp8repro.recipe import RoleSpec
 
@@ -97,14 +97,29 @@ class Site:
             self._weight_key = key
         return self._weight
 
-    def round_result(self, result: Tensor, role: str, name: str, call: int, training: bool = True) -> Tensor:
-        """Round a product's result in place."""
-        spec = self.spec(role, training)
-        if not spec.is_identity:
-            scale = self._round(result, spec, role, name, call, values=result)
-            if scale is not None:
-                result.div_(scale)
-        return result
+    def product(
+        self, multiply: Callable[[Backend], Tensor], role: str | None, name: str, call: int, training: bool = True
+    ) -> Tensor:
+        """A product's result, rounded on the way where the backend can do that, else in place; no role: not rounded."""
+        spec = None if role is None else self.spec(role, training)
+        if role is None or spec is None or spec.is_identity:
+            return multiply(self.backend)
+        backend = None
+        # A scale and statistics need the result first.
+        if spec.scaling == "none" and not self.context.telemetry.active:
+            stream = self._stream(spec, role, name, call)
+            fmt, seed = spec.float_format, self.context.seed
+            backend = self.backend.rounding(
+                Rounding(fmt, spec.rounding, spec.overflow, spec.subnormal_rounding, seed, stream)
+            )
+        if backend is not None:
+            return multiply(backend)
+        result = multiply(self.backend)
+        scale = self._round(result, spec, role, name, call, values=result)
+        return result if scale is None else result.div_(scale)
+
+    def _stream(self, spec: RoleSpec, role: str, name: str, call: int) -> int:
+        return self.context.stream(self.name, call, name, role) if spec.rounding == "stochastic" else 0
 
     def _round(
         self,
@@ -126,7 +141,7 @@ class Site:
             spec.rounding,
             spec.overflow,
             seed=self.context.seed,
-            stream=self.context.stream(self.name, call, name, role) if spec.rounding == "stochastic" else 0,
+            stream=self._stream(spec, role, name, call),
             subnormal_rounding=spec.subnormal_rounding,
             values=values,
             codes=codes,
@@ -221,9 +236,8 @@ class _QuantizedProduct(torch.autograd.Function):
         qa = site.operand(a, "activation", "input", call, training)
         qb = site.weight(b, training) if op.b_is_weight else site.operand(b, "activation", "input_b", call, training)
         products.announce(site.name, "forward", qa, qb)
-        result = op.forward(site.backend, qa, qb, bias)
-        if site.round_outputs:
-            site.round_result(result, "activation", "output", call, training)
+        role = "activation" if site.round_outputs else None
+        result = site.product(lambda b: op.forward(b, qa, qb, bias), role, "output", call, training)
         if result._is_view():
             # Autograd forbids changing a view from a custom function in place, which torch's own layers allow.
             result = torch.ops.aten._unsafe_view(result, result.shape)
@@ -246,17 +260,14 @@ class _QuantizedProduct(torch.autograd.Function):
         grad_a = grad_b = grad_bias = None
         if needs_a:
             products.announce(site.name, "error", error, qb)
-            grad_a = op.grad_a(site.backend, error, qb, codes_a)
-            if site.round_input_errors:
-                site.round_result(grad_a, "error", "input_error", call, training)
+            role = "error" if site.round_input_errors else None
+            grad_a = site.product(lambda b: op.grad_a(b, error, qb, codes_a), role, "input_error", call, training)
         if needs_b:
             qa = Operand(codes_a, format_a, scale_a)
             products.announce(site.name, "gradient" if op.b_is_weight else "error", error, qa)
-            grad_b = op.grad_b(site.backend, error, qa, qb.codes)
-            if op.b_is_weight:
-                site.round_result(grad_b, "gradient", "weight_gradient", call, training)
-            elif site.round_input_errors:
-                site.round_result(grad_b, "error", "input_b_error", call, training)
+            role, name = ("gradient", "weight_gradient") if op.b_is_weight else ("error", "input_b_error")
+            wanted = role if op.b_is_weight or site.round_input_errors else None
+            grad_b = site.product(lambda b: op.grad_b(b, error, qa, qb.codes), wanted, name, call, training)
         if needs_bias:
             values = error.decoded() if error.values is None else error.values
             dims = op.bias_dims or tuple(range(values.dim() - 1))

@@ -1,7 +1,7 @@
 """The products of a recipe: the one place where emulated and real FP8 differ.
 
-A backend multiplies operands that are rounded already and accumulates in FP32; it must never round an operand or choose
-a format.
+A backend multiplies operands that are rounded already and accumulates in FP32; it must never round an operand, choose a
+format, or round a result unless it is told how.
 """
 
 from __future__ import annotations
@@ -66,10 +66,29 @@ class Conv2dGeometry:
     groups: int = 1
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How results are to be rounded, in FP32 tensors; the arguments of `fp8repro.quantizer.round_into`."""
+
+    format: FloatFormat
+    rounding: str
+    overflow: str
+    subnormal_rounding: str
+    seed: int
+    stream: int
+
+
 class Backend(Protocol):
     """What multiplies: three products for each kind of layer, all with FP32 results that are not rounded."""
 
     name: str
+
+    def rounding(self, how: Rounding) -> Backend | None:
+        """The same products with results rounded as they are stored, to the bytes of a pass of its own.
+
+        None where the backend knows no such products.
+        """
+        ...
 
     def value_dtype(self, fmt: FloatFormat) -> torch.dtype | None:
         """The dtype of `Operand.values` that spares the backend a conversion; None where codes are enough."""
@@ -116,6 +135,10 @@ class EmulateBackend:
     """FP32 products of the operands' values: exact operands, FP32 accumulation, any device."""
 
     name = "emulate"
+
+    def rounding(self, how: Rounding) -> Backend | None:
+        """None: results are rounded in a pass of their own."""
+        return None
 
     def value_dtype(self, fmt: FloatFormat) -> torch.dtype | None:
         """FP32 for every format."""

@@ -78,7 +78,10 @@ def _quantize_cases() -> Iterator[Case]:
 
 
 def _product_cases(capability: int) -> Iterator[Case]:
-    """Products as `configs.choose` picks their tiles; an E5M2 epilogue takes the small one."""
+    """Products as `configs.choose` picks their tiles; an E5M2 epilogue takes the small one.
+
+    "values": results rounded to E5M2 in FP32 tensors, as a recipe's layers give them.
+    """
     generation = configs.generation((capability // 10, capability % 10))
     table = configs.TILES[generation]
     large, little = (t for t in table if t.halves == 1)
@@ -92,7 +95,7 @@ def _product_cases(capability: int) -> Iterator[Case]:
 
     def product(name: str, tile: configs.Tile, accumulate: int, unit: tuple[str, str], **changes: str) -> Case:
         types = {**pointers, **integers, **changes}
-        options = rounded if types["c_ptr"] == "*u8" else plain
+        options = rounded if types["c_ptr"] == "*u8" or "values" in name else plain
         constants: dict[str, Any] = {**options, "ACCUMULATE": accumulate, "SPLITS": 1, "GROUP": 8, "EVEN_K": True}
         constants |= {
             "bias_ptr": None,
@@ -119,13 +122,15 @@ def _product_cases(capability: int) -> Iterator[Case]:
     yield product("matmul e4m3 x e5m2 NT", large, promoted, nt, a_ptr="*fp8e4nv")
     yield product("matmul e4m3 x e4m3 NT", large, promoted, nt, a_ptr="*fp8e4nv", b_ptr="*fp8e4nv")
     yield product("matmul e5m2 x e5m2 NT -> e5m2 stochastic", little, promoted, nt, c_ptr="*u8")
+    yield product("matmul e5m2 x e5m2 NT -> values stochastic", little, promoted, nt)
     yield product("matmul e5m2 x e5m2 NT fp16_mma", large, FP16_MMA.value, nt)
     yield product("matmul e5m2 x e5m2 NT unpromoted", large, UNPROMOTED.value, nt)
 
     def convolution(name: str, kernel: Any, tile: configs.Tile, pointers: dict[str, str], result: str) -> Case:
         constants: dict[str, Any] = {"ACCUMULATE": promoted, "BM": tile.m, "BN": tile.n, "BK": tile.k}
         if kernel is convolutions.gather_product:
-            constants |= {**(rounded if result == "*u8" else plain), "GROUP": 8, "bias_ptr": None, "overflow_ptr": None}
+            options = rounded if result == "*u8" or "values" in name else plain
+            constants |= {**options, "GROUP": 8, "bias_ptr": None, "overflow_ptr": None}
         else:
             constants["SPLITS"] = 8
         types = {name: "i32" for name in kernel.arg_names if name not in constants}
@@ -134,7 +139,8 @@ def _product_cases(capability: int) -> Iterator[Case]:
         return Case(name, kernel, types, constants, tile.warps, tile.stages, 80, "product", aligned)
 
     gathered = {"x_ptr": "*fp8e5", "weight_ptr": "*fp8e5"}
-    for label, tile, result in (("", large, "*fp32"), (" small", little, "*fp32"), (" -> e5m2", little, "*u8")):
+    variants = (("", large, "*fp32"), (" small", little, "*fp32"), (" -> e5m2", little, "*u8"))
+    for label, tile, result in (*variants, (" -> values", little, "*fp32")):
         name = f"conv2d forward and error{label}"
         yield convolution(name, convolutions.gather_product, tile, {**gathered, "y_ptr": result}, result)
     summed = {"error_ptr": "*fp8e5", "x_ptr": "*fp8e5", "partial_ptr": "*fp32"}

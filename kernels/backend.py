@@ -1,6 +1,6 @@
 """Products in real FP8: operands in FP8 (or 16 bit) memory, multiplied by Triton kernels with FP32 accumulation.
 
-What the kernels do not take (FP32 or mixed operands, grouped convolutions) is emulated. Must never round.
+What the kernels do not take (FP32 or mixed operands, grouped convolutions) is emulated. Must never round an operand.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fp8repro.formats import FloatFormat
 from fp8repro.kernels import ops
-from fp8repro.kernels.launch import INTERPRETED
+from fp8repro.kernels.launch import INTERPRETED, signed64
 from fp8repro.kernels.matmul import FP8_DTYPES
-from fp8repro.products import Conv2dGeometry, EmulateBackend, Operand
+from fp8repro.products import Conv2dGeometry, EmulateBackend, Operand, Rounding
+from fp8repro.quantizer import round_into
 
 
 def available(device: torch.device | str) -> str | None:
@@ -40,14 +41,19 @@ class TritonBackend:
 
     Attributes:
         accumulate: "promoted" or "fp16_mma" (see `Recipe.accumulate`).
+        how: how results are rounded, or None.
     """
 
     name = "triton"
 
-    def __init__(self, accumulate: str = "promoted") -> None:
+    def __init__(self, accumulate: str = "promoted", how: Rounding | None = None) -> None:
         """Nothing is launched or compiled yet."""
-        self.accumulate = accumulate
+        self.accumulate, self.how = accumulate, how
         self.emulated = EmulateBackend()
+
+    def rounding(self, how: Rounding) -> TritonBackend:
+        """See `fp8repro.products.Backend`."""
+        return TritonBackend(self.accumulate, how)
 
     def value_dtype(self, fmt: FloatFormat) -> torch.dtype | None:
         """None: codes are enough; FP32 for formats that the kernels cannot read."""
@@ -56,69 +62,85 @@ class TritonBackend:
     def linear(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
         """See `fp8repro.products.Backend`."""
         if not _native(x, weight):
-            return self.emulated.linear(x, weight, bias)
-        codes = x.codes.flatten(0, -2)
-        result = ops.matmul(codes, weight.codes.t(), bias, _inverse_scale(x, weight), self.accumulate)
+            return self._rounded(self.emulated.linear(x, weight, bias))
+        result = self._matmul(x.codes.flatten(0, -2), weight.codes.t(), bias, _inverse_scale(x, weight))
         return result.view(*x.codes.shape[:-1], result.shape[-1])
 
     def linear_error(self, error: Operand, weight: Operand) -> Tensor:
         """See `fp8repro.products.Backend`."""
         if not _native(error, weight):
-            return self.emulated.linear_error(error, weight)
-        codes = error.codes.flatten(0, -2)
-        result = ops.matmul(codes, weight.codes, None, _inverse_scale(error, weight), self.accumulate)
+            return self._rounded(self.emulated.linear_error(error, weight))
+        result = self._matmul(error.codes.flatten(0, -2), weight.codes, None, _inverse_scale(error, weight))
         return result.view(*error.codes.shape[:-1], result.shape[-1])
 
     def linear_gradient(self, error: Operand, x: Operand) -> Tensor:
         """See `fp8repro.products.Backend`."""
         if not _native(error, x):
-            return self.emulated.linear_gradient(error, x)
+            return self._rounded(self.emulated.linear_gradient(error, x))
         turned = error.codes.flatten(0, -2).t()
-        return ops.matmul(turned, x.codes.flatten(0, -2), None, _inverse_scale(error, x), self.accumulate)
+        return self._matmul(turned, x.codes.flatten(0, -2), None, _inverse_scale(error, x))
 
     def conv2d(self, x: Operand, weight: Operand, bias: Tensor | None, geometry: Conv2dGeometry) -> Tensor:
         """See `fp8repro.products.Backend`."""
         if not _native(x, weight, geometry):
-            return self.emulated.conv2d(x, weight, bias, geometry)
-        return ops.conv2d(x.codes, weight.codes, bias, *_lists(geometry), _inverse_scale(x, weight), self.accumulate)
+            return self._rounded(self.emulated.conv2d(x, weight, bias, geometry))
+        scale = _inverse_scale(x, weight)
+        return ops.conv2d(x.codes, weight.codes, bias, *_lists(geometry), scale, self.accumulate, *self._options())
 
     def conv2d_error(self, error: Operand, weight: Operand, geometry: Conv2dGeometry, like: Tensor) -> Tensor:
         """See `fp8repro.products.Backend`."""
         if not _native(error, weight, geometry):
-            return self.emulated.conv2d_error(error, weight, geometry, like)
-        shape = list(like.shape)
-        scale = _inverse_scale(error, weight)
-        result = ops.conv2d_error(error.codes, weight.codes, shape, *_lists(geometry), scale, self.accumulate)
+            return self._rounded(self.emulated.conv2d_error(error, weight, geometry, like))
+        shape, scale = list(like.shape), _inverse_scale(error, weight)
+        result = ops.conv2d_error(
+            error.codes, weight.codes, shape, *_lists(geometry), scale, self.accumulate, *self._options()
+        )
         return _laid_out_like(result, like)
 
     def conv2d_gradient(self, error: Operand, x: Operand, geometry: Conv2dGeometry, like: Tensor) -> Tensor:
         """See `fp8repro.products.Backend`."""
         if not _native(error, x, geometry):
-            return self.emulated.conv2d_gradient(error, x, geometry, like)
-        shape = list(like.shape)
-        scale = _inverse_scale(error, x)
+            return self._rounded(self.emulated.conv2d_gradient(error, x, geometry, like))
+        shape, scale = list(like.shape), _inverse_scale(error, x)
+        # Summed over the whole batch, in parts: nothing is complete within a kernel.
         result = ops.conv2d_gradient(error.codes, x.codes, shape, *_lists(geometry), scale, self.accumulate)
-        return _laid_out_like(result, like)
+        return self._rounded(_laid_out_like(result, like))
 
     def matmul(self, a: Operand, b: Operand) -> Tensor:
         """See `fp8repro.products.Backend`."""
         if not _native(a, b):
-            return self.emulated.matmul(a, b)
-        return ops.matmul(a.codes, b.codes, None, _inverse_scale(a, b), self.accumulate)
+            return self._rounded(self.emulated.matmul(a, b))
+        return self._matmul(a.codes, b.codes, None, _inverse_scale(a, b))
 
     def matmul_error_a(self, error: Operand, b: Operand) -> Tensor:
         """See `fp8repro.products.Backend`."""
         if not _native(error, b):
-            return self.emulated.matmul_error_a(error, b)
-        turned = b.codes.transpose(-1, -2)
-        return ops.matmul(error.codes, turned, None, _inverse_scale(error, b), self.accumulate)
+            return self._rounded(self.emulated.matmul_error_a(error, b))
+        return self._matmul(error.codes, b.codes.transpose(-1, -2), None, _inverse_scale(error, b))
 
     def matmul_error_b(self, error: Operand, a: Operand) -> Tensor:
         """See `fp8repro.products.Backend`."""
         if not _native(error, a):
-            return self.emulated.matmul_error_b(error, a)
-        turned = a.codes.transpose(-1, -2)
-        return ops.matmul(turned, error.codes, None, _inverse_scale(error, a), self.accumulate)
+            return self._rounded(self.emulated.matmul_error_b(error, a))
+        return self._matmul(a.codes.transpose(-1, -2), error.codes, None, _inverse_scale(error, a))
+
+    def _matmul(self, a: Tensor, b: Tensor, bias: Tensor | None, inverse_scale: float) -> Tensor:
+        return ops.matmul(a, b, bias, inverse_scale, self.accumulate, *self._options())
+
+    def _options(self) -> tuple[str, str, str, str, int, int]:
+        """How an operator is to round its result."""
+        h = self.how
+        if h is None:
+            return "fp32", "nearest", "inf", "same", 0, 0
+        seed, stream = signed64(h.seed), signed64(h.stream)
+        return h.format.name, h.rounding, h.overflow, h.subnormal_rounding, seed, stream
+
+    def _rounded(self, result: Tensor) -> Tensor:
+        """A result that no kernel of ours has rounded, rounded in place."""
+        if self.how is not None:
+            options = {key: value for key, value in vars(self.how).items() if key != "format"}
+            round_into(result, self.how.format, **options, values=result)
+        return result
 
 
 def _native(a: Operand, b: Operand, geometry: Conv2dGeometry | None = None) -> bool:

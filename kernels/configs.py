@@ -99,5 +99,16 @@ def choose(
     return tile, splits, processors * (2 if tile is little else 1)
 
 
+def takes_epilogue(device: torch.device, tile: Tile, splits: int) -> bool:
+    """True when a product that was to be stored as it is can be rounded on the way without spilling registers.
+
+    From sm_90 on only the small tiles have registers left; a sum in parts is rounded once it is complete.
+    """
+    if INTERPRETED or splits > 1:
+        return splits == 1
+    table = TILES[generation(torch.cuda.get_device_capability(device))]
+    return tile is table[-1] or table is TILES["sm_80"] or table is TILES["sm_89"]
+
+
 def _tiles(tile: Tile, m: int, n: int, batches: int) -> int:
     return batches * triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n * tile.halves)

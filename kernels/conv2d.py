@@ -54,16 +54,9 @@ def conv2d(
     check_operands(x, weight, "x", "weight")
     _check_geometry(x, weight, geometry)
     check_bias(bias, weight.shape[0], x.device)
-    return _gather(
-        x,
-        weight,
-        bias,
-        output_size(x.shape, weight.shape, geometry),
-        [_forward_axis(geometry, axis, x.shape[2 + axis], weight.shape[2 + axis]) for axis in (0, 1)],
-        inverse_scale,
-        accumulate,
-        epilogue or Epilogue(),
-    )
+    axes = [_forward_axis(geometry, axis, x.shape[2 + axis], weight.shape[2 + axis]) for axis in (0, 1)]
+    shape = output_size(x.shape, weight.shape, geometry)
+    return _gather(x, weight, bias, shape, [axes], inverse_scale, accumulate, epilogue or Epilogue())
 
 
 def conv2d_error(
@@ -89,15 +82,9 @@ def conv2d_error(
     _check_shape("error", error, output_size(shape, weight.shape, geometry))
     # Sums over output channels, which become the contiguous ones: a copy of the weight's bytes.
     turned = weight.transpose(0, 1)
-    axes = [_error_axes(geometry, axis, input_shape[2 + axis], weight.shape[2 + axis]) for axis in (0, 1)]
-    epilogue = epilogue or Epilogue()
-    result = _empty_channels_last(epilogue, tuple(input_shape), error.device)
-    for rows in axes[0]:
-        for columns in axes[1]:
-            _gather(
-                error, turned, None, tuple(input_shape), [rows, columns], inverse_scale, accumulate, epilogue, result
-            )
-    return result
+    rows, columns = (_error_axes(geometry, axis, input_shape[2 + axis], weight.shape[2 + axis]) for axis in (0, 1))
+    phases = [[row, column] for row in rows for column in columns]
+    return _gather(error, turned, None, tuple(input_shape), phases, inverse_scale, accumulate, epilogue or Epilogue())
 
 
 def conv2d_gradient(
@@ -201,51 +188,59 @@ def _gather(
     weight: Tensor,
     bias: Tensor | None,
     shape: tuple[int, ...],
-    axes: list[Axis],
+    phases: list[list[Axis]],
     inverse_scale: float,
     accumulate: str,
     epilogue: Epilogue,
-    result: Tensor | None = None,
 ) -> Tensor:
-    if result is None:
-        result = _empty_channels_last(epilogue, shape, x.device)
+    """A launch for each phase, which is a pair of axes; together they fill a result of that shape."""
+    result = _empty_channels_last(epilogue, shape, x.device)
     if result.numel() == 0:
         return result
     outputs, channels, height, width = weight.shape
-    by_name: list[tuple[int, ...]] = list(zip(*axes, strict=True))
-    grid, start, stride, step, first, taps, apart, tap, tap_step = by_name
-    pixels = shape[0] * grid[0] * grid[1]
-    summed = taps[0] * taps[1] * channels
-    rounded = epilogue.format.mantissa_bits != 23
-    tile, _, programs = configs.choose(
-        x.device, pixels, outputs, summed, 1, splittable=False, halves=False, small=rounded
-    )
-    arguments: tuple[Any, ...] = (
-        *(shape[0], x.shape[2], x.shape[3], channels, outputs),
-        *(*grid, shape[2], shape[3], *start, *stride, *step, *first, *taps, *apart, *tap, *tap_step),
-        *(width, height * width * channels),
-    )
-    launch(
-        gather_product,
-        (min(programs, triton.cdiv(pixels, tile.m) * triton.cdiv(outputs, tile.n)),),
-        x.device,
-        _channels_last(x),
-        _channels_last(weight),
-        bias,
-        raw_result(result),
-        epilogue.overflows,
-        inverse_scale,
-        *arguments,
-        *epilogue.words(),
-        **epilogue.options(),
-        ACCUMULATE=accumulation_of(x, accumulate),
-        BM=tile.m,
-        BN=tile.n,
-        BK=summed_step(tile, x),
-        GROUP=configs.GROUP,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    pixels = [shape[0] * rows[0] * columns[0] for rows, columns in phases]
+    small = not (epilogue.plain or epilogue.values)
+    # The axes' sixth number is the count of taps.
+    summed = [rows[5] * columns[5] * channels for rows, columns in phases]
+    choices = [
+        configs.choose(x.device, count, outputs, k, 1, splittable=False, halves=False, small=small)
+        for count, k in zip(pixels, summed, strict=True)
+    ]
+    fits = all(configs.takes_epilogue(x.device, tile, 1) for tile, _, _ in choices)
+    apart = epilogue.values and not epilogue.plain and not fits
+    stored = Epilogue() if apart else epilogue
+    source, rows_of_weight = _channels_last(x), _channels_last(weight)
+    for axes, count, (tile, _, programs) in zip(phases, pixels, choices, strict=True):
+        by_name: list[tuple[int, ...]] = list(zip(*axes, strict=True))
+        grid, start, stride, step, first, taps, apart_by, tap, tap_step = by_name
+        arguments: tuple[Any, ...] = (
+            *(shape[0], x.shape[2], x.shape[3], channels, outputs),
+            *(*grid, shape[2], shape[3], *start, *stride, *step, *first, *taps, *apart_by, *tap, *tap_step),
+            *(width, height * width * channels),
+        )
+        launch(
+            gather_product,
+            (min(programs, triton.cdiv(count, tile.m) * triton.cdiv(outputs, tile.n)),),
+            x.device,
+            source,
+            rows_of_weight,
+            bias,
+            raw_result(result),
+            stored.overflows,
+            inverse_scale,
+            *arguments,
+            *stored.words(),
+            **stored.options(),
+            ACCUMULATE=accumulation_of(x, accumulate),
+            BM=tile.m,
+            BN=tile.n,
+            BK=summed_step(tile, x),
+            GROUP=configs.GROUP,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    if apart:
+        epilogue.round(result)
     return result
 
 

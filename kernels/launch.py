@@ -53,6 +53,12 @@ def signed_words(value: int) -> tuple[int, int]:
     return low, high
 
 
+def signed64(word: int) -> int:
+    """A 64-bit word as the signed integer of the same bits, which tensors and operators take."""
+    word &= (1 << 64) - 1
+    return word - (1 << 64) if word >> 63 else word
+
+
 def block_size(largest: int, count: int, interpreted: int = 1 << 16) -> int:
     """Elements a program: `largest` on a GPU; in the interpreter, whose cost is per program, as many as there are."""
     if INTERPRETED:

@@ -16,7 +16,7 @@ from fp8repro.formats import FP32, FloatFormat
 from fp8repro.kernels import configs
 from fp8repro.kernels.launch import INTERPRETED, check_device, launch, signed_words
 from fp8repro.kernels.products import multiply
-from fp8repro.kernels.quantize import raw_codes, rounding_options
+from fp8repro.kernels.quantize import raw_codes, round_into, rounding_options
 
 FP8_DTYPES = (torch.float8_e5m2, torch.float8_e4m3fn)
 OPERANDS = "torch.float8_e5m2 or torch.float8_e4m3fn, or both torch.float16 or torch.bfloat16"
@@ -30,6 +30,8 @@ class Epilogue:
         format, rounding, overflow, subnormal_rounding, seed, stream: see `fp8repro.quantize`; elements are
             counted in the result's logical order.
         overflows: int32 tensor of one value that finite results beyond the format's largest value are added to.
+        values: store FP32 values of the format, not its codes. Such results are rounded on the way where that costs
+            no registers that the product needs, else in a pass of their own; the bytes are the same.
     """
 
     format: FloatFormat = FP32
@@ -39,6 +41,12 @@ class Epilogue:
     seed: int = 0
     stream: int = 0
     overflows: Tensor | None = None
+    values: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """True when nothing is rounded."""
+        return self.format.mantissa_bits == FP32.mantissa_bits
 
     def options(self) -> dict[str, Any]:
         """Compile-time arguments."""
@@ -50,9 +58,19 @@ class Epilogue:
 
     def empty(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """A tensor for the result."""
+        if self.values:
+            return torch.empty(shape, dtype=torch.float32, device=device)
         if self.format.dtype is None:
             raise ValueError(f"format: got {self.format.name}, expected a format with a storage dtype")
         return torch.empty(shape, dtype=self.format.dtype, device=device)
+
+    def round(self, result: Tensor) -> None:
+        """Round a product's FP32 result in a pass of its own."""
+        stats = None if self.overflows is None else torch.zeros(4, dtype=torch.float64, device=result.device)
+        options = (self.format, self.rounding, self.overflow, self.seed, self.stream, self.subnormal_rounding)
+        round_into(result, *options, result, None, stats)
+        if self.overflows is not None and stats is not None:
+            self.overflows.add_(stats[2].to(torch.int32))
 
 
 def raw_result(t: Tensor) -> Tensor:
@@ -108,13 +126,15 @@ def matmul(
     if result.numel() == 0:
         return result
     batches = a3.shape[0]
-    plain = epilogue.format is FP32
+    fp32 = epilogue.plain or epilogue.values
     chosen, chosen_splits, programs = configs.choose(
-        a.device, m, n, k, batches, splittable=plain, halves=True, small=not plain
+        a.device, m, n, k, batches, splittable=fp32, halves=True, small=not fp32
     )
     tile = tile or chosen
     splits = chosen_splits if splits is None else splits
-    if splits > 1 and not plain:
+    apart = epilogue.values and not epilogue.plain and not configs.takes_epilogue(a.device, tile, splits)
+    stored = Epilogue() if apart else epilogue
+    if splits > 1 and not fp32:
         raise ValueError(f"splits: got {splits}, expected 1 with a rounded result")
     step = summed_step(tile, a)
     chunk = triton.cdiv(triton.cdiv(k, splits), step) * step if splits > 1 else k
@@ -128,7 +148,7 @@ def matmul(
         b3,
         bias if splits == 1 else None,
         raw_result(target),
-        epilogue.overflows,
+        stored.overflows,
         inverse_scale,
         batches,
         m,
@@ -137,8 +157,8 @@ def matmul(
         chunk,
         *a3.stride(),
         *b3.stride(),
-        *epilogue.words(),
-        **epilogue.options(),
+        *stored.words(),
+        **stored.options(),
         ACCUMULATE=accumulation_of(a, accumulate),
         SPLITS=splits,
         BM=tile.m,
@@ -154,6 +174,8 @@ def matmul(
         torch.sum(target, 1, out=result.view(batches, m, n))
         if bias is not None:
             result += bias
+    if apart:
+        epilogue.round(result)
     return result
 
 

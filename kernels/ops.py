@@ -33,14 +33,34 @@ def round_into(
     quantize.round_into(x, fmt, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
 
 
+def _epilogue(
+    format: str, rounding: str, overflow: str, subnormal_rounding: str, seed: int, stream: int
+) -> product.Epilogue:
+    """What rounds a result to a format's FP32 values; "fp32" leaves it as it is."""
+    return product.Epilogue(get_format(format), rounding, overflow, subnormal_rounding, seed, stream, values=True)
+
+
 @torch.library.custom_op("fp8repro::matmul", mutates_args=())
-def matmul(a: Tensor, b: Tensor, bias: Tensor | None, inverse_scale: float, accumulate: str) -> Tensor:
-    """a [..., M, K] @ b [..., K, N] * inverse_scale + bias -> FP32 [..., M, N]; see `kernels.matmul`."""
-    return product.matmul(a, b, bias, inverse_scale=inverse_scale, accumulate=accumulate)
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    inverse_scale: float,
+    accumulate: str,
+    format: str = "fp32",
+    rounding: str = "nearest",
+    overflow: str = "inf",
+    subnormal_rounding: str = "same",
+    seed: int = 0,
+    stream: int = 0,
+) -> Tensor:
+    """a [..., M, K] @ b [..., K, N] * inverse_scale + bias -> FP32 [..., M, N], rounded; see `kernels.matmul`."""
+    epilogue = _epilogue(format, rounding, overflow, subnormal_rounding, seed, stream)
+    return product.matmul(a, b, bias, inverse_scale=inverse_scale, accumulate=accumulate, epilogue=epilogue)
 
 
 @matmul.register_fake
-def _(a: Tensor, b: Tensor, bias: Tensor | None, inverse_scale: float, accumulate: str) -> Tensor:
+def _(a: Tensor, b: Tensor, bias: Tensor | None, inverse_scale: float, accumulate: str, *rounding: str | int) -> Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[-1]), dtype=torch.float32)
 
 
@@ -64,10 +84,19 @@ def conv2d(
     dilation: list[int],
     inverse_scale: float,
     accumulate: str,
+    format: str = "fp32",
+    rounding: str = "nearest",
+    overflow: str = "inf",
+    subnormal_rounding: str = "same",
+    seed: int = 0,
+    stream: int = 0,
 ) -> Tensor:
-    """x [B, C, H, W], weight [O, C, R, S] -> FP32 [B, O, P, Q], channels_last; see `kernels.conv2d`."""
+    """x [B, C, H, W], weight [O, C, R, S] -> FP32 [B, O, P, Q], channels_last, rounded; see `kernels.conv2d`."""
     geometry = geometry_of(stride, padding, dilation)
-    return convolution.conv2d(x, weight, bias, geometry, inverse_scale=inverse_scale, accumulate=accumulate)
+    epilogue = _epilogue(format, rounding, overflow, subnormal_rounding, seed, stream)
+    return convolution.conv2d(
+        x, weight, bias, geometry, inverse_scale=inverse_scale, accumulate=accumulate, epilogue=epilogue
+    )
 
 
 @conv2d.register_fake
@@ -80,6 +109,7 @@ def _(
     dilation: list[int],
     inverse_scale: float,
     accumulate: str,
+    *rounding: str | int,
 ) -> Tensor:
     geometry = geometry_of(stride, padding, dilation)
     return _empty_channels_last(x, convolution.output_size(x.shape, weight.shape, geometry))
@@ -95,11 +125,24 @@ def conv2d_error(
     dilation: list[int],
     inverse_scale: float,
     accumulate: str,
+    format: str = "fp32",
+    rounding: str = "nearest",
+    overflow: str = "inf",
+    subnormal_rounding: str = "same",
+    seed: int = 0,
+    stream: int = 0,
 ) -> Tensor:
-    """error [B, O, P, Q], weight [O, C, R, S] -> FP32 [B, C, H, W], channels_last; see `kernels.conv2d`."""
+    """error [B, O, P, Q], weight [O, C, R, S] -> FP32 [B, C, H, W], channels_last, rounded; see `kernels.conv2d`."""
     geometry = geometry_of(stride, padding, dilation)
+    epilogue = _epilogue(format, rounding, overflow, subnormal_rounding, seed, stream)
     return convolution.conv2d_error(
-        error, weight, tuple(input_shape), geometry, inverse_scale=inverse_scale, accumulate=accumulate
+        error,
+        weight,
+        tuple(input_shape),
+        geometry,
+        inverse_scale=inverse_scale,
+        accumulate=accumulate,
+        epilogue=epilogue,
     )
 
 
@@ -113,6 +156,7 @@ def _(
     dilation: list[int],
     inverse_scale: float,
     accumulate: str,
+    *rounding: str | int,
 ) -> Tensor:
     return _empty_channels_last(error, input_shape)
 

@@ -69,7 +69,10 @@ def store_rounded(
     SATURATE: tl.constexpr,
     SUBNORMAL_NEAREST: tl.constexpr,
 ):
-    """Store an FP32 tile as it is (MB == 23), or rounded once to a format's codes; `index` is the logical one."""
+    """Store an FP32 tile as it is (MB == 23), or rounded once to a format; `index` is the logical one.
+
+    Rounded tiles are stored as codes, or as FP32 values where the pointers are FP32.
+    """
     if MB == 23:
         tl.store(pointers, result, mask=mask)
     else:
@@ -77,7 +80,10 @@ def store_rounded(
         if ROUNDING == STOCHASTIC:
             draw = codec.word_of_index(index, seed0, seed1, stream0, stream1)
         code = codec.encode(result, draw, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
-        tl.store(pointers, code.to(pointers.dtype.element_ty), mask=mask)
+        if pointers.dtype.element_ty == tl.float32:
+            tl.store(pointers, codec.decode(code, EB, MB, INF), mask=mask)
+        else:
+            tl.store(pointers, code.to(pointers.dtype.element_ty), mask=mask)
         if overflow_ptr is not None:
             magnitude = tl.abs(result)
             over = mask & (magnitude > MAX) & (magnitude < float("inf"))

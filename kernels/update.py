@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8repro.kernels import codec, updates
-from fp8repro.kernels.launch import INTERPRETED, check_device, launch, signed_words
+from fp8repro.kernels.launch import INTERPRETED, check_device, launch, signed64, signed_words
 from fp8repro.kernels.quantize import raw_codes
 from fp8repro.recipe import RoleSpec
 
@@ -186,7 +186,7 @@ def _tables(members: Sequence[Parameter]) -> tuple[Tensor, Tensor]:
         state = [t.data_ptr() for t in p.state] + [0] * (2 - len(p.state))
         weight = 0 if p.weight is None else raw_codes(p.weight).data_ptr()
         channels, taps = (p.master.shape[1], p.master.shape[2:].numel()) if _permuted(p.master) else (1, 1)
-        streams = (_signed64(p.master_stream), _signed64(p.weight_stream))
+        streams = (signed64(p.master_stream), signed64(p.weight_stream))
         rows.append(
             (p.grad.data_ptr(), p.master.data_ptr(), *state, weight, p.master.numel(), *streams, channels, taps)
         )
@@ -204,11 +204,6 @@ def _chunks(counts: tuple[int, ...], device: torch.device) -> Tensor:
     tensor = torch.repeat_interleave(torch.arange(len(counts)), blocks)
     first = blocks.cumsum(0) - blocks
     return torch.stack([tensor, torch.arange(len(tensor)) - first[tensor]], 1).contiguous().to(device)
-
-
-def _signed64(word: int) -> int:
-    word &= (1 << 64) - 1
-    return word - (1 << 64) if word >> 63 else word
 
 
 def _check(p: Parameter, states: int, weight: RoleSpec) -> None:

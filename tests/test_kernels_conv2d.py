@@ -121,6 +121,9 @@ def test_epilogue_rounds_like_the_reference(rounding):
     exact_back = conv2d_error(error, weight, tuple(x.shape), geometry)
     expected = reference.round_to_format(exact_back.cpu(), E5M2, rounding, "inf", 3, 2**40)
     assert torch.equal(back.float().cpu(), expected)
+    values = Epilogue(E5M2, rounding, seed=3, stream=2**40, values=True)
+    assert torch.equal(conv2d(x, weight, None, geometry, inverse_scale=64.0, epilogue=values), result.float())
+    assert torch.equal(conv2d_error(error, weight, tuple(x.shape), geometry, epilogue=values), back.float())
 
 
 def test_empty_batch():

@@ -9,6 +9,7 @@ import torch
 from fp8repro import reference
 from fp8repro.formats import BF16, E4M3, E5M2, FP16
 from fp8repro.kernels.configs import Tile
+from fp8repro.kernels.launch import INTERPRETED, LAUNCHES
 from fp8repro.kernels.matmul import Epilogue, matmul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,6 +119,26 @@ def test_epilogue_rounds_like_the_reference(format, rounding):
     assert result.dtype == format.dtype
     assert torch.equal(torch.nan_to_num(result.float(), 12345.0), torch.nan_to_num(expected, 12345.0))
     assert int(count) == int((exact.abs().double() > format.max).sum())
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_values_are_those_of_a_pass_of_their_own(rounding, splits):
+    a, b = operand(37, 700), (operand(700, 41).float() * 2048).to(torch.float8_e5m2)
+    exact, bias = matmul(a, b, splits=splits), 1e4 * torch.randn(41, device=DEVICE)
+    for given, expected in ((None, exact), (bias, exact + bias)):
+        # A sum in parts is rounded once it is complete.
+        count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+        epilogue = Epilogue(E5M2, rounding, seed=7, stream=2**63 + 1, overflows=count, values=True)
+        before = LAUNCHES.copy()
+        result = matmul(a, b, given, epilogue=epilogue, splits=splits)
+        assert result.dtype == torch.float32
+        if INTERPRETED:
+            assert (LAUNCHES - before)["round_flat"] == (splits > 1)
+        over = int((expected.abs().double() > E5M2.max).sum())
+        Epilogue(E5M2, rounding, seed=7, stream=2**63 + 1).round(expected)
+        assert torch.equal(result, expected)
+        assert int(count) == over > 0
 
 
 @pytest.mark.parametrize(
