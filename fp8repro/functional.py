@@ -62,8 +62,11 @@ class Site:
         spec = self.roles[role]
         return spec if training else spec.for_evaluation()
 
-    def operand(self, x: Tensor, role: str, name: str, call: int, training: bool = True) -> Operand:
-        """Round `x` in one pass to codes and to the values that the backend computes with."""
+    def operand(self, x: Tensor, role: str, name: str, call: int, training: bool = True, turn: bool = False) -> Operand:
+        """Round `x` in one pass to codes and to the values that the backend computes with.
+
+        With `turn`, the codes of the transposed matrix are written too where the backend wants them.
+        """
         spec = self.spec(role, training)
         if spec.is_identity:
             return Operand(x, values=x)
@@ -71,29 +74,37 @@ class Site:
         offered = getattr(x, "offered_codes", None)
         # Who rounded it already has counted nothing.
         if offered is not None and offered[:2] == (x._version, spec) and not self.context.telemetry.active:
-            return Operand(offered[2], fmt)
+            return Operand(offered[2], fmt, turned=offered[3])
         if fmt.dtype is None:
             # Without a storage dtype the FP32 values are the codes.
             rounded = torch.empty_like(x, dtype=torch.float32)
             scale = self._round(x, spec, role, name, call, values=rounded)
             return Operand(rounded, fmt, scale)
-        dtype = self.backend.value_dtype(fmt)
-        codes = torch.empty_like(x, dtype=fmt.dtype)
-        values = None if dtype is None else torch.empty_like(x, dtype=dtype)
-        scale = self._round(x, spec, role, name, call, values=values, codes=codes)
-        if scale is not None and values is not None:
-            values.div_(scale)
+        values = turned = None
+        # Random bits count elements in logical order, which rows of a matrix share with the tensor.
+        if turn and self.backend.turns(fmt) and (x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1)):
+            rows = x.flatten(0, -2)
+            codes, turned = (torch.empty(m.shape, dtype=fmt.dtype, device=x.device) for m in (rows, rows.t()))
+            scale = self._round(rows, spec, role, name, call, codes=codes, turned=turned)
+            codes = codes.view(x.shape)
+        else:
+            dtype = self.backend.value_dtype(fmt)
+            codes = torch.empty_like(x, dtype=fmt.dtype)
+            values = None if dtype is None else torch.empty_like(x, dtype=dtype)
+            scale = self._round(x, spec, role, name, call, values=values, codes=codes)
+            if scale is not None and values is not None:
+                values.div_(scale)
         if values is None and scale is None and spec.rounding != "stochastic":
             # Queries, keys and values are projections of one tensor.
-            offer(x, spec, codes)
-        return Operand(codes, fmt, scale, values)
+            offer(x, spec, codes, turned)
+        return Operand(codes, fmt, scale, values, turned)
 
-    def weight(self, weight: Tensor, training: bool) -> Operand:
+    def weight(self, weight: Tensor, training: bool, turn: bool = False) -> Operand:
         """The rounded weight; rounded once per update, whatever the number of calls and micro-steps."""
         context = self.context
         key = (context.step, context.weight_version, weight._version, weight.data_ptr(), weight.dtype, training)
         if self._weight is None or self._weight_key != key:
-            self._weight = self.operand(weight.detach(), "weight", "weight", 0, training)
+            self._weight = self.operand(weight.detach(), "weight", "weight", 0, training, turn)
             self._weight_key = key
         return self._weight
 
@@ -130,6 +141,7 @@ class Site:
         call: int,
         values: Tensor | None = None,
         codes: Tensor | None = None,
+        turned: Tensor | None = None,
     ) -> float | None:
         scale = tensor_scale(x, spec.float_format) if spec.scaling == "tensor" else None
         x = x if scale is None else x * scale
@@ -145,20 +157,23 @@ class Site:
             subnormal_rounding=spec.subnormal_rounding,
             values=values,
             codes=codes,
+            turned=turned,
             stats=self.context.telemetry.buffer(self.name, role, name, x.device),
         )
         return scale
 
 
-def offer(x: Tensor, spec: RoleSpec, codes: Tensor) -> None:
+def offer(x: Tensor, spec: RoleSpec, codes: Tensor, turned: Tensor | None = None) -> None:
     """Spare layers that get `x` a pass over it: its codes under a role that draws no random bits and has no scale.
+
+    `turned` is what `Operand.turned` would be, or None.
 
     They are worth nothing once x is changed, and are not counted by telemetry: a measured step rounds again.
     """
     # Whether such a tensor was changed nobody can tell.
     if x.is_inference():
         return
-    x.offered_codes = (x._version, spec, codes)  # type: ignore[attr-defined]
+    x.offered_codes = (x._version, spec, codes, turned)  # type: ignore[attr-defined]
 
 
 def tensor_scale(x: Tensor, fmt: FloatFormat) -> float:
@@ -178,6 +193,7 @@ class Op:
     Attributes:
         forward, grad_a, grad_b: result, gradients of the operands (shaped and laid out as the last argument).
         b_is_weight: the second operand is a weight, not a second activation.
+        turn: operands are matrices, needed in both layouts by two products each.
         bias_dims: dimensions of the error that the bias' gradient sums over; None for all but the last.
     """
 
@@ -185,6 +201,7 @@ class Op:
     grad_a: Callable[[Backend, Operand, Operand, Tensor], Tensor]
     grad_b: Callable[[Backend, Operand, Operand, Tensor], Tensor]
     b_is_weight: bool = True
+    turn: bool = False
     bias_dims: tuple[int, ...] | None = None
 
 
@@ -192,6 +209,7 @@ LINEAR = Op(
     forward=lambda backend, x, w, bias: backend.linear(x, w, bias),
     grad_a=lambda backend, e, w, like: backend.linear_error(e, w),
     grad_b=lambda backend, e, x, like: backend.linear_gradient(e, x),
+    turn=True,
 )
 MATMUL = Op(
     forward=lambda backend, a, b, bias: backend.matmul(a, b),
@@ -233,8 +251,14 @@ class _QuantizedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, site: Site, op: Op, training: bool) -> Tensor:
         call = site.next_call()
-        qa = site.operand(a, "activation", "input", call, training)
-        qb = site.weight(b, training) if op.b_is_weight else site.operand(b, "activation", "input_b", call, training)
+        # The layout that backward multiplies; a weight is kept for the whole step.
+        turn_a, turn_b = op.turn and ctx.needs_input_grad[1], op.turn and training
+        qa = site.operand(a, "activation", "input", call, training, turn_a)
+        qb = (
+            site.weight(b, training, turn_b)
+            if op.b_is_weight
+            else site.operand(b, "activation", "input_b", call, training)
+        )
         products.announce(site.name, "forward", qa, qb)
         role = "activation" if site.round_outputs else None
         result = site.product(lambda b: op.forward(b, qa, qb, bias), role, "output", call, training)
@@ -243,7 +267,8 @@ class _QuantizedProduct(torch.autograd.Function):
             result = torch.ops.aten._unsafe_view(result, result.shape)
         # A rounded weight lives as long as the step anyway; an activation's values are decoded again from its bytes.
         ctx.weight = qb if op.b_is_weight else None
-        ctx.save_for_backward(qa.codes, None if op.b_is_weight else qb.codes)
+        ctx.save_for_backward(qa.codes if qa.turned is None else qa.turned, None if op.b_is_weight else qb.codes)
+        ctx.turned = qa.turned is not None
         ctx.formats = ((qa.fmt, qa.scale), (qb.fmt, qb.scale))
         ctx.site, ctx.op, ctx.call, ctx.training = site, op, call, training
         return result
@@ -256,14 +281,16 @@ class _QuantizedProduct(torch.autograd.Function):
         (format_a, scale_a), (format_b, scale_b) = ctx.formats
         needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
         qb = ctx.weight or Operand(codes_b, format_b, scale_b)
-        error = site.operand(grad, "error", "output_error", call, training)
+        turned = codes_a if ctx.turned else None
+        codes_a = codes_a if turned is None else turned.t()
+        error = site.operand(grad, "error", "output_error", call, training, op.turn and needs_a and needs_b)
         grad_a = grad_b = grad_bias = None
         if needs_a:
             products.announce(site.name, "error", error, qb)
             role = "error" if site.round_input_errors else None
             grad_a = site.product(lambda b: op.grad_a(b, error, qb, codes_a), role, "input_error", call, training)
         if needs_b:
-            qa = Operand(codes_a, format_a, scale_a)
+            qa = Operand(codes_a, format_a, scale_a, turned=turned)
             products.announce(site.name, "gradient" if op.b_is_weight else "error", error, qa)
             role, name = ("gradient", "weight_gradient") if op.b_is_weight else ("error", "input_b_error")
             wanted = role if op.b_is_weight or site.round_input_errors else None

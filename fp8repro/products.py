@@ -27,6 +27,8 @@ class Operand:
         fmt: the format.
         scale: a power of two, or None for 1.
         values: the real values in the dtype that the backend computes with, where somebody needed them.
+        turned: the codes of the transposed matrix, contiguous, where somebody needed them; leading dimensions count
+            as rows.
         packed: forms of a weight that a backend made for its own use; kept for the next product.
     """
 
@@ -34,6 +36,7 @@ class Operand:
     fmt: FloatFormat = FP32
     scale: float | None = None
     values: Tensor | None = None
+    turned: Tensor | None = None
     packed: dict[object, Tensor] = field(default_factory=dict)
 
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -94,6 +97,10 @@ class Backend(Protocol):
         """The dtype of `Operand.values` that spares the backend a conversion; None where codes are enough."""
         ...
 
+    def turns(self, fmt: FloatFormat) -> bool:
+        """True where matrices of two products are wanted in both layouts (`Operand.turned`)."""
+        ...
+
     def linear(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
         """x [..., K], weight [N, K], bias [N] -> [..., N]."""
         ...
@@ -143,6 +150,10 @@ class EmulateBackend:
     def value_dtype(self, fmt: FloatFormat) -> torch.dtype | None:
         """FP32 for every format."""
         return torch.float32
+
+    def turns(self, fmt: FloatFormat) -> bool:
+        """False: torch multiplies in any layout."""
+        return False
 
     def linear(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
         """See `Backend`."""

@@ -83,6 +83,7 @@ def round_into(
     subnormal_rounding: str = "same",
     values: Tensor | None = None,
     codes: Tensor | None = None,
+    turned: Tensor | None = None,
     stats: Tensor | None = None,
 ) -> None:
     """Round `x` in one pass into preallocated outputs; the arguments are those of `quantize`.
@@ -90,9 +91,13 @@ def round_into(
     Args:
         values: FP32 or BF16 tensor of x's shape (it may be `x` itself) that receives the rounded values.
         codes: tensor of x's shape in the format's storage dtype that receives the encoding.
+        turned: for a matrix x, codes and no values: tensor that receives the codes of its transpose.
         stats: float64 tensor of 4 values (`STATISTICS`) that is added to (absmax: raised).
     """
     if x.numel() == 0:
+        return
+    if turned is not None and codes is not None:
+        _round_turned(x, format, rounding, overflow, seed, stream, subnormal_rounding, codes, turned, stats)
         return
     if x.device.type == "cuda":
         # Imported here, because Triton is only needed on a GPU and is missing on many laptops.
@@ -102,6 +107,28 @@ def round_into(
     else:
         engine = _torch_round_into
     engine(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
+
+
+def _round_turned(
+    x: Tensor,
+    format: FloatFormat,
+    rounding: str,
+    overflow: str,
+    seed: int,
+    stream: int,
+    subnormal_rounding: str,
+    codes: Tensor,
+    turned: Tensor,
+    stats: Tensor | None,
+) -> None:
+    if x.device.type == "cuda":
+        from fp8repro.kernels.quantize import round_transpose
+
+        round_transpose(x, format, rounding, overflow, seed, stream, subnormal_rounding, stats, (codes, turned))
+        return
+    options = {"seed": seed, "stream": stream, "subnormal_rounding": subnormal_rounding}
+    round_into(x, format, rounding, overflow, **options, codes=codes, stats=stats)  # type: ignore[arg-type]
+    turned.copy_(codes.t())
 
 
 def _torch_round_into(

@@ -59,6 +59,10 @@ class TritonBackend:
         """None: codes are enough; FP32 for formats that the kernels cannot read."""
         return None if fmt.dtype not in (None, torch.float32) else torch.float32
 
+    def turns(self, fmt: FloatFormat) -> bool:
+        """True in FP8, whose instructions take both operands with the summed dimension contiguous."""
+        return fmt.is_fp8
+
     def linear(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
         """See `fp8repro.products.Backend`."""
         if not _native(x, weight):
@@ -70,15 +74,17 @@ class TritonBackend:
         """See `fp8repro.products.Backend`."""
         if not _native(error, weight):
             return self._rounded(self.emulated.linear_error(error, weight))
-        result = self._matmul(error.codes.flatten(0, -2), weight.codes, None, _inverse_scale(error, weight))
+        codes = weight.codes if weight.turned is None else weight.turned.t()
+        result = self._matmul(error.codes.flatten(0, -2), codes, None, _inverse_scale(error, weight))
         return result.view(*error.codes.shape[:-1], result.shape[-1])
 
     def linear_gradient(self, error: Operand, x: Operand) -> Tensor:
         """See `fp8repro.products.Backend`."""
         if not _native(error, x):
             return self._rounded(self.emulated.linear_gradient(error, x))
-        turned = error.codes.flatten(0, -2).t()
-        return self._matmul(turned, x.codes.flatten(0, -2), None, _inverse_scale(error, x))
+        turned = error.codes.flatten(0, -2).t() if error.turned is None else error.turned
+        codes = x.codes.flatten(0, -2) if x.turned is None else x.turned.t()
+        return self._matmul(turned, codes, None, _inverse_scale(error, x))
 
     def conv2d(self, x: Operand, weight: Operand, bias: Tensor | None, geometry: Conv2dGeometry) -> Tensor:
         """See `fp8repro.products.Backend`."""

@@ -96,11 +96,17 @@ def round_transpose(
     stream: int = 0,
     subnormal_rounding: str = "same",
     stats: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Round [..., M, K] once and write its codes in both layouts in the same pass.
 
     FP8 tensor-core instructions take both operands with the summed dimension contiguous, so a tensor
     that is an operand of two products is wanted as [..., M, K] and as [..., K, M].
+
+    Args:
+        x: rows of a matrix may lie apart; anything else is copied first.
+        format, rounding, overflow, seed, stream, subnormal_rounding, stats: see `round_into`.
+        out: where to write the results; new tensors by default.
 
     Returns:
         Codes [..., M, K] and [..., K, M], contiguous, in the format's storage dtype; the bytes are `round_into`'s.
@@ -112,12 +118,15 @@ def round_transpose(
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., M, K]")
     if format.dtype is None or format.mantissa_bits == 23:
         raise ValueError(f"format: got {format.name}, expected a format of 8 or 16 bits with a storage dtype")
-    codes = torch.empty(x.shape, dtype=format.dtype, device=x.device)
-    transposed = torch.empty((*x.shape[:-2], x.shape[-1], x.shape[-2]), dtype=format.dtype, device=x.device)
+    if out is None:
+        shapes = (x.shape, (*x.shape[:-2], x.shape[-1], x.shape[-2]))
+        out = tuple(torch.empty(shape, dtype=format.dtype, device=x.device) for shape in shapes)  # type: ignore[assignment]
+    codes, transposed = out  # type: ignore[misc]
     _check(x, format, None, codes, stats)
+    _check_turned(codes, transposed)
     if x.numel() == 0:
         return codes, transposed
-    dense = x.contiguous()
+    dense = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
     rows, columns = x.shape[-2:]
     batch = x.numel() // (rows * columns)
     row_block, column_block = block_size(64, rows, 256), block_size(64, columns, 256)
@@ -132,7 +141,7 @@ def round_transpose(
         stats,
         rows,
         columns,
-        columns,
+        dense.stride(-2),
         *signed_words(seed),
         *signed_words(stream),
         **rounding_options(format, rounding, overflow, subnormal_rounding),
@@ -141,6 +150,16 @@ def round_transpose(
         COLUMNS=column_block,
     )
     return codes, transposed
+
+
+def _check_turned(codes: Tensor, transposed: Tensor) -> None:
+    expected = (*codes.shape[:-2], codes.shape[-1], codes.shape[-2])
+    if transposed.shape != expected or transposed.dtype != codes.dtype or transposed.device != codes.device:
+        given = f"{transposed.dtype} of shape {tuple(transposed.shape)} on {transposed.device}"
+        raise ValueError(f"transposed: got {given}, expected {codes.dtype} of shape {expected} on {codes.device}")
+    for name, tensor in (("codes", codes), ("transposed", transposed)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: got strides {tensor.stride()}, expected contiguous")
 
 
 def rounding_options(format: FloatFormat, rounding: str, overflow: str, subnormal_rounding: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fp8repro.injection import inject
 from fp8repro.kernels import ops
 from fp8repro.kernels.backend import TritonBackend, available
 from fp8repro.kernels.launch import INTERPRETED, LAUNCHES
-from fp8repro.kernels.quantize import round_into
+from fp8repro.kernels.quantize import round_into, round_transpose
 from fp8repro.master import MasterWeights
 from fp8repro.models.transformer import transformer
 from fp8repro.normalization import FusedBatchNorm2d, FusedLayerNorm
@@ -131,6 +132,34 @@ def test_rounded_products_have_the_bytes_of_a_pass_of_their_own(rounding, fmt):
         assert given.stride() == exact.stride()
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="the model must be where the fixture's engines are")
+@pytest.mark.parametrize("recipe", ["fp8", "fp8_stochastic", "fp8_hybrid"])
+def test_products_of_linear_layers_get_the_layout_of_tensor_cores(recipe, triton_quantizer, monkeypatch):
+    strides, kept = [], []
+    multiply = ops.matmul
+
+    def spy(a, b, *arguments):
+        strides.append((a.stride(-1), b.stride(-2)))
+        return multiply(a, b, *arguments)
+
+    model = nn.Sequential(nn.Linear(24, 40, bias=False), nn.ReLU(), nn.Linear(40, 16)).to(DEVICE)
+    inject(model, replace(load_recipe(recipe), exempt=()), StepContext(seed=1), "triton")
+    monkeypatch.setattr(ops, "matmul", spy)
+    before = LAUNCHES.copy()
+    # In both orders of the same memory: rows of a matrix, and rows that lie apart.
+    for x in (draw(3, 5, 24), draw(15, 48)[:, :24]):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+            y = model(x.requires_grad_())
+        y.square().sum().backward()
+    # The summed dimension is contiguous in both operands of every product.
+    assert strides == [(1, 1)] * 12
+    launched = LAUNCHES - before
+    # Inputs and errors in both layouts, and the weights once for both steps.
+    assert launched["round_transpose"] == 2 * 4 + 2
+    # One layout of the input is kept for backward.
+    assert [t.numel() for t in kept if t.element_size() == 1] == [15 * 24, 15 * 40] * 2
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="about the interpreter")
 def test_where_it_can_run():
     assert available("cpu") is None
@@ -203,7 +232,17 @@ def triton_quantizer(monkeypatch):
                 assert torch.equal(given.float(), expected.float())
         count["roundings"] += 1
 
+    def turning_engine(x, fmt, rounding, overflow, seed, stream, subnormal, codes, turned, stats):
+        options = (fmt, rounding, overflow, seed, stream, subnormal)
+        expected = torch.empty_like(codes)
+        torch_engine(x.cpu().clone(), *options, None, expected, None)
+        round_transpose(x, *options, stats, (codes, turned))
+        assert torch.equal(codes.float(), expected.float())
+        assert torch.equal(turned.float(), expected.float().t())
+        count["roundings"] += 1
+
     monkeypatch.setattr(quantizer, "_torch_round_into", engine)
+    monkeypatch.setattr(quantizer, "_round_turned", turning_engine)
     monkeypatch.setattr(quantizer.native, "available", lambda: False)
     return count
 
@@ -274,6 +313,7 @@ def test_one_training_step(build, recipe, triton_quantizer):
     # A strided convolution's error takes a launch for each remainder of the position.
     assert launched["gather_product"] >= kinds["FP8Conv2d forward"] + kinds["FP8Conv2d error"]
     assert any("Conv2d" in kind for kind in kinds) == (build is tiny_resnet)
+    assert (launched["round_transpose"] > 0) == (build is tiny_transformer)
     # Every product of the step went to a kernel: products of operands in FP8, exempt layers in FP16.
     formats = {operand.codes.dtype for _, _, operands in seen for operand in operands}
     assert formats == {torch.float8_e5m2, torch.float16}

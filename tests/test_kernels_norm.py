@@ -128,7 +128,7 @@ def test_modules_by_kernels_equal_torchs(fmt, relu, with_residual):
     # The next layer's bytes, unless a sum comes between.
     assert hasattr(y, "offered_codes") == relu
     if relu:
-        _, spec, codes = y.offered_codes
+        _, spec, codes, _ = y.offered_codes
         assert spec == RoleSpec()
         assert torch.equal(codes.view(torch.uint8), quantize(y.detach(), "e5m2").view(torch.uint8))
 
