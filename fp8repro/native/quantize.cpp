@@ -90,10 +90,21 @@ void run(const Tensors& t, int64_t at_x, int64_t at_values, int64_t at_codes, in
 
 // ---- A matrix stored [rows][columns] whose logical order is [columns][rows] ----
 
+INLINE void prefetch(const void* tensor, int32_t type, int64_t position) {
+    if (type != NONE) __builtin_prefetch((const char*)tensor + position * bytes_of(type), 1);
+}
+
 // `some` rows (up to 4) of up to LANES columns, the first at `position`; draws[r] belongs to row r.
+// A tile that lies `ahead` elements further comes later: machines do not foresee that by themselves.
 template <typename T, bool COUNT>
-INLINE void tile(const Tensors& t, int64_t position, int64_t columns, int width, int some, const U32 draws[4],
-                 const Format& f, Counts& counts) {
+INLINE void tile(const Tensors& t, int64_t position, int64_t columns, int width, int some, int64_t ahead,
+                 const U32 draws[4], const Format& f, Counts& counts) {
+    for (int r = 0; r < some; ++r) {
+        const int64_t later = position + r * columns + ahead;
+        prefetch(t.x, t.x_type, later);
+        if (t.values != t.x) prefetch(t.values, t.values_type, later);
+        prefetch(t.codes, t.codes_type, later);
+    }
     if (width == LANES && some == 4) {
         U32 bits[4];
 #pragma GCC unroll 4
@@ -132,12 +143,13 @@ void transposed(Tensors t, int64_t at, int64_t rows, int64_t columns, int64_t fi
                 U32 draws[4];
                 philox_gathered(blocks, random.stream, random.key, draws);
                 const int width = (int)std::min<int64_t>(LANES, columns - column);
-                tile<T, COUNT>(t, at + row * columns + column, columns, width, 4, draws, f, counts);
+                tile<T, COUNT>(t, at + row * columns + column, columns, width, 4, 4 * columns, draws, f, counts);
             }
         }
         if (COUNT) total.add(counts);
         return;
     }
+    const int64_t ahead = (last - first) * columns;
     for (int64_t column = 0; column < columns; column += LANES) {
         const int width = (int)std::min<int64_t>(LANES, columns - column);
         const uint64_t start = base + column * rows + first;
@@ -161,7 +173,7 @@ void transposed(Tensors t, int64_t at, int64_t rows, int64_t columns, int64_t fi
                 for (int s = 1; s < 4; ++s) draws[r] = choose(skip == (uint32_t)s, words[r + s], draws[r]);
             }
             for (int k = 0; k < 4; ++k) words[k] = words[k + 4];
-            tile<T, COUNT>(t, at + row * columns + column, columns, width, some, draws, f, counts);
+            tile<T, COUNT>(t, at + row * columns + column, columns, width, some, ahead, draws, f, counts);
         }
     }
     if (COUNT) total.add(counts);

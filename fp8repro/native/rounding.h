@@ -23,7 +23,6 @@ struct Format {
     uint32_t nan_code;
 
     bool is_e5m2() const { return drop == 21 && smallest_normal == 0x38800000u; }
-    bool is_fp16() const { return drop == 13 && smallest_normal == 0x38800000u; }
     // FP32's own exponent range: the bits of its subnormals round like those of any other value.
     bool is_wide() const { return smallest_normal == 0x800000u; }
     // Code of a normal value: (magnitude - rebias) >> drop.
@@ -164,10 +163,7 @@ INLINE void round_block(U32 x[N], const U32 draws[N], const Format& f, Counts& c
 INLINE U32 encoded(U32 bits, const Format& f) {
 #if defined(FULL_WIDTH)
     // E5M2 is the upper half of an FP16, and the conversion is exact.
-    const U32 half = __builtin_convertvector((U16)_mm512_cvtps_ph((__m512)bits, 0), U32);
-    if (f.is_e5m2()) return half >> 8;
-    // NaN alone goes the long way: the conversion keeps its payload.
-    if (f.is_fp16() && !any_above(bits & MAGNITUDE, splat(INFINITY32))) return half;
+    if (f.is_e5m2()) return __builtin_convertvector((U16)_mm512_cvtps_ph((__m512)bits, 0), U32) >> 8;
 #endif
     const U32 magnitude = bits & MAGNITUDE;
     U32 code = (magnitude - f.rebias()) >> f.drop;
