@@ -75,23 +75,24 @@ class Site:
         # Who rounded it already has counted nothing.
         if offered is not None and offered[:2] == (x._version, spec) and not self.context.telemetry.active:
             return Operand(offered[2], fmt, turned=offered[3])
+        stream = self._stream(spec, role, name, call)
         if fmt.dtype is None:
             # Without a storage dtype the FP32 values are the codes.
             rounded = torch.empty_like(x, dtype=torch.float32)
-            scale = self._round(x, spec, role, name, call, values=rounded)
+            scale = self._round(x, spec, role, name, stream, values=rounded)
             return Operand(rounded, fmt, scale)
         values = turned = None
         # Random bits count elements in logical order, which rows of a matrix share with the tensor.
         if turn and self.backend.turns(fmt) and (x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1)):
             rows = x.flatten(0, -2)
             codes, turned = (torch.empty(m.shape, dtype=fmt.dtype, device=x.device) for m in (rows, rows.t()))
-            scale = self._round(rows, spec, role, name, call, codes=codes, turned=turned)
+            scale = self._round(rows, spec, role, name, stream, codes=codes, turned=turned)
             codes = codes.view(x.shape)
         else:
             dtype = self.backend.value_dtype(fmt)
             codes = torch.empty_like(x, dtype=fmt.dtype)
             values = None if dtype is None else torch.empty_like(x, dtype=dtype)
-            scale = self._round(x, spec, role, name, call, values=values, codes=codes)
+            scale = self._round(x, spec, role, name, stream, values=values, codes=codes)
             if scale is not None and values is not None:
                 values.div_(scale)
         if values is None and scale is None and spec.rounding != "stochastic":
@@ -116,9 +117,9 @@ class Site:
         if role is None or spec is None or spec.is_identity:
             return multiply(self.backend)
         backend = None
+        stream = self._stream(spec, role, name, call)
         # A scale and statistics need the result first.
         if spec.scaling == "none" and not self.context.telemetry.active:
-            stream = self._stream(spec, role, name, call)
             fmt, seed = spec.float_format, self.context.seed
             backend = self.backend.rounding(
                 Rounding(fmt, spec.rounding, spec.overflow, spec.subnormal_rounding, seed, stream)
@@ -126,7 +127,7 @@ class Site:
         if backend is not None:
             return multiply(backend)
         result = multiply(self.backend)
-        scale = self._round(result, spec, role, name, call, values=result)
+        scale = self._round(result, spec, role, name, stream, values=result)
         return result if scale is None else result.div_(scale)
 
     def _stream(self, spec: RoleSpec, role: str, name: str, call: int) -> int:
@@ -138,7 +139,7 @@ class Site:
         spec: RoleSpec,
         role: str,
         name: str,
-        call: int,
+        stream: int,
         values: Tensor | None = None,
         codes: Tensor | None = None,
         turned: Tensor | None = None,
@@ -153,7 +154,7 @@ class Site:
             spec.rounding,
             spec.overflow,
             seed=self.context.seed,
-            stream=self._stream(spec, role, name, call),
+            stream=stream,
             subnormal_rounding=spec.subnormal_rounding,
             values=values,
             codes=codes,
