@@ -101,7 +101,7 @@ def round_into(
         return
     if x.device.type == "cuda":
         # Imported here, because Triton is only needed on a GPU and is missing on many laptops.
-        from fp8repro.kernels.quantize import round_into as engine
+        from fp8repro.kernels.ops import round_engine as engine
     elif format.mantissa_bits < FP32.mantissa_bits and native.available():
         engine = native.round_into
     else:
@@ -122,9 +122,9 @@ def _round_turned(
     stats: Tensor | None,
 ) -> None:
     if x.device.type == "cuda":
-        from fp8repro.kernels.quantize import round_transpose
+        from fp8repro.kernels.ops import transpose_engine
 
-        round_transpose(x, format, rounding, overflow, seed, stream, subnormal_rounding, stats, (codes, turned))
+        transpose_engine(x, format, rounding, overflow, seed, stream, subnormal_rounding, codes, turned, stats)
         return
     options = {"seed": seed, "stream": stream, "subnormal_rounding": subnormal_rounding}
     round_into(x, format, rounding, overflow, **options, codes=codes, stats=stats)  # type: ignore[arg-type]

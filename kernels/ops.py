@@ -1,17 +1,21 @@
 """Quantizer and products as torch operators, so that torch.compile, CUDA graphs and the profiler understand them.
 
-No gradients are registered: what a product's gradient is, the recipe says (functional.py).
+Products have no derivatives here: what the gradient of a product of rounded tensors is, with which roundings and random
+bits, only the recipe says (functional.py). The quantizer's is straight-through.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fp8repro.formats import get_format
+from fp8repro.formats import FORMATS, FloatFormat, get_format
 from fp8repro.kernels import conv2d as convolution
 from fp8repro.kernels import matmul as product
 from fp8repro.kernels import quantize
+from fp8repro.kernels.launch import signed64
 from fp8repro.products import Conv2dGeometry
 
 
@@ -31,6 +35,69 @@ def round_into(
     """See `kernels.quantize`; seed and stream are signed here, with the same 64 bits. No fake: it makes no tensor."""
     fmt = get_format(format)
     quantize.round_into(x, fmt, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
+
+
+@torch.library.custom_op("fp8repro::round_transpose", mutates_args=("codes", "transposed", "stats"))
+def round_transpose(
+    x: Tensor,
+    format: str,
+    rounding: str,
+    overflow: str,
+    seed: int,
+    stream: int,
+    subnormal_rounding: str,
+    codes: Tensor,
+    transposed: Tensor,
+    stats: Tensor | None,
+) -> None:
+    """See `kernels.quantize`; seed and stream as in `round_into`."""
+    fmt = get_format(format)
+    quantize.round_transpose(x, fmt, rounding, overflow, seed, stream, subnormal_rounding, stats, (codes, transposed))
+
+
+@torch.library.custom_op("fp8repro::quantize", mutates_args=())
+def quantized(
+    x: Tensor, format: str, rounding: str, overflow: str, seed: int, stream: int, subnormal_rounding: str
+) -> Tensor:
+    """FP32 values of x rounded to a format, in x's layout where that is dense; differentiated as the identity."""
+    values = torch.empty_like(x, dtype=torch.float32)
+    fmt = get_format(format)
+    quantize.round_into(x, fmt, rounding, overflow, seed, stream, subnormal_rounding, values, None, None)
+    return values
+
+
+@quantized.register_fake
+def _(x: Tensor, format: str, rounding: str, overflow: str, seed: int, stream: int, subnormal_rounding: str) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
+
+
+def _keep_dtype(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.dtype = inputs[0].dtype
+
+
+def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return grad.to(ctx.dtype), None, None, None, None, None, None
+
+
+quantized.register_autograd(_straight_through, setup_context=_keep_dtype)
+
+
+def round_engine(
+    x: Tensor, format: FloatFormat, rounding: str, overflow: str, seed: int, stream: int, *outputs: Any
+) -> None:
+    """`round_into` with the signature of the quantizer's engines."""
+    if FORMATS.get(format.name) is not format:
+        # A format of the caller's own, which an operator's plain arguments cannot name.
+        quantize.round_into(x, format, rounding, overflow, seed, stream, *outputs)
+        return
+    round_into(x, format.name, rounding, overflow, signed64(seed), signed64(stream), *outputs)
+
+
+def transpose_engine(
+    x: Tensor, format: FloatFormat, rounding: str, overflow: str, seed: int, stream: int, *outputs: Any
+) -> None:
+    """`round_transpose` likewise."""
+    round_transpose(x, format.name, rounding, overflow, signed64(seed), signed64(stream), *outputs)
 
 
 def _epilogue(

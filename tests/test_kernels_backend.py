@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from fp8repro import products, quantizer, reference
 from fp8repro.context import StepContext
 from fp8repro.formats import E4M3, E5M2, FP16, FP16_169, get_format
 from fp8repro.injection import inject
-from fp8repro.kernels import ops
+from fp8repro.kernels import norm_ops, ops
 from fp8repro.kernels.backend import TritonBackend, available
 from fp8repro.kernels.launch import INTERPRETED, LAUNCHES
 from fp8repro.kernels.quantize import round_into, round_transpose
@@ -166,7 +168,10 @@ def test_where_it_can_run():
     assert "TRITON_INTERPRET" in available("cuda")
 
 
-@pytest.mark.parametrize("op", ["round_into", "matmul", "conv2d", "conv2d_error", "conv2d_gradient"])
+OPERATORS = ["round_into", "round_transpose", "quantized", "matmul", "conv2d", "conv2d_error", "conv2d_gradient"]
+
+
+@pytest.mark.parametrize("op", OPERATORS)
 def test_operators_hold_what_torch_asks_of_them(op):
     # In 16 bit: the checker itself cannot compute with FP8 tensors.
     def half(*shape):
@@ -176,12 +181,15 @@ def test_operators_hold_what_torch_asks_of_them(op):
     outputs = (draw(5, 8), half(5, 8), torch.zeros(4, dtype=torch.float64, device=DEVICE))
     arguments = {
         "round_into": (draw(5, 8), "fp16", "stochastic", "inf", -1, -(2**63), "same", *outputs),
-        "matmul": (half(2, 5, 8), half(2, 8, 3), draw(3), 1.0, "promoted"),
+        "round_transpose": (draw(5, 8), "fp16", "stochastic", "inf", -1, 5, "same", half(5, 8), half(8, 5), None),
+        "quantized": (draw(5, 8).t().requires_grad_(), "e5m2", "stochastic", "inf", -1, 5, "same"),
+        "matmul": (half(2, 5, 8), half(2, 8, 3), draw(3), 1.0, "promoted", "e5m2", "stochastic", "inf", "same", -1, 5),
         "conv2d": (half(2, 4, 7, 7), half(6, 4, 3, 3), draw(6), *geometry),
         "conv2d_error": (half(2, 6, 4, 4), half(6, 4, 3, 3), [2, 4, 7, 7], *geometry),
         "conv2d_gradient": (half(2, 6, 4, 4), half(2, 4, 7, 7), [6, 4, 3, 3], *geometry),
     }[op]
-    torch.library.opcheck(getattr(ops, op), arguments, test_utils=("test_schema", "test_faketensor"))
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(getattr(ops, op), arguments, test_utils=utilities)
 
 
 def test_compiled_graph_holds_the_operators():
@@ -193,6 +201,36 @@ def test_compiled_graph_holds_the_operators():
     x, w = draw(5, 16), draw(7, 16).to(torch.float8_e5m2)
     compiled = torch.compile(product, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x, w), product(x, w))
+
+
+def test_a_compiled_graph_differentiates_quantizer_and_normalizations():
+    def loss(image, weight, bias, rows, scale):
+        image = torch.ops.fp8repro.quantize(image, "e5m2", "stochastic", "inf", 1, 2, "same")
+        y = norm_ops.batch_norm(image, weight, bias, None, True, 1e-5, "e5m2", "e5m2", "nearest", "inf")[0]
+        z = norm_ops.layer_norm(rows, scale, scale, 1e-5, "", "nearest", "inf")[0]
+        return y.square().sum() + z.pow(3).sum()
+
+    inputs = [draw(2, 3, 4, 5), draw(3), draw(3, seed=1), draw(4, 6), draw(6)]
+    inputs[0] = inputs[0].to(memory_format=torch.channels_last)
+    inputs = [t.requires_grad_() for t in inputs]
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    results = [[f(*inputs), *torch.autograd.grad(f(*inputs), inputs)] for f in (loss, compiled)]
+    for given, expected in zip(*results, strict=True):
+        assert torch.equal(given, expected)
+
+
+def test_the_quantizers_derivative_is_straight_through():
+    x = draw(5, 8).requires_grad_()
+    y = torch.ops.fp8repro.quantize(x, "e5m2", "nearest", "inf", 0, 0, "same")
+    assert torch.equal(y, quantizer.quantize(x.detach(), "e5m2", out="float32"))
+    error = draw(5, 8, seed=1)
+    assert torch.equal(torch.autograd.grad(y, x, error)[0], error)
+
+
+def test_products_leave_derivatives_to_the_recipe():
+    a, b = draw(2, 3).half().requires_grad_(), draw(3, 2).half()
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        ops.matmul(a, b, None, 1.0, "promoted").sum().backward()
 
 
 def tiny_resnet():
@@ -214,6 +252,36 @@ def tiny_transformer():
         return F.cross_entropy(logits, target.roll(-1, 1).flatten())
 
     return transformer(12, **size).to(DEVICE), loss
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.skipif(not INTERPRETED, reason="stands in for the engine that a GPU has anyway")
+@pytest.mark.parametrize("build", [tiny_resnet, tiny_transformer])
+def test_a_step_can_be_traced_without_data(build, monkeypatch):
+    monkeypatch.setattr(quantizer.native, "available", lambda: False)
+    monkeypatch.setattr(quantizer, "_torch_round_into", ops.round_engine)
+    monkeypatch.setattr(quantizer, "_round_turned", ops.transpose_engine)
+    names = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    before = LAUNCHES.copy()
+    model, loss_of = build()
+    inject(model, "fp8_stochastic", StepContext(seed=1), "triton")
+    parameters = list(model.parameters())
+    with FakeTensorMode(allow_non_fake_inputs=True), Record():
+        gradients = torch.autograd.grad(loss_of(model), parameters)
+    assert before == LAUNCHES
+    assert [g.shape for g in gradients] == [p.shape for p in parameters]
+    operators = {name.split(".")[1] for name in names if name.startswith("fp8repro")}
+    kinds = ("conv2d", "conv2d_error", "conv2d_gradient", "batch_norm", "batch_norm_backward")
+    others = ("round_transpose", "layer_norm", "layer_norm_backward")
+    assert operators == {"round_into", "matmul", *(kinds if build is tiny_resnet else others)}
+    # Nothing waits for the device.
+    assert not any("_local_scalar_dense" in name or "nonzero" in name for name in names)
 
 
 @pytest.fixture
