@@ -161,7 +161,9 @@ class EmulateBackend:
 
     def linear_error(self, error: Operand, weight: Operand) -> Tensor:
         """See `Backend`."""
-        return error.decoded() @ weight.decoded()
+        values = error.decoded()
+        # Rows that do not lie behind each other (errors of attention heads) would become a batch of small products.
+        return (values.flatten(0, -2) @ weight.decoded()).unflatten(0, values.shape[:-1])
 
     def linear_gradient(self, error: Operand, x: Operand) -> Tensor:
         """See `Backend`."""
