@@ -171,8 +171,8 @@ def offer(x: Tensor, spec: RoleSpec, codes: Tensor, turned: Tensor | None = None
 
     They are worth nothing once x is changed, and are not counted by telemetry: a measured step rounds again.
     """
-    # Whether such a tensor was changed nobody can tell.
-    if x.is_inference():
+    # Whether an inference tensor was changed nobody can tell, nor can a compiler tell versions.
+    if torch.compiler.is_compiling() or x.is_inference():
         return
     x.offered_codes = (x._version, spec, codes, turned)  # type: ignore[attr-defined]
 
@@ -230,6 +230,8 @@ def conv2d_op(geometry: Conv2dGeometry) -> Op:
     )
 
 
+# A compiler would take a step's random streams for constants; it gets what lies between the products.
+@torch.compiler.disable(reason="random streams are named on the host at every call")
 def quantized_product(a: Tensor, b: Tensor, bias: Tensor | None, site: Site, op: Op, training: bool) -> Tensor:
     """Multiply under a recipe (paper, section 3 and figure 1).
 
