@@ -111,8 +111,10 @@ def train(arguments: list[str]) -> int:
             end="",
         )
         return 0
+    from fp8repro.native.memory import keep_freed_memory
     from fp8repro.training.loop import train as train_run
 
+    keep_freed_memory()
     failures = 0
     for number, config in enumerate(configs, 1):
         if len(configs) > 1:

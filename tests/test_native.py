@@ -108,3 +108,28 @@ def test_relu_keeps_the_bits_of_what_is_over_zero(count):
         flags = (bits[:, None] >> torch.arange(8) & 1).flatten()[:count].bool()
         assert torch.equal(flags, total > 0)
         assert torch.equal(native.keep_where(residual, bits), torch.where(flags, residual, 0.0))
+
+
+def test_a_process_that_keeps_freed_memory_faults_only_once_for_it():
+    program = """
+import resource, torch
+from fp8repro.native.memory import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+without = faults()
+kept = keep_freed_memory()
+faults()
+print(without, faults(), kept)
+"""
+    # Small pages: huge ones make few faults anyway.
+    environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
+    without, with_it, kept = result.stdout.split()
+    if kept == "False":
+        pytest.skip("not glibc")
+    assert int(with_it) * 10 < int(without)

@@ -29,8 +29,20 @@ def tiny(monkeypatch):
 
 
 SUMMARY_KEYS = {
-    *("model", "data", "precision", "loss_scaling", "profile", "seed", "steps", "skipped_steps", "rollbacks", "top1", "top5"),
-    *("train_seconds", "status", "experiment", "epochs", "parameters", "device", "backend", "version", "best"),
+    *("model", "data", "precision", "loss_scaling", "profile", "seed", "steps", "skipped_steps", "rollbacks"),
+    *(
+        "top1",
+        "top5",
+        "train_seconds",
+        "status",
+        "experiment",
+        "epochs",
+        "parameters",
+        "device",
+        "backend",
+        "version",
+        "best",
+    ),
 }
 
 

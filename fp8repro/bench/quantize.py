@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fp8repro.bench.cpu import DEFAULT_OUT, ForeignLoad, Row, interleaved_medians, relaunch_pinned, report, rows
 from fp8repro.formats import E5M2
+from fp8repro.native.memory import keep_freed_memory
 from fp8repro.quantizer import round_into
 
 # Largest time relative to `copy_` by number of values: nearest, stochastic.
@@ -77,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code is not None:
         return code
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     measured: list[Row] = []
     with ForeignLoad() as foreign:
         for count, (nearest, stochastic) in BARS.items():

@@ -24,6 +24,7 @@ from fp8repro.models.fairseq_model import fairseq_transformer
 from fp8repro.models.gnmt import gnmt
 from fp8repro.models.resnet import make_resnet
 from fp8repro.models.transformer import transformer
+from fp8repro.native.memory import keep_freed_memory
 from fp8repro.recipe import load_recipe
 from fp8repro.training.decode import beam_search
 
@@ -131,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code is not None:
         return code
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     work = {"fp32": training_step(model, "fp32")}
     for precision in options.precisions.split(","):
         work[precision] = training_step(model, precision)
