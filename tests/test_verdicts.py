@@ -183,6 +183,11 @@ def test_a_layer_that_is_not_e5m2_in_a_role_is_noticed(tmp_path: Path) -> None:
             row["rows"] = [entry for entry in row["rows"] if entry["role"] != "error"]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert found(tmp_path, "C3")[0].verdict == FAILS
+    # Nothing was counted, so nothing was found wrong.
+    rows = [row for row in rows if row["kind"] != "telemetry"]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (verdict,) = found(tmp_path, "C3")
+    assert (verdict.verdict, "without telemetry: resnet18" in verdict.evidence) == (UNDECIDED, True)
 
 
 def test_small_data_never_speaks_for_the_papers_scale(tmp_path: Path) -> None:

@@ -141,7 +141,10 @@ def _compared(
 def _conversion(cells: Cells, profile: str) -> Verdict:
     statement = "weights, activations, errors and gradients of every product are E5M2, but for the exempt layers"
     test = "each FP8 run's record: converted layers list E5M2 in all four roles, telemetry counted operands in each"
-    rows, wrong, absent = [], [], []
+    rows: list[str] = []
+    wrong: list[str] = []
+    absent: list[str] = []
+    uncounted: list[str] = []
     for study in ("C1", "C2"):
         for name in study_cells(study, profile):
             run = cells[name].first if name in cells else None
@@ -154,13 +157,17 @@ def _conversion(cells: Cells, profile: str) -> Verdict:
             rows.append(f"{row['model']} {row['converted']}")
             details = [str(r.get("detail")) for r in run.converted if r.get("status") == "converted"]
             complete = details and all(f"{role} e5m2" in detail for detail in details for role in ROLES)
-            if not complete or row["roles"] != ", ".join(ROLES):
+            if complete and not run.rows("telemetry"):
+                uncounted.append(str(row["model"]))
+            elif not complete or row["roles"] != ", ".join(ROLES):
                 wrong.append(str(row["model"]))
     if not rows:
         return Verdict("C3", statement, test, UNDECIDED, NO_RUNS)
     evidence = f"layers converted: {', '.join(rows)}" + (f"; not so: {', '.join(wrong)}" if wrong else "")
+    evidence += f"; without telemetry: {', '.join(uncounted)}" if uncounted else ""
     evidence += f"; not run: {', '.join(absent)}" if absent else ""
-    return Verdict("C3", statement, test, FAILS if wrong else UNDECIDED if absent else HOLDS, evidence)
+    verdict = FAILS if wrong else UNDECIDED if absent or uncounted else HOLDS
+    return Verdict("C3", statement, test, verdict, evidence)
 
 
 def _ordered(cells: Cells, names: Sequence[str], figure: str) -> tuple[str, list[int]]:
