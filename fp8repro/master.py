@@ -6,7 +6,6 @@ Which format and rounding is the recipe's choice, never this module's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from fp8repro.context import StepContext
+from fp8repro.fused_step import Engine, fused_step, unsupported
 from fp8repro.injection import sites
 from fp8repro.layers import FP8Conv2d, FP8Linear, MasterEmbedding
+from fp8repro.native import update as native_update
 from fp8repro.quantizer import round_into
 from fp8repro.recipe import Recipe, RoleSpec
 
@@ -47,7 +48,7 @@ class MasterWeights:
         self.context = context or getattr(model, "fp8_context", None) or StepContext()
         self.grad_norm = math.nan
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._fused = self._fused_step()
+        self._real_products = any(site.backend.name == "triton" for site in sites(model).values())
         stored = _stored_parameters(model) if self.spec.float_format.dtype is not None else set()
         for name, parameter in self._parameters.items():
             if self.spec.is_identity:
@@ -64,15 +65,15 @@ class MasterWeights:
         """Update the masters from the gradients of `scale` times the loss.
 
         Args:
-            scale: what the loss was multiplied by; gradients are divided by it in place.
+            scale: what the loss was multiplied by; gradients may be divided by it in place.
             clip_norm: largest norm of the unscaled gradient, or None.
 
         Returns:
             False, with nothing changed, when a gradient is not finite.
         """
-        # Telemetry compares masters before and after, which the kernels do not keep.
-        if self._fused is not None and not self.context.telemetry.active:
-            norm = self._fused(self._parameters, self.optimizer, self.spec, self.context, scale, clip_norm)
+        engine = self._engine()
+        if engine is not None:
+            norm = fused_step(engine, self._parameters, self.optimizer, self.spec, self.context, scale, clip_norm)
             self.grad_norm = math.inf if norm is None else norm
             self.context.weight_version += 1
             return norm is not None
@@ -88,13 +89,21 @@ class MasterWeights:
         self._update()
         return True
 
-    def _fused_step(self) -> Callable[..., float | None] | None:
-        """The optimizer's step as one kernel, where the products are real FP8 and the kernel has that optimizer."""
-        if self.spec.format != "fp16" or not any(site.backend.name == "triton" for site in sites(self.model).values()):
+    def _engine(self) -> Engine | None:
+        """What does the optimizer's step in one pass, where that can be had."""
+        if self.spec.is_identity or unsupported(self.optimizer) is not None:
             return None
-        from fp8repro.kernels.fused_step import fused_step, unsupported
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
+        if not held <= {id(p) for p in self._parameters.values()}:
+            return None
+        if self._real_products:
+            # Telemetry compares masters before and after, which the kernels do not keep.
+            if self.spec.format != "fp16" or self.context.telemetry.active:
+                return None
+            from fp8repro.kernels import update
 
-        return fused_step if unsupported(self.optimizer) is None else None
+            return update
+        return native_update if native_update.takes([p.data for p in self._parameters.values()]) else None
 
     def _update(self) -> None:
         if self.spec.is_identity:

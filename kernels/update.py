@@ -7,7 +7,6 @@ non-finite gradient makes the kernel leave everything as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8repro.fused_step import Parameter, Rule
 from fp8repro.kernels import codec, updates
 from fp8repro.kernels.launch import INTERPRETED, check_device, launch, signed64, signed_words
 from fp8repro.kernels.quantize import raw_codes
@@ -23,40 +23,6 @@ from fp8repro.recipe import RoleSpec
 
 BLOCK = (1 << 15) if INTERPRETED else 1024
 MASTER_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16}
-
-
-@dataclass(frozen=True)
-class Rule:
-    """An optimizer's arithmetic, as torch's `SGD`, `Adam` or `AdamW` define it; `momentum` is Adam's first beta."""
-
-    name: str = "sgd"  # sgd | adam | adamw
-    lr: float = 0.1
-    momentum: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    nesterov: bool = False
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter of an update; all tensors share the master's shape and dense layout.
-
-    Attributes:
-        master: FP16, or FP32 holding values of the master's format; contiguous or channels_last.
-        grad: FP32 or E5M2 gradient of the scaled loss.
-        state: FP32: momentum (SGD) or first and second moment (Adam); empty for SGD without momentum.
-        master_stream: 64-bit stream of the master's random bits.
-        weight: FP8 tensor that receives the next step's weight, or None.
-        weight_stream: 64-bit stream of the weight's random bits.
-    """
-
-    master: Tensor
-    grad: Tensor
-    state: tuple[Tensor, ...] = ()
-    master_stream: int = 0
-    weight: Tensor | None = None
-    weight_stream: int = 0
 
 
 def gradient_control(parameters: Sequence[Parameter], scale: float = 1.0, clip_norm: float | None = None) -> Tensor:

@@ -9,10 +9,11 @@ from torch import nn
 from fp8repro import reference
 from fp8repro.context import StepContext
 from fp8repro.formats import E5M2, FP16
+from fp8repro.fused_step import Parameter, Rule, fused_step, unsupported
 from fp8repro.injection import inject
-from fp8repro.kernels.fused_step import fused_step, unsupported
+from fp8repro.kernels import update as engine
 from fp8repro.kernels.launch import LAUNCHES
-from fp8repro.kernels.update import Parameter, Rule, gradient_control, update
+from fp8repro.kernels.update import gradient_control, update
 from fp8repro.master import MasterWeights
 from fp8repro.recipe import RoleSpec, load_recipe
 
@@ -162,7 +163,7 @@ def test_fused_step_is_the_masters_step(name, rounding):
         model.fp8_context.begin(step)
         fused.fp8_context.begin(step)
         assert masters.step(64.0, clip_norm=3.0)
-        norm = fused_step(parameters, fused_optimizer, recipe.master, fused.fp8_context, 64.0, clip_norm=3.0)
+        norm = fused_step(engine, parameters, fused_optimizer, recipe.master, fused.fp8_context, 64.0, clip_norm=3.0)
         assert norm == pytest.approx(masters.grad_norm, rel=1e-5)
     for key, p in model.named_parameters():
         q = parameters[key].data
@@ -180,7 +181,7 @@ def test_fused_step_that_is_skipped_leaves_no_trace():
     optimizer = torch.optim.Adam(model.parameters())
     model.weight.grad, model.bias.grad = torch.full((2, 3), float("nan"), device=DEVICE), torch.ones(2, device=DEVICE)
     before = [p.detach().clone() for p in model.parameters()]
-    norm = fused_step(dict(model.named_parameters()), optimizer, RoleSpec("fp16"), StepContext(), 2.0)
+    norm = fused_step(engine, dict(model.named_parameters()), optimizer, RoleSpec("fp16"), StepContext(), 2.0)
     assert norm is None
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert not optimizer.state_dict()["state"]

@@ -14,10 +14,11 @@ from fp8repro import reference
 from fp8repro.bench.kernels import Bench
 from fp8repro.errors import RunFailure
 from fp8repro.formats import E4M3, E5M2
+from fp8repro.fused_step import Parameter, Rule
 from fp8repro.kernels.conv2d import conv2d, conv2d_error, conv2d_gradient
 from fp8repro.kernels.matmul import matmul
 from fp8repro.kernels.quantize import round_into, round_transpose
-from fp8repro.kernels.update import Parameter, Rule, gradient_control, update
+from fp8repro.kernels.update import gradient_control, update
 from fp8repro.products import Conv2dGeometry
 from fp8repro.recipe import RoleSpec
 

@@ -99,7 +99,7 @@ def round_into(
         None if values is None else values.data_ptr(),
         None if codes is None else codes.data_ptr(),
         types,
-        _format(format, rounding, overflow, subnormal_rounding)[1],
+        format_address(format, rounding, overflow, subnormal_rounding),
         seed,
         stream,
         None if stats is None else stats.data_ptr(),
@@ -186,12 +186,17 @@ def _round_copies(
             out.copy_(copy)
 
 
+def format_address(format: FloatFormat, rounding: str, overflow: str, subnormal_rounding: str) -> int:
+    """Where the kernels find a format and how to round to it."""
+    return ctypes.addressof(_format(format, rounding, overflow, subnormal_rounding))
+
+
 @functools.cache
-def _format(format: FloatFormat, rounding: str, overflow: str, subnormal_rounding: str) -> tuple[_Format, int]:
-    """The kernel's view of a format and its address."""
+def _format(format: FloatFormat, rounding: str, overflow: str, subnormal_rounding: str) -> _Format:
+    """The kernels' view of a format; kept for ever, because its address is."""
     unbounded = math.inf if format.has_infinity else math.nan
     stays_finite = rounding == "toward_zero" or overflow == "saturate"
-    built = _Format(
+    return _Format(
         rounding=_ROUNDINGS[rounding],
         subnormal_nearest=int(rounding == "stochastic" and subnormal_rounding == "nearest"),
         drop=23 - format.mantissa_bits,
@@ -201,7 +206,6 @@ def _format(format: FloatFormat, rounding: str, overflow: str, subnormal_roundin
         infinity=_bits(unbounded),
         nan_code=0x7F if format.is_fp8 else _nan_code(format),
     )
-    return built, ctypes.addressof(built)
 
 
 def _bits(value: float) -> int:

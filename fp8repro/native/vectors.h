@@ -153,3 +153,32 @@ INLINE void interleave(U64 a, U64 b, U32 out[2]) {
     out[0] = (U32)even, out[1] = (U32)odd;
 #endif
 }
+
+// ---- Floating-point arithmetic with one rounding ----
+
+// a * b + c; slow where the machine has no such instruction, but the same bits.
+INLINE F32 fused_multiply_add(F32 a, F32 b, F32 c) {
+#if defined(FULL_WIDTH)
+    return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    F32 out;
+    for (int i = 0; i < LANES; ++i) out[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return out;
+#endif
+}
+
+INLINE F32 square_root(F32 a) {
+#if defined(FULL_WIDTH)
+    return (F32)_mm512_sqrt_ps((__m512)a);
+#elif defined(__AVX2__)
+    return (F32)_mm256_sqrt_ps((__m256)a);
+#elif defined(__SSE2__)
+    return (F32)_mm_sqrt_ps((__m128)a);
+#else
+    F32 out;
+    for (int i = 0; i < LANES; ++i) out[i] = __builtin_sqrtf(a[i]);
+    return out;
+#endif
+}

@@ -1,20 +1,78 @@
-"""Runs torch's SGD, Adam and AdamW over master weights through the fused kernels, on the optimizer's own state.
+"""Runs torch's SGD, Adam and AdamW over master weights in one pass over memory, on the optimizer's own state.
 
 The optimizer's state dictionary stays what torch writes and reads, so checkpoints do not depend on who did the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fp8repro.context import StepContext
-from fp8repro.kernels.update import MASTER_TYPES, Parameter, Rule, gradient_control, update
 from fp8repro.recipe import RoleSpec
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer's arithmetic, as torch's `SGD`, `Adam` or `AdamW` define it; `momentum` is Adam's first beta."""
+
+    name: str = "sgd"  # sgd | adam | adamw
+    lr: float = 0.1
+    momentum: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    nesterov: bool = False
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of an update; all tensors share the master's shape and dense layout.
+
+    Attributes:
+        master: FP16, or FP32 holding values of the master's format; contiguous or channels_last.
+        grad: FP32 or E5M2 gradient of the scaled loss.
+        state: FP32: momentum (SGD) or first and second moment (Adam); empty for SGD without momentum.
+        master_stream: 64-bit stream of the master's random bits.
+        weight: FP8 tensor that receives the next step's weight, or None.
+        weight_stream: 64-bit stream of the weight's random bits.
+        updated: FP32 tensor that receives the result before it is rounded, or None.
+    """
+
+    master: Tensor
+    grad: Tensor
+    state: tuple[Tensor, ...] = ()
+    master_stream: int = 0
+    weight: Tensor | None = None
+    weight_stream: int = 0
+    updated: Tensor | None = None
+
+
+class Engine(Protocol):
+    """What does the work: `fp8repro.kernels.update` on a GPU, `fp8repro.native.update` on a CPU."""
+
+    def gradient_control(
+        self, parameters: Sequence[Parameter], scale: float = 1.0, clip_norm: float | None = None
+    ) -> Tensor:
+        """FP64 [3]: whether values are not finite (0: none), clipping factor, norm of the unscaled gradient."""
+
+    def update(
+        self,
+        parameters: Sequence[Parameter],
+        rule: Rule,
+        step: int,
+        master: RoleSpec,
+        weight: RoleSpec,
+        control: Tensor,
+        scale: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        """Apply one optimizer step to parameters that share a rule."""
+
 
 _STATES = {torch.optim.SGD: ("momentum_buffer",)} | dict.fromkeys(
     (torch.optim.Adam, torch.optim.AdamW), ("exp_avg", "exp_avg_sq")
@@ -33,11 +91,14 @@ def unsupported(optimizer: torch.optim.Optimizer) -> str | None:
             return "decoupled_weight_decay has no fused form"
         if any(isinstance(group.get(option), Tensor) for option in ("lr", "betas")):
             return "a learning rate in a tensor has no fused form"
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return "hooks around step() have no fused form"
     return None
 
 
 @torch.no_grad()
 def fused_step(
+    engine: Engine,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     master: RoleSpec,
@@ -45,9 +106,10 @@ def fused_step(
     scale: float = 1.0,
     clip_norm: float | None = None,
 ) -> float | None:
-    """Unscale, check, clip, update and round: what `MasterWeights.step` does, in two launches a kind of tensor.
+    """Unscale, check, clip, update and round: what `MasterWeights.step` does, in two passes.
 
     Args:
+        engine: does the work; where the context's telemetry is active, one that fills `Parameter.updated`.
         parameters: by name, which names their random streams; FP16 masters or FP32 tensors of their values.
         optimizer: one that `unsupported` has nothing against; its state is updated.
         master: how masters are rounded.
@@ -59,33 +121,46 @@ def fused_step(
         Norm of the unscaled gradient; None when a gradient was not finite, and nothing changed.
 
     Raises:
-        ValueError: a tensor's device, dtype or layout is not what the kernels take.
+        ValueError: a tensor's device, dtype or layout is not what the engine takes.
     """
     names = {id(p): name for name, p in parameters.items()}
+    measuring = context.telemetry.active
     groups: list[tuple[dict[str, Any], list[tuple[nn.Parameter, Parameter]]]] = []
     for group in optimizer.param_groups:
         members = [p for p in group["params"] if id(p) in names and p.grad is not None]
         streams = [context.stream(names[id(p)], 0, "master", "master") for p in members]
-        made = [Parameter(p.data, _like_master(p), (), stream) for p, stream in zip(members, streams, strict=True)]
+        made = [
+            Parameter(
+                p.data, _like_master(p), (), stream, updated=torch.empty_like(p.data).float() if measuring else None
+            )
+            for p, stream in zip(members, streams, strict=True)
+        ]
         groups.append((group, list(zip(members, made, strict=True))))
     everything = [parameter for _, pairs in groups for _, parameter in pairs]
     if not everything:
         return 0.0
-    control = gradient_control(everything, scale, clip_norm)
+    control = engine.gradient_control(everything, scale, clip_norm)
     # The one place where the host waits: whether a step is skipped decides what the loss scale does next.
     bad, _, norm = control.tolist()
     if bad:
         return None
+    before = [parameter.master.clone() for parameter in everything] if measuring else []
     for group, pairs in groups:
+        rule = _rule(optimizer, group)
         for step, members_of_step in _with_state(optimizer, group, pairs).items():
-            update(members_of_step, _rule(optimizer, group), step, master, RoleSpec(), control, scale, context.seed)
+            engine.update(members_of_step, rule, step, master, RoleSpec(), control, scale, context.seed)
+    ordered = [names[id(p)] for _, pairs in groups for p, _ in pairs]
+    for name, old, parameter in zip(ordered, before, everything, strict=False):
+        assert parameter.updated is not None
+        context.telemetry.record_update(name, old, parameter.updated, parameter.master)
+    # What torch's schedulers look at, to warn of steps of theirs that come before the optimizer's.
+    optimizer._opt_called = True  # type: ignore[attr-defined]
     return float(norm)
 
 
 def _like_master(p: nn.Parameter) -> Tensor:
     """The gradient in the master's memory layout."""
-    if p.data.dtype not in MASTER_TYPES or p.grad is None:
-        raise ValueError(f"master: got {p.data.dtype}, expected torch.float16 or torch.float32")
+    assert p.grad is not None
     grad = p.grad.detach()
     if grad.stride() == p.data.stride():
         return grad
@@ -96,7 +171,7 @@ def _with_state(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], pairs: list[tuple[nn.Parameter, Parameter]]
 ) -> dict[int, list[Parameter]]:
     """Parameters with the optimizer's FP32 state, by the number of the update that they are about to get."""
-    names = _STATES[type(optimizer)]
+    names: tuple[str, ...] = _STATES[type(optimizer)]
     if type(optimizer) is torch.optim.SGD and not group["momentum"]:
         names = ()
     by_step: dict[int, list[Parameter]] = {}

@@ -1,0 +1,170 @@
+"""The optimizer's step in one pass over memory on a CPU; see update.cpp and `fp8repro.fused_step`.
+
+Arithmetic is FP32, in the order of torch's optimizers: SGD gives their bits. Adam's differ from torch's in the last
+one, where the latter takes roots that are not always rounded right.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8repro.fused_step import Parameter, Rule
+from fp8repro.native import build, format_address
+from fp8repro.native.layout import plan
+from fp8repro.recipe import RoleSpec
+
+_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+_KINDS = {"sgd": 0, "adam": 1, "adamw": 2}
+# Members of `Parameter` in update.cpp: five addresses, a stream, the master's type and the layout.
+_COLUMNS = 10
+
+
+class _Rule(ctypes.Structure):
+    """Mirrors `Rule` in update.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("kind", "nesterov", "first")),
+        *((name, ctypes.c_float) for name in ("scale", "factor", "rate", "decay", "momentum")),
+        *((name, ctypes.c_float) for name in ("beta2", "rest2", "root2", "eps")),
+    )
+
+
+@functools.cache
+def _library() -> Any:
+    found = build.load("update")
+    if found is None:
+        return None
+    pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    found.fp8repro_sum_of_squares.argtypes = [pointer, int64, int32]
+    found.fp8repro_sum_of_squares.restype = ctypes.c_double
+    found.fp8repro_update.argtypes = [pointer, int64, pointer, pointer, ctypes.c_uint64, int32]
+    return found
+
+
+def takes(parameters: Sequence[Tensor]) -> bool:
+    """Whether the engine is there, and can update these parameters: dense CPU tensors of 16 or 32 bits."""
+    fits = all(p.device.type == "cpu" and p.dtype in _TYPES and _layout(p) is not None for p in parameters)
+    return fits and _library() is not None
+
+
+def gradient_control(parameters: Sequence[Parameter], scale: float = 1.0, clip_norm: float | None = None) -> Tensor:
+    """Check and measure the gradients of all parameters.
+
+    Args:
+        parameters: all parameters of a model, whatever their optimizer groups.
+        scale: the loss scale.
+        clip_norm: largest norm of the unscaled gradient, or None.
+
+    Returns:
+        FP64 [3]: whether values are not finite (0: none), clipping factor, norm of the unscaled gradient.
+    """
+    table, count = _table(parameters)
+    square = _library().fp8repro_sum_of_squares(table, count, torch.get_num_threads())
+    # The squares of FP32 values do not overflow in FP64.
+    if not math.isfinite(square):
+        return torch.tensor([1.0, 1.0, math.inf], dtype=torch.float64)
+    norm = math.sqrt(square) / scale
+    factor = 1.0 if clip_norm is None or norm <= clip_norm else clip_norm / (norm + 1e-6)
+    return torch.tensor([0.0, factor, norm], dtype=torch.float64)
+
+
+def update(
+    parameters: Sequence[Parameter],
+    rule: Rule,
+    step: int,
+    master: RoleSpec,
+    weight: RoleSpec,
+    control: Tensor,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Apply one optimizer step to parameters that share a rule.
+
+    Args:
+        parameters: what to update, in place; without `Parameter.weight`.
+        rule: the optimizer's arithmetic.
+        step: 1 for the first update that is applied, and so on.
+        master: how the FP32 result is rounded to the master.
+        weight: not used here.
+        control: what `gradient_control` gave; on a non-finite gradient nothing changes.
+        scale: the loss scale.
+        seed: key of the random bits.
+
+    Raises:
+        ValueError: a tensor's device, dtype or layout does not fit, or FP32 masters; nothing was changed.
+    """
+    if master.is_identity:
+        raise ValueError(f"master.format: got {master.format}, expected one that rounds")
+    bad, factor, _ = control.tolist()
+    if bad:
+        return
+    table, count = _table(parameters, ordered=master.rounding == "stochastic")
+    adam = rule.name != "sgd"
+    native = _Rule(
+        kind=_KINDS[rule.name],
+        nesterov=rule.nesterov,
+        first=step == 1,
+        scale=scale,
+        factor=factor,
+        rate=-rule.lr / (1 - rule.momentum**step) if adam else -rule.lr,
+        decay=1 - rule.lr * rule.weight_decay if rule.name == "adamw" else rule.weight_decay,
+        momentum=1 - rule.momentum if adam else rule.momentum,
+        beta2=rule.beta2,
+        rest2=1 - rule.beta2,
+        root2=math.sqrt(1 - rule.beta2**step),
+        eps=rule.eps,
+    )
+    address = format_address(master.float_format, master.rounding, master.overflow, master.subnormal_rounding)
+    _library().fp8repro_update(table, count, ctypes.byref(native), address, seed, torch.get_num_threads())
+
+
+def _table(parameters: Sequence[Parameter], ordered: bool = False) -> tuple[Any, int]:
+    """The parameters as update.cpp reads them, and how many there are; empty ones are left out."""
+    columns: list[int] = []
+    for p in parameters:
+        if not p.master.numel():
+            continue
+        layout = _check(p)
+        states = [t.data_ptr() for t in p.state] + [0] * (2 - len(p.state))
+        updated = 0 if p.updated is None else p.updated.data_ptr()
+        where = layout if ordered else (1, 0, p.master.numel())
+        stream = p.master_stream - (p.master_stream >> 63 << 64)  # the same 64 bits with a sign
+        columns += (p.grad.data_ptr(), p.master.data_ptr(), *states, updated, stream, _TYPES[p.master.dtype], *where)
+    return (ctypes.c_int64 * len(columns))(*columns), len(columns) // _COLUMNS
+
+
+def _check(p: Parameter) -> tuple[int, int, int]:
+    """The master's layout, if all else fits it."""
+    layout = _layout(p.master)
+    if p.master.device.type != "cpu" or p.master.dtype not in _TYPES or layout is None:
+        given = f"{p.master.dtype}, strides {p.master.stride()}, on {p.master.device}"
+        raise ValueError(f"master: got {given}, expected a dense tensor of 16 or 32 bits on the CPU")
+    others = [("grad", p.grad), *(("state", t) for t in p.state)]
+    for name, tensor in [*others, ("updated", p.updated)]:
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.float32 or tensor.shape != p.master.shape or tensor.stride() != p.master.stride():
+            given = f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+            place = f"shape {tuple(p.master.shape)}, strides {p.master.stride()}"
+            raise ValueError(f"{name}: got {given}, expected torch.float32 of {place}")
+    return layout
+
+
+def _layout(t: Tensor) -> tuple[int, int, int] | None:
+    """(matrices, rows, columns) of a dense tensor whose elements lie in another order than they count in.
+
+    (1, 0, elements) where the orders are the same; None when it is not dense.
+    """
+    if t.is_contiguous():
+        return 1, 0, t.numel()
+    kernel, arguments = plan(tuple(t.shape), t.stride(), (), False, True)
+    if kernel == "linear":
+        return 1, 0, t.numel()
+    return arguments if kernel == "transposed" else None  # type: ignore[return-value]
