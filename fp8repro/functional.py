@@ -230,9 +230,91 @@ def conv2d_op(geometry: Conv2dGeometry) -> Op:
     )
 
 
+@dataclass
+class GatheredGradient:
+    """The gradient of a weight that a forward pass uses many times: one product over all uses, rounded once.
+
+    Attributes:
+        weight, bias: what the uses multiply and add; their gradients come from here.
+        inputs, errors: codes of both operands, of each use whose backward pass has run.
+    """
+
+    site: Site
+    training: bool
+    weight: Tensor = field(default_factory=lambda: torch.empty(0))
+    bias: Tensor | None = None
+    inputs: list[Tensor] = field(default_factory=list)
+    errors: list[Tensor] = field(default_factory=list)
+    call: int = 0
+    formats: tuple[FloatFormat, FloatFormat] | None = None
+
+    def add(self, x: Tensor, error: Operand, x_format: FloatFormat, call: int) -> None:
+        """Note one use."""
+        self.inputs.append(x.flatten(0, -2))
+        self.errors.append(error.codes.flatten(0, -2))
+        self.call, self.formats = call, (x_format, error.fmt)
+
+    def products(self, needs_weight: bool, needs_bias: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight and bias over all uses, which are then forgotten."""
+        if self.formats is None:
+            return None, None
+        x, error = (
+            Operand(_join(codes), fmt) for codes, fmt in zip((self.inputs, self.errors), self.formats, strict=True)
+        )
+        self.inputs, self.errors, self.formats = [], [], None
+        weight = None
+        if needs_weight:
+            products.announce(self.site.name, "gradient", error, x)
+            multiply = lambda backend: backend.linear_gradient(error, x)  # noqa: E731
+            weight = self.site.product(multiply, "gradient", "weight_gradient", self.call, self.training)
+        return weight, error.decoded().sum(0) if needs_bias else None
+
+
+def _join(codes: list[Tensor]) -> Tensor:
+    """Matrices of codes, one under the other."""
+    dtype = codes[0].dtype
+    return torch.cat([c.view(torch.uint8) for c in codes]).view(dtype) if dtype.itemsize == 1 else torch.cat(codes)
+
+
+@torch.compiler.disable(reason="what it gathers lives outside of the graph")
+def gather_gradient(weight: Tensor, bias: Tensor | None, site: Site, training: bool) -> GatheredGradient | None:
+    """For uses of a weight from here on; None where each use has a gradient (or a scale) of its own."""
+    scaled = any(site.spec(role, training).scaling != "none" for role in ("activation", "error"))
+    if scaled or not (torch.is_grad_enabled() and weight.requires_grad):
+        return None
+    gathered = GatheredGradient(site, training)
+    gathered.weight, gathered.bias = _Gather.apply(weight, bias, gathered)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    """Its backward pass runs when that of every use has."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor | None, gathered: GatheredGradient
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.gathered = gathered
+        return weight.view_as(weight), None if bias is None else bias.view_as(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        return (*ctx.gathered.products(*ctx.needs_input_grad[:2]), None)
+
+
 # A compiler would take a step's random streams for constants; it gets what lies between the products.
 @torch.compiler.disable(reason="random streams are named on the host at every call")
-def quantized_product(a: Tensor, b: Tensor, bias: Tensor | None, site: Site, op: Op, training: bool) -> Tensor:
+def quantized_product(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    site: Site,
+    op: Op,
+    training: bool,
+    gathered: GatheredGradient | None = None,
+) -> Tensor:
     """Multiply under a recipe (paper, section 3 and figure 1).
 
     Args:
@@ -242,20 +324,30 @@ def quantized_product(a: Tensor, b: Tensor, bias: Tensor | None, site: Site, op:
         site: the layer's place in the recipe.
         op: `LINEAR`, `MATMUL` or a `conv2d_op`.
         training: False rounds everything to nearest.
+        gathered: what makes the gradients of `b` and the bias, instead of this product.
 
     Returns:
         FP32 tensor, rounded to the activation role's format where the recipe rounds outputs.
     """
-    result: Tensor = _QuantizedProduct.apply(a, b, bias, site, op, training)
+    result: Tensor = _QuantizedProduct.apply(a, b, bias, site, op, training, gathered)
     return result
 
 
 class _QuantizedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, site: Site, op: Op, training: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        site: Site,
+        op: Op,
+        training: bool,
+        gathered: GatheredGradient | None,
+    ) -> Tensor:
         call = site.next_call()
         # The layout that backward multiplies; a weight is kept for the whole step.
-        turn_a, turn_b = op.turn and ctx.needs_input_grad[1], op.turn and training
+        turn_a, turn_b = op.turn and ctx.needs_input_grad[1] and gathered is None, op.turn and training
         qa = site.operand(a, "activation", "input", call, training, turn_a)
         qb = (
             site.weight(b, training, turn_b)
@@ -273,7 +365,7 @@ class _QuantizedProduct(torch.autograd.Function):
         ctx.save_for_backward(qa.codes if qa.turned is None else qa.turned, None if op.b_is_weight else qb.codes)
         ctx.turned = qa.turned is not None
         ctx.formats = ((qa.fmt, qa.scale), (qb.fmt, qb.scale))
-        ctx.site, ctx.op, ctx.call, ctx.training = site, op, call, training
+        ctx.site, ctx.op, ctx.call, ctx.training, ctx.gathered = site, op, call, training, gathered
         return result
 
     @staticmethod
@@ -283,15 +375,21 @@ class _QuantizedProduct(torch.autograd.Function):
         codes_a, codes_b = ctx.saved_tensors
         (format_a, scale_a), (format_b, scale_b) = ctx.formats
         needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
+        gathered: GatheredGradient | None = ctx.gathered
         qb = ctx.weight or Operand(codes_b, format_b, scale_b)
         turned = codes_a if ctx.turned else None
         codes_a = codes_a if turned is None else turned.t()
-        error = site.operand(grad, "error", "output_error", call, training, op.turn and needs_a and needs_b)
+        error = site.operand(
+            grad, "error", "output_error", call, training, op.turn and needs_a and needs_b and not gathered
+        )
         grad_a = grad_b = grad_bias = None
         if needs_a:
             products.announce(site.name, "error", error, qb)
             role = "error" if site.round_input_errors else None
             grad_a = site.product(lambda b: op.grad_a(b, error, qb, codes_a), role, "input_error", call, training)
+        if gathered is not None:
+            gathered.add(codes_a, error, format_a, call)
+            return grad_a, *[None] * 7
         if needs_b:
             qa = Operand(codes_a, format_a, scale_a, turned=turned)
             products.announce(site.name, "gradient" if op.b_is_weight else "error", error, qa)
@@ -302,4 +400,4 @@ class _QuantizedProduct(torch.autograd.Function):
             values = error.decoded() if error.values is None else error.values
             dims = op.bias_dims or tuple(range(values.dim() - 1))
             grad_bias = values.sum(dims, dtype=torch.float32)
-        return grad_a, grad_b, grad_bias, None, None, None
+        return grad_a, grad_b, grad_bias, *[None] * 5

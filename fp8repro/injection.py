@@ -16,12 +16,17 @@ from fp8repro.backends import select_backend
 from fp8repro.context import StepContext
 from fp8repro.errors import UserError
 from fp8repro.functional import Site
-from fp8repro.layers import FP8Conv2d, FP8Linear, FP8MatMul, MasterEmbedding
-from fp8repro.models.layers import MatMul
+from fp8repro.layers import FP8Conv2d, FP8Linear, FP8MatMul, FP8RepeatedLinear, MasterEmbedding
+from fp8repro.models.layers import MatMul, RepeatedLinear
 from fp8repro.normalization import FusedBatchNorm2d, fuse_normalizations, use_kernels
 from fp8repro.recipe import AUTO, ROLES, Recipe, RoleSpec, load_recipe
 
-CONVERTED = {nn.Linear: FP8Linear, nn.Conv2d: FP8Conv2d, MatMul: FP8MatMul}
+CONVERTED = {
+    nn.Linear: FP8Linear,
+    RepeatedLinear: FP8RepeatedLinear,
+    nn.Conv2d: FP8Conv2d,
+    MatMul: FP8MatMul,
+}
 OPERAND_ROLES = ROLES[:4]
 # Modules with parameters, or products, that stay as they are; everything else without parameters is not worth a line.
 _LEFT: tuple[tuple[type[nn.Module], str], ...] = (

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp8repro.functional import LINEAR, MATMUL, Op, Site, conv2d_op, quantized_product
+from fp8repro.functional import (
+    LINEAR,
+    MATMUL,
+    GatheredGradient,
+    Op,
+    Site,
+    conv2d_op,
+    gather_gradient,
+    quantized_product,
+)
 from fp8repro.models.layers import MatMul
 from fp8repro.products import Conv2dGeometry
 
@@ -23,6 +34,21 @@ class FP8Linear(nn.Linear):
         x = input if input.dim() > 1 else input.unsqueeze(0)
         result = quantized_product(x, self.weight, self.bias, self.site, LINEAR, self.training)
         return result if input.dim() > 1 else result.squeeze(0)
+
+
+class FP8RepeatedLinear(FP8Linear):
+    """`RepeatedLinear` under a recipe: one weight gradient for all calls of a forward pass, rounded once."""
+
+    def repeated(self) -> Callable[[Tensor], Tensor]:
+        """The layer for one forward pass; call what is returned as the layer itself."""
+        gathered = gather_gradient(self.weight, self.bias, self.site, self.training)
+        return self if gathered is None else partial(self, gathered=gathered)
+
+    def forward(self, input: Tensor, gathered: GatheredGradient | None = None) -> Tensor:
+        """[..., in_features] -> [..., out_features], FP32; `gathered` takes the weight's and the bias' gradients."""
+        if gathered is None:
+            return super().forward(input)
+        return quantized_product(input, gathered.weight, gathered.bias, self.site, LINEAR, self.training, gathered)
 
 
 class FP8Conv2d(nn.Conv2d):

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from recording import Recorder, in_set
+from recording import DTYPES, Recorder, in_set
 from torch import Tensor, nn
 
 from fp8repro import products
 from fp8repro.context import StepContext
 from fp8repro.injection import inject, sites
 from fp8repro.master import MasterWeights
-from fp8repro.models.gnmt import gnmt
+from fp8repro.models.gnmt import LSTMLayer, gnmt
+from fp8repro.models.layers import RepeatedLinear
 from fp8repro.models.transformer import transformer
 from fp8repro.recipe import ROLES, Recipe, RoleSpec, load_recipe
 from fp8repro.training.translation import smoothed_loss
@@ -71,8 +72,9 @@ def check_training(name: str, recipe: Recipe) -> None:
     """Record two training steps; every operand, result, gradient and master must lie in its format's set."""
     model, masters = build(name, recipe)
     converted = sites(model)
-    assert set(converted) == {n for n, m in model.named_modules() if type(m).__name__ in ("FP8Linear", "FP8MatMul")}
-    assert not [n for n, m in model.named_modules() if type(m) in (nn.Linear, nn.LSTM)]
+    fp8 = ("FP8Linear", "FP8RepeatedLinear", "FP8MatMul")
+    assert set(converted) == {n for n, m in model.named_modules() if type(m).__name__ in fp8}
+    assert not [n for n, m in model.named_modules() if type(m) in (nn.Linear, RepeatedLinear, nn.LSTM)]
     calls: Counter[str] = Counter()
     results: list[tuple[str, Tensor]] = []
     for layer in converted:
@@ -106,8 +108,9 @@ def check_training(name: str, recipe: Recipe) -> None:
             assert in_set(tensor, "fp16" if layer == output_layer(name) else "e5m2"), layer
         for layer in converted:
             weight = getattr(model.get_submodule(layer), "weight", None)
-            # A weight that is used once a step holds that one rounded gradient; a recurrent one holds a sum of them.
-            if weight is not None and calls[f"{layer} gradient"] == 1:
+            # A recurrent weight's too: one product over all time steps, rounded once.
+            if weight is not None:
+                assert calls[f"{layer} gradient"] == 1
                 tied = layer == output_layer(name) and name == "transformer"
                 assert tied or in_set(weight.grad, "fp16" if layer == output_layer(name) else "e5m2"), layer
         assert masters.step(SCALE)
@@ -144,7 +147,8 @@ def test_the_recurrent_and_attention_products_are_among_them(name: str) -> None:
         assert seen["decoder.layers.2.input_gates", "forward"] == 1
         assert seen["decoder.layers.2.hidden_gates", "forward"] == 4
         assert seen["encoder.bidirectional.backward_layer.hidden_gates", "forward"] == 5
-        assert seen["decoder.layers.2.hidden_gates", "gradient"] == 4
+        # The weight's gradient sums over all steps.
+        assert seen["decoder.layers.2.hidden_gates", "gradient"] == 1
         # The first state is zero and asks for no gradient.
         assert seen["decoder.layers.2.hidden_gates", "error"] == 3
         assert seen["decoder.attention.score", "error"] == 2
@@ -179,8 +183,6 @@ def test_no_two_roundings_share_random_bits(name: str, monkeypatch: pytest.Monke
 
 def test_equal_time_steps_are_rounded_differently() -> None:
     """An LSTM fed the same input at every step: its recurrent errors would be equal if the steps shared bits."""
-    from fp8repro.models.gnmt import LSTMLayer
-
     torch.manual_seed(0)
     layer = nn.Sequential(LSTMLayer(8, 64))
     recipe = replace(load_recipe("fp8_stochastic"), exempt=())
@@ -204,6 +206,64 @@ def test_equal_time_steps_are_rounded_differently() -> None:
             # Each value lies between its two neighbours: about half of them agree by chance.
             differing = (rounded[first] != rounded[second]).float().mean().item()
             assert 0.2 < differing < 0.6
+
+
+def recurrent_step(recipe: Recipe, sequences: int = 1) -> tuple[LSTMLayer, list[tuple[str, tuple[Tensor, ...]]]]:
+    """One backward pass through an LSTM over `sequences` sequences; its recurrent operands, decoded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(LSTMLayer(8, 24, init_range=0.4))
+    inject(model, replace(recipe, exempt=()), StepContext(seed=1), backend="emulate")
+    MasterWeights(model, torch.optim.SGD(model.parameters(), 0.1), recipe)
+    model.fp8_context.begin(0)  # type: ignore[union-attr,operator]
+    seen: list[tuple[str, tuple[Tensor, ...]]] = []
+
+    def keep(layer: str, product: str, operands: tuple[products.Operand, ...]) -> None:
+        if layer.endswith("hidden_gates") and product == "gradient":
+            seen.append((layer, tuple(o.decoded().clone() for o in operands)))
+
+    outputs = [model(torch.randn(7, 3, 8))[0] for _ in range(sequences)]
+    with products.observe(keep):
+        sum((out.sin().sum() for out in outputs), torch.zeros(())).mul(64.0).backward()
+    return model[0], seen
+
+
+def test_a_recurrent_weights_gradient_is_one_product_over_the_sequence_rounded_once() -> None:
+    nearest = replace(load_recipe("fp8"), gradient=RoleSpec("e5m2", "nearest"))
+    layer, seen = recurrent_step(nearest)
+    ((_, (error, x)),) = seen
+    assert error.shape == (7 * 3, 4 * 24)
+    assert x.shape == (7 * 3, 24)
+    exact = error.double().t() @ x.double()
+    rounded = torch.from_numpy(exact.float().numpy().astype(DTYPES["e5m2"]).astype("float32"))
+    grad = layer.hidden_gates.weight.grad
+    # A sum in FP32 may fall on the other side of a tie.
+    assert (grad != rounded).float().mean() < 1e-3
+    torch.testing.assert_close(layer.hidden_gates.bias.grad.double(), error.double().sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_each_sequence_has_a_recurrent_gradient_of_its_own() -> None:
+    layer, seen = recurrent_step(load_recipe("fp8"), sequences=2)
+    assert [operands[0].shape[0] for _, operands in seen] == [21, 21]
+    exact = sum(error.double().t() @ x.double() for _, (error, x) in seen)
+    # Two roundings to a quarter of the value at most.
+    assert (layer.hidden_gates.weight.grad.double() - exact).norm() < 0.2 * exact.norm()
+
+
+def test_scaled_operands_keep_a_gradient_for_every_time_step() -> None:
+    scaled = replace(load_recipe("fp8"), error=RoleSpec("e5m2", scaling="tensor"))
+    layer, seen = recurrent_step(scaled)
+    assert len(seen) == 7
+    exact = sum(error.double().t() @ x.double() for _, (error, x) in seen)
+    assert (layer.hidden_gates.weight.grad.double() - exact).norm() < 0.2 * exact.norm()
+
+
+def test_hooks_see_every_time_step_of_a_recurrent_product() -> None:
+    model = nn.Sequential(LSTMLayer(8, 24))
+    inject(model, replace(load_recipe("fp8"), exempt=()), StepContext(seed=1), backend="emulate")
+    shapes: list[torch.Size] = []
+    model[0].hidden_gates.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
+    model(torch.randn(5, 3, 8))
+    assert shapes == [torch.Size((3, 96))] * 5
 
 
 def test_evaluation_rounds_to_nearest_and_repeats_itself() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fp8repro.config import build_dataclass
 from fp8repro.errors import UserError
-from fp8repro.models.layers import MatMul
+from fp8repro.models.layers import MatMul, RepeatedLinear
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class LSTMLayer(nn.Module):
         super().__init__()
         self.width = width
         self.input_gates = nn.Linear(input_width, 4 * width)
-        self.hidden_gates = nn.Linear(width, 4 * width)
+        self.hidden_gates = RepeatedLinear(width, 4 * width)
         for parameter in (self.input_gates.weight, self.input_gates.bias, self.hidden_gates.weight):
             nn.init.uniform_(parameter, -init_range, init_range)
         nn.init.zeros_(self.hidden_gates.bias)
@@ -102,9 +102,10 @@ class LSTMLayer(nn.Module):
             state = (zeros, zeros)
         hidden, cell = state
         outputs = []
+        hidden_gates = self.hidden_gates.repeated()
         for gates in self.input_gates(x).unbind(0):
             # Under autocast the products are narrower than the state, which must not lose precision from step to step.
-            total = (gates + self.hidden_gates(hidden)).to(cell.dtype)
+            total = (gates + hidden_gates(hidden)).to(cell.dtype)
             hidden, cell = _LSTMCell.apply(total, cell)
             outputs.append(hidden)
         return torch.stack(outputs), (hidden, cell)

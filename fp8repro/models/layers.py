@@ -6,6 +6,7 @@ Products are modules of their own so that they can be swapped; nothing here may 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import torch
@@ -18,6 +19,17 @@ class MatMul(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """[..., M, K] @ [..., K, N] -> [..., M, N]."""
         return torch.matmul(a, b)
+
+
+class RepeatedLinear(nn.Linear):
+    """`nn.Linear` that a forward pass calls many times, as a recurrent product is once a time step.
+
+    A type of its own, so that what the calls share (the weight, and the sum of its gradients) can be reached.
+    """
+
+    def repeated(self) -> Callable[[Tensor], Tensor]:
+        """What stands for the layer in all calls of one forward pass over a sequence."""
+        return self
 
 
 class AttentionProduct(nn.Module):
