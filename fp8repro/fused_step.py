@@ -174,19 +174,20 @@ def _with_state(
     names: tuple[str, ...] = _STATES[type(optimizer)]
     if type(optimizer) is torch.optim.SGD and not group["momentum"]:
         names = ()
+    states = [optimizer.state[p] if names else {} for p, _ in pairs]
+    fresh = [any(state.get(name) is None for name in names) for state in states]
+    for (p, _), state in ((pair, state) for pair, state, new in zip(pairs, states, fresh, strict=True) if new):
+        # Made where torch would make it, at the first step.
+        state.update({name: torch.zeros_like(p.data, dtype=torch.float32) for name in names})
+    if type(optimizer) is torch.optim.SGD:
+        # SGD keeps no count; all that matters is whether the momentum starts here.
+        steps = [1 if new else 2 for new in fresh]
+    else:
+        counts = [state.setdefault("step", torch.zeros((), dtype=torch.float32)) for state in states]
+        torch._foreach_add_(counts, 1)
+        steps = [int(count) for count in torch.stack(counts).tolist()] if counts else []
     by_step: dict[int, list[Parameter]] = {}
-    for p, parameter in pairs:
-        state = optimizer.state[p] if names else {}
-        fresh = any(state.get(name) is None for name in names)
-        for name in names if fresh else ():
-            # Made where torch would make it, at the first step.
-            state[name] = torch.zeros_like(p.data, dtype=torch.float32)
-        if type(optimizer) is torch.optim.SGD:
-            # SGD keeps no count; all that matters is whether the momentum starts here.
-            step = 1 if fresh else 2
-        else:
-            state["step"] = state.get("step", torch.zeros((), dtype=torch.float32)) + 1
-            step = int(state["step"])
+    for (_, parameter), state, step in zip(pairs, states, steps, strict=True):
         by_step.setdefault(step, []).append(replace(parameter, state=tuple(state[name] for name in names)))
     return by_step
 

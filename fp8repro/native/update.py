@@ -146,13 +146,12 @@ def _check(p: Parameter) -> tuple[int, int, int]:
     if p.master.device.type != "cpu" or p.master.dtype not in _TYPES or layout is None:
         given = f"{p.master.dtype}, strides {p.master.stride()}, on {p.master.device}"
         raise ValueError(f"master: got {given}, expected a dense tensor of 16 or 32 bits on the CPU")
+    shape, strides = p.master.shape, p.master.stride()
     others = [("grad", p.grad), *(("state", t) for t in p.state)]
-    for name, tensor in [*others, ("updated", p.updated)]:
-        if tensor is None:
-            continue
-        if tensor.dtype != torch.float32 or tensor.shape != p.master.shape or tensor.stride() != p.master.stride():
+    for name, tensor in others if p.updated is None else [*others, ("updated", p.updated)]:
+        if tensor.dtype != torch.float32 or tensor.shape != shape or tensor.stride() != strides:
             given = f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}"
-            place = f"shape {tuple(p.master.shape)}, strides {p.master.stride()}"
+            place = f"shape {tuple(shape)}, strides {strides}"
             raise ValueError(f"{name}: got {given}, expected torch.float32 of {place}")
     return layout
 

@@ -1,0 +1,125 @@
+"""Where an FP8 step's time goes on a CPU: `python scripts/step_profile.py transformer [--out FILE]`.
+
+Prints, as Markdown, the roundings of a step by kind, with what they would take at the quantizer's own best speed, and
+what the step's Python takes: the same layers on two tokens or pixels, where there is nothing to compute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fp8repro import native
+from fp8repro.bench import step as bench
+from fp8repro.bench.cpu import PINNING, interleaved_medians
+from fp8repro.formats import E5M2
+from fp8repro.native.memory import keep_freed_memory
+
+STEPS = 8
+SMALL: dict[str, dict[str, Any]] = {
+    "transformer": {"encoder_layers": 4, "decoder_layers": 4, "width": 16, "ffn_width": 16, "heads": 4},
+    "gnmt": {"layers": 4, "width": 16},
+}
+
+
+def best_speeds() -> dict[str, float]:
+    """Nanoseconds a value of the quantizer by rounding: 10^6 FP32 values in cache to FP32 values, in place."""
+    x = torch.randn(10**6)
+
+    def call(rounding: str) -> Callable[[], object]:
+        return lambda: native.round_into(x, E5M2, rounding, "inf", 1, 2, "same", x, None, None)
+
+    medians = interleaved_medians({rounding: call(rounding) for rounding in ("nearest", "stochastic")}, 200)
+    # Once rounded, the values stay as they are: what a rounding takes does not depend on them.
+    return medians
+
+
+def roundings(step: Callable[[], object]) -> dict[tuple[str, str, str], list[float]]:
+    """(format, rounding, outputs) -> calls, values and seconds of one step."""
+    kinds: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0, 0.0])
+    real = native.round_into
+
+    def timed(x: Any, fmt: Any, rounding: str, *rest: Any) -> None:
+        start = time.perf_counter()
+        real(x, fmt, rounding, *rest)
+        seconds = time.perf_counter() - start
+        values, codes = rest[4:6]
+        outputs = [] if values is None else ["in place" if values is x else "values"]
+        entry = kinds[fmt.name, rounding, " and ".join(outputs + ([] if codes is None else ["codes"]))]
+        for index, amount in enumerate((1, x.numel(), seconds)):
+            entry[index] += amount / STEPS
+
+    native.round_into = timed
+    try:
+        for _ in range(STEPS):
+            step()
+    finally:
+        native.round_into = real
+    return kinds
+
+
+def python_ms(model: str) -> dict[str, float]:
+    """Milliseconds of a step with nothing to compute."""
+    sizes, batches, vocabulary = bench.SIZES[model], bench.BATCHES[model], bench.VOCABULARY
+    bench.SIZES[model], bench.BATCHES[model], bench.VOCABULARY = SMALL[model], (1, 2), 16
+    try:
+        work = {name: bench.training_step(model, name) for name in ("fp32", "fp8")}
+        return interleaved_medians(work, 20)
+    finally:
+        bench.SIZES[model], bench.BATCHES[model], bench.VOCABULARY = sizes, batches, vocabulary
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=tuple(bench.BARS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="file that receives the table, too")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    model = options.model
+    work = {
+        "fp32": bench.training_step(model, "fp32"),
+        "emulate": bench.training_step(model, "fp8", "emulate"),
+    }
+    medians = interleaved_medians(work, 10)
+    kinds, speeds = roundings(work["emulate"]), best_speeds()
+    lines = [
+        f"# Where the time of {model}'s FP8 step goes, FP32 products",
+        "",
+        f"FP32 step {medians['fp32']:.0f} ms, FP8 step {medians['emulate']:.0f} ms, {options.threads} threads, "
+        f"torch {torch.__version__}. `scripts/step_profile.py {model}`.",
+        "",
+        "| format | rounding | outputs | calls | 10^6 values | ms | ms at the quantizer's best speed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    totals = [0.0, 0.0, 0.0, 0.0]
+    for (fmt, rounding, outputs), (calls, values, seconds) in sorted(kinds.items(), key=lambda item: -item[1][2]):
+        best = values * speeds[rounding] / 1e6
+        row = (calls, values / 1e6, seconds * 1e3, best)
+        totals = [a + b for a, b in zip(totals, row, strict=True)]
+        lines.append(f"| {fmt} | {rounding} | {outputs} | {calls:.0f} | {row[1]:.1f} | {row[2]:.1f} | {best:.1f} |")
+    lines.append(f"| all | | | {totals[0]:.0f} | {totals[1]:.1f} | {totals[2]:.1f} | {totals[3]:.1f} |")
+    if model in SMALL:
+        python = python_ms(model)
+        lines += ["", f"With nothing to compute, FP32 takes {python['fp32']:.1f} ms, FP8 {python['fp8']:.1f} ms."]
+    page = "\n".join(lines) + "\n"
+    print(page)
+    if options.out:
+        options.out.write_text(page)
+
+
+if __name__ == "__main__":
+    if any(os.environ.get(key) != value for key, value in PINNING.items()):
+        # The runtime of the threads reads its settings when it is loaded.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **PINNING})
+    main()
