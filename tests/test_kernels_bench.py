@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,8 @@ def test_without_a_gpu():
     with pytest.raises(UserError, match="got no CUDA device"):
         main([])
     script = Path(__file__).parents[1] / "scripts" / "gpu_check.sh"
-    done = subprocess.run([script], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+    done = subprocess.run([script], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (2, "gpu_check: got no CUDA device, expected one\n")
 
 
