@@ -36,7 +36,7 @@ class Site:
         roles: role -> rounding ("weight", "activation", "error", "gradient").
         context: where the run stands.
         backend: what multiplies.
-        round_outputs, round_input_errors: see `Recipe`.
+        round_outputs, round_input_errors, recurrent_gradients: see `Recipe`.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Site:
     backend: Backend
     round_outputs: bool = True
     round_input_errors: bool = True
+    recurrent_gradients: str = "step"
     _call: int = 0
     _generation: int = -1
     _weight: Operand | None = None
@@ -280,7 +281,8 @@ def _join(codes: list[Tensor]) -> Tensor:
 def gather_gradient(weight: Tensor, bias: Tensor | None, site: Site, training: bool) -> GatheredGradient | None:
     """For uses of a weight from here on; None where each use has a gradient (or a scale) of its own."""
     scaled = any(site.spec(role, training).scaling != "none" for role in ("activation", "error"))
-    if scaled or not (torch.is_grad_enabled() and weight.requires_grad):
+    wanted = site.recurrent_gradients == "sequence" and torch.is_grad_enabled() and weight.requires_grad
+    if scaled or not wanted:
         return None
     gathered = GatheredGradient(site, training)
     gathered.weight, gathered.bias = _Gather.apply(weight, bias, gathered)

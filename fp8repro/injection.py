@@ -120,9 +120,8 @@ def inject(
         for name in candidates:
             if recipe.attention_products or type(modules[name]) is not MatMul:
                 roles = _roles(recipe, name in exempt)
-                _convert(
-                    modules[name], Site(name, roles, context, products, recipe.round_outputs, recipe.round_input_errors)
-                )
+                options = (recipe.round_outputs, recipe.round_input_errors, recipe.recurrent_gradients)
+                _convert(modules[name], Site(name, roles, context, products, *options))
         for module in modules.values():
             if type(module) is nn.Embedding:
                 module.__class__ = MasterEmbedding

@@ -70,6 +70,8 @@ class Recipe:
         exempt_roles: the exempt layers' own rounding, for all their roles but the master.
         autocast: "bf16" to run torch's autocast instead of injected layers, else "none".
         accumulate: how a real FP8 product accumulates: "promoted" or "fp16_mma".
+        recurrent_gradients: the gradient of a weight that is used at every time step is rounded at each "step" and the
+            parts summed in FP32, or summed over the "sequence" in one product and rounded once: faster, but noisier.
     """
 
     name: str = "fp8"
@@ -86,6 +88,7 @@ class Recipe:
     exempt_roles: RoleSpec = RoleSpec(format="fp16")
     autocast: str = "none"
     accumulate: str = "promoted"
+    recurrent_gradients: str = "step"
 
     @property
     def converts(self) -> bool:
@@ -117,6 +120,7 @@ def recipe_from_mapping(values: Mapping[str, Any], setting: str = "precision") -
     recipe = Recipe(**arguments)
     _one_of(f"{setting}.autocast", recipe.autocast, ("none", "bf16"))
     _one_of(f"{setting}.accumulate", recipe.accumulate, ACCUMULATIONS)
+    _one_of(f"{setting}.recurrent_gradients", recipe.recurrent_gradients, ("step", "sequence"))
     return recipe
 
 

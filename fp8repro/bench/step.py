@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work["fp32, optimizer fused"] = training_step(model, "fp32", fused=True)
     for precision in options.precisions.split(","):
         work[precision] = training_step(model, precision)
-    work["fp8, backend=emulate"] = training_step(model, "fp8", "emulate")
+        work[f"{precision}, backend=emulate"] = training_step(model, precision, "emulate")
     fast, slow = BARS[model]
     bars = {"fp8": fast, "fp8, backend=emulate": slow}
     if model == "transformer" and find_spec("fairseq"):
