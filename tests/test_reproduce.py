@@ -240,6 +240,17 @@ def test_a_run_that_failed_is_not_tried_again_silently(
     assert reproduce(stand_in, "--retry") == (0, ["fp8_scale_1-seed0 again"])
 
 
+def test_a_run_from_before_a_setting_was_recorded_counts_as_one_of_its_default(stand_in: Path) -> None:
+    folder = write_run(stand_in / "runs", "fp8_scale_1")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["precision"].pop("recurrent_gradients", None)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert reproduce(stand_in) == (0, [name for name in C4 if name != "fp8_scale_1-seed0"])
+    config["precision"]["recurrent_gradients"] = "sequence"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert reproduce(stand_in) == (2, [])
+
+
 def test_a_folder_with_another_run_is_refused_before_anything_runs(
     stand_in: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,8 @@ MAX_BYTES = 1_000_000
 MAX_SETTINGS, MAX_NAME = 2_000, 500
 # A line of metrics: the telemetry of a large model takes some hundred kilobytes.
 MAX_LINE = 4_000_000
+# Settings that runs did not always record, with what they were before.
+LATER_SETTINGS = {"precision.recurrent_gradients": "step"}
 # Settings that leave a run's result as it is, as long as it rolled nothing back.
 NO_EFFECT = (
     "backend",
@@ -114,7 +116,7 @@ def read_failures(roots: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a configuration's plain values that decide a result, flat, seed left out."""
-    return {key: value for key, value in _flat(config).items() if key not in NO_EFFECT}
+    return {key: value for key, value in {**LATER_SETTINGS, **_flat(config)}.items() if key not in NO_EFFECT}
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
