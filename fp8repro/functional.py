@@ -235,15 +235,14 @@ def conv2d_op(geometry: Conv2dGeometry) -> Op:
 class GatheredGradient:
     """The gradient of a weight that a forward pass uses many times: one product over all uses, rounded once.
 
+    It must hold no tensor of the graph that holds it: such a circle is never freed.
+
     Attributes:
-        weight, bias: what the uses multiply and add; their gradients come from here.
         inputs, errors: codes of both operands, of each use whose backward pass has run.
     """
 
     site: Site
     training: bool
-    weight: Tensor = field(default_factory=lambda: torch.empty(0))
-    bias: Tensor | None = None
     inputs: list[Tensor] = field(default_factory=list)
     errors: list[Tensor] = field(default_factory=list)
     call: int = 0
@@ -278,15 +277,19 @@ def _join(codes: list[Tensor]) -> Tensor:
 
 
 @torch.compiler.disable(reason="what it gathers lives outside of the graph")
-def gather_gradient(weight: Tensor, bias: Tensor | None, site: Site, training: bool) -> GatheredGradient | None:
-    """For uses of a weight from here on; None where each use has a gradient (or a scale) of its own."""
+def gather_gradient(
+    weight: Tensor, bias: Tensor | None, site: Site, training: bool
+) -> tuple[Tensor, Tensor | None, GatheredGradient] | None:
+    """Weight and bias for all uses of one forward pass, and what makes their gradients.
+
+    None where each use has a gradient (or a scale) of its own.
+    """
     scaled = any(site.spec(role, training).scaling != "none" for role in ("activation", "error"))
     wanted = site.recurrent_gradients == "sequence" and torch.is_grad_enabled() and weight.requires_grad
     if scaled or not wanted:
         return None
     gathered = GatheredGradient(site, training)
-    gathered.weight, gathered.bias = _Gather.apply(weight, bias, gathered)
-    return gathered
+    return *_Gather.apply(weight, bias, gathered), gathered
 
 
 class _Gather(torch.autograd.Function):

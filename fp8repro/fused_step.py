@@ -58,7 +58,11 @@ class Engine(Protocol):
     def gradient_control(
         self, parameters: Sequence[Parameter], scale: float = 1.0, clip_norm: float | None = None
     ) -> Tensor:
-        """FP64 [3]: whether values are not finite (0: none), clipping factor, norm of the unscaled gradient."""
+        """Check and measure the gradients of all parameters, whatever their optimizer groups.
+
+        Returns:
+            FP64 [3]: 0 if all values are finite, clipping factor, norm of the unscaled gradient.
+        """
 
     def update(
         self,
@@ -71,7 +75,21 @@ class Engine(Protocol):
         scale: float = 1.0,
         seed: int = 0,
     ) -> None:
-        """Apply one optimizer step to parameters that share a rule."""
+        """Apply one optimizer step to parameters that share a rule; nothing changes on a non-finite gradient.
+
+        Args:
+            parameters: what to update, in place.
+            rule: the optimizer's arithmetic.
+            step: 1 for the first update that is applied, and so on.
+            master: how the FP32 result is rounded to the master.
+            weight: how the master is rounded to `Parameter.weight`, where there is one.
+            control: what `gradient_control` gave.
+            scale: the loss scale.
+            seed: key of the random bits.
+
+        Raises:
+            ValueError: a tensor's device, dtype or layout does not fit.
+        """
 
 
 _STATES = {torch.optim.SGD: ("momentum_buffer",)} | dict.fromkeys(

@@ -41,14 +41,15 @@ class FP8RepeatedLinear(FP8Linear):
 
     def repeated(self) -> Callable[[Tensor], Tensor]:
         """The layer for one forward pass; call what is returned as the layer itself."""
-        gathered = gather_gradient(self.weight, self.bias, self.site, self.training)
-        return self if gathered is None else partial(self, gathered=gathered)
+        shared = gather_gradient(self.weight, self.bias, self.site, self.training)
+        return self if shared is None else partial(self, shared=shared)
 
-    def forward(self, input: Tensor, gathered: GatheredGradient | None = None) -> Tensor:
-        """[..., in_features] -> [..., out_features], FP32; `gathered` takes the weight's and the bias' gradients."""
-        if gathered is None:
+    def forward(self, input: Tensor, shared: tuple[Tensor, Tensor | None, GatheredGradient] | None = None) -> Tensor:
+        """[..., in_features] -> [..., out_features], FP32; `shared`: see `gather_gradient`."""
+        if shared is None:
             return super().forward(input)
-        return quantized_product(input, gathered.weight, gathered.bias, self.site, LINEAR, self.training, gathered)
+        weight, bias, gathered = shared
+        return quantized_product(input, weight, bias, self.site, LINEAR, self.training, gathered)
 
 
 class FP8Conv2d(nn.Conv2d):

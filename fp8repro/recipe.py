@@ -71,7 +71,7 @@ class Recipe:
         autocast: "bf16" to run torch's autocast instead of injected layers, else "none".
         accumulate: how a real FP8 product accumulates: "promoted" or "fp16_mma".
         recurrent_gradients: the gradient of a weight that is used at every time step is rounded at each "step" and the
-            parts summed in FP32, or summed over the "sequence" in one product and rounded once: faster, but noisier.
+            parts summed in FP32, or summed over the "sequence" in one product and rounded once, which is faster.
     """
 
     name: str = "fp8"

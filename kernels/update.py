@@ -26,16 +26,7 @@ MASTER_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16}
 
 
 def gradient_control(parameters: Sequence[Parameter], scale: float = 1.0, clip_norm: float | None = None) -> Tensor:
-    """Check and measure the gradients of all parameters, without waiting for the result.
-
-    Args:
-        parameters: all parameters of a model, whatever their optimizer groups.
-        scale: the loss scale.
-        clip_norm: largest norm of the unscaled gradient, or None.
-
-    Returns:
-        FP64 [3] on the device: number of non-finite values, clipping factor, norm of the unscaled gradient.
-    """
+    """See `fp8repro.fused_step.Engine`; counts the values that are not finite, and does not wait for the result."""
     partials = []
     for members in _groups(parameters):
         table, chunks = _tables(members)
@@ -63,21 +54,7 @@ def update(
     scale: float = 1.0,
     seed: int = 0,
 ) -> None:
-    """Apply one optimizer step to parameters that share a rule.
-
-    Args:
-        parameters: what to update, in place.
-        rule: the optimizer's arithmetic.
-        step: 1 for the first update that is applied, and so on.
-        master: how the FP32 result is rounded to the master.
-        weight: how the master is rounded to `Parameter.weight`.
-        control: what `gradient_control` gave; on a non-finite gradient nothing changes.
-        scale: the loss scale.
-        seed: key of the random bits.
-
-    Raises:
-        ValueError: a tensor's device, dtype or layout does not fit; nothing was launched.
-    """
+    """See `fp8repro.fused_step.Engine`; launches nothing before all arguments are checked."""
     if rule.name not in ("sgd", "adam", "adamw"):
         raise ValueError(f"rule.name: got {rule.name!r}, expected one of sgd, adam, adamw")
     states = 2 if rule.name != "sgd" else 1 if rule.momentum else 0

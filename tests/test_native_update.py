@@ -218,6 +218,7 @@ def test_hooks_around_the_optimizer_keep_its_own_step() -> None:
         ("grad", {"grad": torch.zeros(4, 4).t()}),
         ("grad", {"grad": torch.zeros(4, 4, dtype=torch.float16)}),
         ("state", {"state": (torch.zeros(4),)}),
+        ("weight", {"weight": torch.zeros(4, 4)}),
         ("updated", {"updated": torch.zeros(4, 4, dtype=torch.float16)}),
     ],
 )

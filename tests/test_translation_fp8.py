@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -256,6 +257,19 @@ def test_scaled_operands_keep_a_gradient_for_every_time_step() -> None:
     assert len(seen) == 7
     exact = sum(error.double().t() @ x.double() for _, (error, x) in seen)
     assert (layer.hidden_gates.weight.grad.double() - exact).norm() < 0.2 * exact.norm()
+
+
+@pytest.mark.parametrize("goes_back", [True, False])
+def test_a_sequences_gradient_dies_with_its_graph(goes_back: bool) -> None:
+    model = nn.Sequential(LSTMLayer(8, 24))
+    inject(model, replace(load_recipe("fp8_sequence"), exempt=()), StepContext(seed=1), backend="emulate")
+    shared = model[0].hidden_gates.repeated()
+    loss = shared(torch.randn(3, 24)).sum()
+    gathered = weakref.ref(shared.keywords["shared"][-1])
+    if goes_back:
+        loss.backward()
+    del shared, loss
+    assert gathered() is None
 
 
 def test_hooks_see_every_time_step_of_a_recurrent_product() -> None:

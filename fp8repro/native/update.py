@@ -55,16 +55,7 @@ def takes(parameters: Sequence[Tensor]) -> bool:
 
 
 def gradient_control(parameters: Sequence[Parameter], scale: float = 1.0, clip_norm: float | None = None) -> Tensor:
-    """Check and measure the gradients of all parameters.
-
-    Args:
-        parameters: all parameters of a model, whatever their optimizer groups.
-        scale: the loss scale.
-        clip_norm: largest norm of the unscaled gradient, or None.
-
-    Returns:
-        FP64 [3]: whether values are not finite (0: none), clipping factor, norm of the unscaled gradient.
-    """
+    """See `fp8repro.fused_step.Engine`; the same sums at any number of threads."""
     table, count = _table(parameters)
     square = _library().fp8repro_sum_of_squares(table, count, torch.get_num_threads())
     # The squares of FP32 values do not overflow in FP64.
@@ -85,21 +76,7 @@ def update(
     scale: float = 1.0,
     seed: int = 0,
 ) -> None:
-    """Apply one optimizer step to parameters that share a rule.
-
-    Args:
-        parameters: what to update, in place; without `Parameter.weight`.
-        rule: the optimizer's arithmetic.
-        step: 1 for the first update that is applied, and so on.
-        master: how the FP32 result is rounded to the master.
-        weight: not used here.
-        control: what `gradient_control` gave; on a non-finite gradient nothing changes.
-        scale: the loss scale.
-        seed: key of the random bits.
-
-    Raises:
-        ValueError: a tensor's device, dtype or layout does not fit, or FP32 masters; nothing was changed.
-    """
+    """See `fp8repro.fused_step.Engine`; writes no next step's weights, and rounds to 16 bit or less."""
     if master.is_identity:
         raise ValueError(f"master.format: got {master.format}, expected one that rounds")
     bad, factor, _ = control.tolist()
@@ -146,6 +123,8 @@ def _check(p: Parameter) -> tuple[int, int, int]:
     if p.master.device.type != "cpu" or p.master.dtype not in _TYPES or layout is None:
         given = f"{p.master.dtype}, strides {p.master.stride()}, on {p.master.device}"
         raise ValueError(f"master: got {given}, expected a dense tensor of 16 or 32 bits on the CPU")
+    if p.weight is not None:
+        raise ValueError("weight: got a tensor, expected None on the CPU")
     shape, strides = p.master.shape, p.master.stride()
     others = [("grad", p.grad), *(("state", t) for t in p.state)]
     for name, tensor in others if p.updated is None else [*others, ("updated", p.updated)]:
