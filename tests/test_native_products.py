@@ -15,7 +15,8 @@ from fp8repro.formats import E4M3, E5M2, FP16, FloatFormat
 from fp8repro.native import products
 from fp8repro.products import Conv2dGeometry, EmulateBackend, Operand
 
-pytestmark = pytest.mark.skipif(not products.available(), reason="no BF16 instructions or no compiler")
+if products.library() is None:
+    pytest.skip("no BF16 instructions or no compiler", allow_module_level=True)
 
 BF16, FP32 = products.Bf16Backend(), EmulateBackend()
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
@@ -32,6 +33,17 @@ CONVOLUTIONS = {
     "wide image": (1, 32, (70, 200), 16, (3, 3), Conv2dGeometry((1, 1), (1, 1))),
     "kernel larger than image": (2, 8, (2, 2), 8, (5, 5), Conv2dGeometry((1, 1), (2, 2))),
 }
+
+
+@pytest.fixture(params=["dot products", "tiles"], autouse=True)
+def kernel(request):
+    """Both kernels where this CPU has both; no operand outlives a test."""
+    default = products.library().tiles
+    if request.param == "tiles" and not default:
+        pytest.skip("no AMX")
+    products.use_tiles(request.param == "tiles")
+    yield request.param
+    products.use_tiles(default)
 
 
 def operand(*shape: int, format: FloatFormat = E5M2, scale: float | None = None, seed: int = 0) -> Operand:
@@ -149,6 +161,17 @@ def test_integers_are_multiplied_exactly():
     assert torch.equal(BF16.linear(qa, qb, None), a @ b.t())
 
 
+@pytest.mark.parametrize("kernel", ["tiles"], indirect=True)
+def test_both_kernels_agree_to_fp32_error_and_say_which_they_are(kernel):
+    results = []
+    for tiles in (False, True):
+        products.use_tiles(tiles)
+        x, w = operand(70, 256), operand(100, 256, seed=1)
+        results.append(BF16.linear(x, w, None))
+        assert products.Bf16Backend().name == ("emulate-amx" if tiles else "emulate-bf16")
+    assert_accurate(results[0], results[1].double(), 256)
+
+
 def test_every_pair_of_finite_codes_is_multiplied_exactly_and_the_others_give_no_number():
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e5m2)
     a, b = Operand(codes.view(256, 1), E5M2), Operand(codes.view(1, 256), E5M2)
@@ -202,16 +225,17 @@ def test_an_empty_batch():
     assert BF16.linear(x, w, None).shape == (0, 4)
 
 
-def test_auto_takes_them_and_a_layer_gives_what_fp32_products_give():
+def test_auto_takes_them_and_a_layer_gives_what_fp32_products_give(kernel, monkeypatch):
+    monkeypatch.setattr(products, "_cpu", lambda: {"vendor_id": ["AuthenticAMD"], "flags": []})
     backend, why = select_backend("auto", torch.device("cpu"), "promoted")
-    assert (backend.name, why) == ("emulate-bf16", "")
+    assert (backend.name, why) == ("emulate-amx" if kernel == "tiles" else "emulate-bf16", "")
     results = []
     for choice in ("auto", "emulate"):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
         recipe = fp8repro.Recipe(exempt=())
         assert fp8repro.inject(model, recipe, fp8repro.StepContext(seed=1), choice).backend == (
-            "emulate-bf16" if choice == "auto" else "emulate"
+            backend.name if choice == "auto" else "emulate"
         )
         x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3), requires_grad=True)
         y = model(x)
@@ -220,3 +244,9 @@ def test_auto_takes_them_and_a_layer_gives_what_fp32_products_give():
     for ours, theirs in zip(*results, strict=True):
         # Sums in another order flip a rounding here and there, each by one E5M2 step of at most a quarter.
         assert float((ours - theirs).norm() / theirs.norm()) < 0.05
+
+
+def test_auto_takes_fp32_products_where_the_cpu_multiplies_bf16_no_faster(kernel, monkeypatch):
+    monkeypatch.setattr(products, "_cpu", lambda: {"vendor_id": ["GenuineIntel"], "flags": []})
+    expected = "emulate-amx" if kernel == "tiles" else "emulate"
+    assert select_backend("auto", torch.device("cpu"), "promoted")[0].name == expected

@@ -1,4 +1,4 @@
-// FP8 bytes to the BF16 layouts that `tiles.h` multiplies. Every value of an FP8 format is exact in BF16.
+// FP8 bytes to the BF16 layouts that `tiles.h` and `amx.h` multiply. Every value of an FP8 format is exact in BF16.
 #pragma once
 
 #include <immintrin.h>
@@ -83,5 +83,37 @@ static inline void decode_transposed(const uint8_t* codes, int64_t stride, int r
             _mm512_storeu_si512(out + (k / 2 + pair) * step, values[0]);
             if (pair + 1 < (some + 1) / 2) _mm512_storeu_si512(out + (k / 2 + pair + 1) * step, values[1]);
         }
+    }
+}
+
+// 16 rows of 32-bit pairs, `step` pairs apart, to 16 rows of their columns.
+static inline void transpose_pairs(const uint32_t* in, int64_t step, uint32_t* out) {
+    __m512i r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(in + i * step);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    // Then quarter q of r[4 i + j] holds column 4 q + j of rows 4 i to 4 i + 3.
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    constexpr int EVEN = 0x88, ODD = 0xdd;  // quarters 0 and 2, 1 and 3, of two registers
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        const __m512i even = _mm512_shuffle_i32x4(r[j], r[4 + j], EVEN);
+        const __m512i even_below = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], EVEN);
+        const __m512i odd = _mm512_shuffle_i32x4(r[j], r[4 + j], ODD);
+        const __m512i odd_below = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], ODD);
+        _mm512_storeu_si512(out + 16 * j, _mm512_shuffle_i32x4(even, even_below, EVEN));
+        _mm512_storeu_si512(out + 16 * (4 + j), _mm512_shuffle_i32x4(odd, odd_below, EVEN));
+        _mm512_storeu_si512(out + 16 * (8 + j), _mm512_shuffle_i32x4(even, even_below, ODD));
+        _mm512_storeu_si512(out + 16 * (12 + j), _mm512_shuffle_i32x4(odd, odd_below, ODD));
     }
 }

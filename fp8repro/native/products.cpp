@@ -1,39 +1,10 @@
 // Products of FP8 operands on CPUs that multiply BF16: bytes are decoded to BF16 while they are packed, multiplied exactly
 // and accumulated in FP32. Every element of a result is summed by one thread in one order, whatever the threads.
 
-#include <algorithm>
-#include <cstdlib>
-
-#include "pack.h"
-#include "parallel.h"
-#include "tiles.h"
+#include "gradient.h"
+#include "products.h"
 
 namespace {
-
-constexpr int64_t CACHE = 1 << 18;  // bytes of a packed block that shall stay in the second-level cache
-constexpr int64_t PANEL_STEP = TILE_COLUMNS * 4;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Memory that is kept for the next product: fresh pages cost more than filling them.
-class Buffer {
-  public:
-    char* reserve(int64_t bytes) {
-        if (bytes > size_) {
-            std::free(data_);
-            size_ = divide_up(bytes + bytes / 4, 4096) * 4096;
-            data_ = (char*)std::aligned_alloc(4096, size_);
-        }
-        return data_;
-    }
-    ~Buffer() { std::free(data_); }
-
-  private:
-    char* data_ = nullptr;
-    int64_t size_ = 0;
-};
-
-thread_local Buffer own_buffer, first_buffer, second_buffer;
 
 // Codes of a matrix and the distances between its rows and columns, of which one is 1.
 struct Matrix {
@@ -45,8 +16,10 @@ struct Matrix {
 
 // ---- Packing ----
 
-// Columns [first, first + width) of a [terms, columns] matrix as a panel: pairs of terms, 64 columns apart.
-void pack_panel(const Matrix& m, int64_t terms, int64_t first, int64_t width, uint32_t* out, const Decoder& decode) {
+// Columns [first, first + width) of a [terms, columns] matrix as a panel: pairs of terms, 64 columns apart, then zeros
+// up to `pairs`.
+void pack_panel(const Matrix& m, int64_t terms, int64_t pairs, int64_t first, int64_t width, uint32_t* out,
+                const Decoder& decode) {
     if (m.column == 1) {
         for (int64_t k = 0; k < terms; k += 2) {
             const uint8_t* second = k + 1 < terms ? m.at(k + 1, first) : nullptr;
@@ -58,13 +31,54 @@ void pack_panel(const Matrix& m, int64_t terms, int64_t first, int64_t width, ui
             decode_transposed(m.at(0, first + j), m.column, some, terms, out + j, TILE_COLUMNS, decode);
         }
     }
+    const int64_t filled = divide_up(terms, 2);
+    std::memset(out + filled * TILE_COLUMNS, 0, (pairs - filled) * PANEL_STEP);
 }
 
 // Rows of a [rows, terms] matrix, each with its pairs of terms in a row.
 struct Rows {
     const char* data;
-    int64_t row_step, pair_step;  // bytes
+    int64_t row_step, pair_step;  // bytes; `pair_step` from block to block for amx.h
 };
+
+constexpr int64_t MOST_PACKED_ROWS = 192;
+
+// The same for amx.h: for each 16 pairs, those of all rows.
+Rows pack_row_blocks(const Matrix& m, int64_t first, int64_t rows, int64_t terms, Buffer& buffer,
+                     const Decoder& decode) {
+    const int64_t blocks = divide_up(terms, 2 * BLOCK_PAIRS), step = round_up(rows, MOST_ROWS) * BLOCK_BYTES;
+    char* out = buffer.reserve(blocks * step);
+    if (m.column == 1) {
+        for (int64_t i = 0; i < rows; ++i) {
+            const uint8_t* codes = m.at(first + i, 0);
+            for (int64_t block = 0; block < blocks; block += 2) {
+                const int64_t k = block * 2 * BLOCK_PAIRS;
+                __m512i values[2];
+                decode(_mm512_maskz_loadu_epi8(first_bytes(terms - k), codes + k), values);
+                char* to = out + block * step + i * BLOCK_BYTES;
+                _mm512_storeu_si512(to, values[0]);
+                if (block + 1 < blocks) _mm512_storeu_si512(to + step, values[1]);
+            }
+        }
+    } else {
+        uint32_t pairs[BLOCK_PAIRS][MOST_PACKED_ROWS];
+        for (int64_t block = 0; block < blocks; ++block) {
+            for (int64_t pair = 0; pair < BLOCK_PAIRS; ++pair) {
+                const int64_t k = 2 * (block * BLOCK_PAIRS + pair);
+                if (k >= terms) {
+                    std::memset(pairs[pair], 0, sizeof pairs[pair]);
+                    continue;
+                }
+                const uint8_t* second = k + 1 < terms ? m.at(first, k + 1) : nullptr;
+                decode_pairs(m.at(first, k), second, rows, pairs[pair], decode);
+            }
+            for (int64_t i = 0; i < rows; i += BLOCK_ROWS) {
+                transpose_pairs(pairs[0] + i, MOST_PACKED_ROWS, (uint32_t*)(out + block * step + i * BLOCK_BYTES));
+            }
+        }
+    }
+    return {out, BLOCK_BYTES, step};
+}
 
 Rows pack_rows(const Matrix& m, int64_t first, int64_t rows, int64_t terms, Buffer& buffer, const Decoder& decode) {
     const int64_t pairs = divide_up(terms, 2);
@@ -92,7 +106,7 @@ struct Gemm {
     int64_t a_batch[2], a_row, a_column;
     int64_t b_batch[2], b_row, b_column;
 
-    int64_t pairs() const { return divide_up(terms, 2); }
+    int64_t pairs() const { return round_up(divide_up(terms, 2), blocks_on ? BLOCK_PAIRS : 1); }
     int64_t panels() const { return divide_up(columns, TILE_COLUMNS); }
     int64_t panel_bytes() const { return pairs() * PANEL_STEP; }
 };
@@ -102,15 +116,17 @@ void pack_right(const Gemm& g, const uint8_t* b, char* out, int threads, const D
         const int64_t panel = item % g.panels(), batch = item / g.panels();
         const int64_t at = batch / g.batches[1] * g.b_batch[0] + batch % g.batches[1] * g.b_batch[1];
         const int64_t first = panel * TILE_COLUMNS;
-        pack_panel({b + at, g.b_row, g.b_column}, g.terms, first, std::min<int64_t>(TILE_COLUMNS, g.columns - first),
-                   (uint32_t*)(out + item * g.panel_bytes()), decode);
+        pack_panel({b + at, g.b_row, g.b_column}, g.terms, g.pairs(), first,
+                   std::min<int64_t>(TILE_COLUMNS, g.columns - first), (uint32_t*)(out + item * g.panel_bytes()),
+                   decode);
     });
 }
 
 void gemm(const Gemm& g, const uint8_t* a, const char* panels, const float* bias, float* out, int threads,
           const Decoder& decode) {
-    const int64_t fitting = CACHE / (g.pairs() * 4) / TILE_ROWS * TILE_ROWS;
-    const int64_t block = std::clamp<int64_t>(fitting, 8 * TILE_ROWS, 32 * TILE_ROWS);
+    constexpr int64_t LEAST = MOST_PACKED_ROWS / 2;
+    static_assert(LEAST % TILE_ROWS == 0 && LEAST % MOST_ROWS == 0, "whole tiles of either kernel");
+    const int64_t block = std::clamp(CACHE / (g.pairs() * 4) / LEAST * LEAST, LEAST, MOST_PACKED_ROWS);
     const int64_t blocks = divide_up(g.rows, block), batches = g.batches[0] * g.batches[1];
     // Few rows: share out the columns too; packing the rows again costs little.
     const int64_t wanted = divide_up(4 * threads, batches * blocks);
@@ -120,7 +136,11 @@ void gemm(const Gemm& g, const uint8_t* a, const char* panels, const float* bias
         const int64_t batch = item / (blocks * stripes);
         const int64_t first = item / stripes % blocks * block, rows = std::min(block, g.rows - first);
         const int64_t at = batch / g.batches[1] * g.a_batch[0] + batch % g.batches[1] * g.a_batch[1];
-        const Rows packed = pack_rows({a + at, g.a_row, g.a_column}, first, rows, g.terms, own_buffer, decode);
+        const Matrix matrix = {a + at, g.a_row, g.a_column};
+        const Rows packed = blocks_on ? pack_row_blocks(matrix, first, rows, g.terms, own_buffer, decode)
+                                      : pack_rows(matrix, first, rows, g.terms, own_buffer, decode);
+        std::optional<Blocks> registers;
+        if (blocks_on) registers.emplace();
         const Stretch whole = {0, 0};
         const Terms terms = {&whole, 1, g.pairs(), packed.pair_step, PANEL_STEP};
         const int64_t from = item % stripes * stripe, to = std::min(from + stripe, g.panels());
@@ -130,14 +150,15 @@ void gemm(const Gemm& g, const uint8_t* a, const char* panels, const float* bias
             tile.b = panels + (batch * g.panels() + panel) * g.panel_bytes();
             tile.columns = (int)std::min<int64_t>(TILE_COLUMNS, g.columns - column);
             tile.bias = bias ? bias + column : nullptr;
+            tile.row_step = packed.row_step;
             tile.add = false;
-            for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-                tile.rows = (int)std::min<int64_t>(TILE_ROWS, rows - i);
+            for (int64_t i = 0; i < rows; i += tile_rows(blocks_on)) {
+                tile.rows = (int)std::min(tile_rows(blocks_on), rows - i);
                 for (int r = 0; r < tile.rows; ++r) {
                     tile.a[r] = packed.data + (i + r) * packed.row_step;
                     tile.out[r] = out + (batch * g.rows + first + i + r) * g.columns + column;
                 }
-                multiply(tile, terms);
+                multiply(tile, terms, blocks_on);
             }
         }
     });
@@ -176,7 +197,7 @@ void pack_weight(const Convolution& c, const uint8_t* weight, bool terms_are_out
         const uint8_t* codes = weight + panel / c.panels() * outs * row + tap * in;
         const Matrix matrix = terms_are_out ? Matrix{codes, row, 1} : Matrix{codes, 1, row};
         const int64_t first = panel % c.panels() * TILE_COLUMNS;
-        pack_panel(matrix, terms, first, std::min<int64_t>(TILE_COLUMNS, columns - first),
+        pack_panel(matrix, terms, c.pairs(), first, std::min<int64_t>(TILE_COLUMNS, columns - first),
                    (uint32_t*)(out + item * c.pairs() * PANEL_STEP), decode);
     });
 }
@@ -217,7 +238,10 @@ void convolve_block(const Convolution& c, const Phase& p, const uint8_t* source,
         stretches[t] = {((tap.d[0] - low[0]) * width + tap.d[1] - low[1]) * channels * 2,
                         tap.weight * c.pairs() * PANEL_STEP};
     }
-    const Terms terms = {stretches, p.taps, c.pairs(), 4, PANEL_STEP};
+    const bool blocks = blocks_on && c.pairs() % BLOCK_PAIRS == 0;
+    const Terms terms = {stretches, p.taps, c.pairs(), blocks ? BLOCK_BYTES : 4, PANEL_STEP};
+    std::optional<Blocks> registers;
+    if (blocks) registers.emplace();
     const int64_t pixels = images * rows * p.count[1];
     for (int64_t panel = 0; panel < c.groups * c.panels(); ++panel) {
         const int64_t group = panel / c.panels(), column = panel % c.panels() * TILE_COLUMNS;
@@ -227,8 +251,8 @@ void convolve_block(const Convolution& c, const Phase& p, const uint8_t* source,
         tile.bias = bias ? bias + group * c.columns() + column : nullptr;
         tile.add = false;
         int64_t n = 0, i = 0, j = 0;
-        for (int64_t pixel = 0; pixel < pixels; pixel += TILE_ROWS) {
-            tile.rows = (int)std::min<int64_t>(TILE_ROWS, pixels - pixel);
+        for (int64_t pixel = 0; pixel < pixels; pixel += tile_rows(blocks)) {
+            tile.rows = (int)std::min(tile_rows(blocks), pixels - pixel);
             for (int r = 0; r < tile.rows; ++r) {
                 const int64_t from = (n * height + i * p.source_step[0]) * width + j * p.source_step[1];
                 tile.a[r] = (const char*)(decoded + from * channels + group * 2 * c.pairs());
@@ -240,7 +264,13 @@ void convolve_block(const Convolution& c, const Phase& p, const uint8_t* source,
                     if (++i == rows) i = 0, ++n;
                 }
             }
-            multiply(tile, terms);
+            // The pixels of one line lie at equal distances; a tile that is not full would read past the last one.
+            bool even = tile.rows == MOST_ROWS;
+            for (int r = 2; r < MOST_ROWS && even; ++r) {
+                even = r == BLOCK_ROWS || tile.a[r] - tile.a[r - 1] == tile.a[1] - tile.a[0];
+            }
+            tile.row_step = even ? tile.a[1] - tile.a[0] : 0;
+            multiply(tile, terms, blocks);
         }
     }
 }
@@ -266,97 +296,17 @@ void convolve(const Convolution& c, const uint8_t* source, const char* panels, c
     }
 }
 
-// ---- The gradient of a convolution's weight: terms run over pixels, in pairs of two images at the same place ----
-
-struct Gradient {
-    int64_t images, groups, source[2], source_channels, error[2], error_channels, kernel[2], stride[2], padding[2],
-        dilation[2];
-};
-
-void convolution_gradient(Gradient g, const uint8_t* source, const uint8_t* error, float* out, int threads,
-                          const Decoder& decode_source, const Decoder& decode_error) {
-    if (g.kernel[0] * g.kernel[1] == 1 && g.stride[0] * g.stride[1] == 1 && g.padding[0] + g.padding[1] == 0) {
-        // Pixels of an image lie in one row.
-        g.source[1] *= g.source[0], g.error[1] *= g.error[0];
-        g.source[0] = g.error[0] = 1;
-    }
-    const int64_t ins = g.source_channels / g.groups, outs = g.error_channels / g.groups;
-    int64_t padded[2];
-    for (int k = 0; k < 2; ++k) padded[k] = (g.error[k] - 1) * g.stride[k] + (g.kernel[k] - 1) * g.dilation[k] + 1;
-    const int64_t source_bytes = padded[0] * padded[1] * g.source_channels * 4;
-    const int64_t error_bytes = g.error[0] * g.error[1] * g.error_channels * 4;
-    const int64_t pairs = divide_up(g.images, 2), pixels = g.error[0] * g.error[1];
-    // Chunks whose bytes stay cached, and whose sums are long enough to be worth adding to the result.
-    const int64_t chunk = std::min(pairs, std::max(2 * CACHE / (source_bytes + error_bytes), divide_up(512, pixels)));
-    char* packed_source = first_buffer.reserve(chunk * source_bytes + PANEL_STEP);
-    char* packed_error = second_buffer.reserve(chunk * error_bytes + PANEL_STEP);
-    const int64_t lines = chunk * g.error[0];
-    Stretch* stretches = (Stretch*)std::malloc(lines * sizeof(Stretch));
-    for (int64_t line = 0; line < lines; ++line) {
-        const int64_t y = line / g.error[0] * padded[0] + line % g.error[0] * g.stride[0];
-        stretches[line] = {line * g.error[1] * g.error_channels * 4, y * padded[1] * g.source_channels * 4};
-    }
-    for (int64_t start = 0; start < pairs; start += chunk) {
-        const int64_t some = std::min(chunk, pairs - start);
-        parallel_items(threads, some * (padded[0] + g.error[0]), [&](int64_t item) {
-            const int64_t pair = item / (padded[0] + g.error[0]), line = item % (padded[0] + g.error[0]);
-            const int64_t image = 2 * (start + pair);
-            const bool both = image + 1 < g.images;
-            if (line >= padded[0]) {
-                const int64_t y = line - padded[0], count = g.error[1] * g.error_channels;
-                const uint8_t* row = error + (image * g.error[0] + y) * count;
-                decode_pairs(row, both ? row + g.error[0] * count : nullptr, count,
-                             (uint32_t*)packed_error + (pair * g.error[0] + y) * count, decode_error);
-                return;
-            }
-            uint32_t* to = (uint32_t*)packed_source + (pair * padded[0] + line) * padded[1] * g.source_channels;
-            const int64_t y = line - g.padding[0];
-            const bool exists = y >= 0 && y < g.source[0];
-            const int64_t left = exists ? std::min(g.padding[1], padded[1]) : padded[1];
-            const int64_t inside = std::min(padded[1] - left, g.source[1]);
-            std::memset(to, 0, left * g.source_channels * 4);
-            if (inside > 0) {
-                const uint8_t* row = source + (image * g.source[0] + y) * g.source[1] * g.source_channels;
-                decode_pairs(row, both ? row + g.source[0] * g.source[1] * g.source_channels : nullptr,
-                             inside * g.source_channels, to + left * g.source_channels, decode_source);
-            }
-            const int64_t filled = left + inside;
-            std::memset(to + filled * g.source_channels, 0, (padded[1] - filled) * g.source_channels * 4);
-        });
-        const Terms terms = {stretches, some * g.error[0], g.error[1], g.error_channels * 4,
-                             g.stride[1] * g.source_channels * 4};
-        constexpr int64_t BLOCK = 8 * TILE_ROWS;
-        const int64_t panels = divide_up(ins, TILE_COLUMNS), blocks = divide_up(outs, BLOCK);
-        const int64_t taps = g.kernel[0] * g.kernel[1];
-        parallel_items(threads, g.groups * panels * taps * blocks, [&](int64_t item) {
-            const int64_t block = item % blocks, tap = item / blocks % taps, panel = item / (blocks * taps) % panels;
-            const int64_t group = item / (blocks * taps * panels), column = panel * TILE_COLUMNS;
-            const int64_t y = tap / g.kernel[1] * g.dilation[0], x = tap % g.kernel[1] * g.dilation[1];
-            Tile tile;
-            tile.b = packed_source + ((y * padded[1] + x) * g.source_channels + group * ins + column) * 4;
-            tile.columns = (int)std::min<int64_t>(TILE_COLUMNS, ins - column);
-            tile.bias = nullptr;
-            tile.add = start > 0;
-            const int64_t end = std::min(outs, (block + 1) * BLOCK);
-            for (int64_t o = block * BLOCK; o < end; o += TILE_ROWS) {
-                tile.rows = (int)std::min<int64_t>(TILE_ROWS, end - o);
-                for (int r = 0; r < tile.rows; ++r) {
-                    const int64_t channel = group * outs + o + r;
-                    tile.a[r] = packed_error + channel * 4;
-                    tile.out[r] = out + (channel * taps + tap) * ins + column;
-                }
-                multiply(tile, terms);
-            }
-        });
-    }
-    std::free(stretches);
-}
-
 }  // namespace
 
 #define EXPORT __attribute__((visibility("default")))
 
 extern "C" {
+
+// Multiply by amx.h from now on, or no longer; gives whether it does. Panels that were packed before are of no use then.
+EXPORT int32_t fp8repro_use_blocks(int32_t wanted) {
+    blocks_on = wanted && request_blocks();
+    return blocks_on;
+}
 
 // Panels of the right operand; `decoder`: BF16 bits of the 128 magnitudes of its format.
 EXPORT void fp8repro_pack_right(const Gemm* g, const uint8_t* b, const uint16_t* decoder, char* panels,

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 constexpr int TILE_ROWS = 6, TILE_VECTORS = 4, TILE_COLUMNS = 16 * TILE_VECTORS;
+constexpr int MOST_ROWS = 32;  // of the kernel in amx.h
 
 // A stretch of consecutive terms: byte offsets of its first pair in both operands.
 struct Stretch {
@@ -17,18 +18,28 @@ struct Terms {
     const Stretch* stretches;
     int64_t count;           // stretches
     int64_t length;          // pairs in a stretch
-    int64_t a_step, b_step;  // bytes from pair to pair
+    int64_t a_step, b_step;  // bytes from pair to pair; amx.h: `a_step` from block to block
 };
 
 // A tile of the result.
 struct Tile {
-    const char* a[TILE_ROWS];  // first pair of each row
+    const char* a[MOST_ROWS];  // first pair of each row
     const char* b;             // first pair of the first column; columns are 4 bytes apart
-    float* out[TILE_ROWS];     // rows of the result
+    float* out[MOST_ROWS];     // rows of the result
+    int64_t row_step;          // amx.h only: bytes from row to row of `a`, within 16 of them; 0 where they lie anyhow
     int rows, columns;
     const float* bias;  // of the columns, or null
     bool add;           // to what `out` holds
 };
+
+// One vector of a row of sums, with the bias, to the result.
+static inline void store_sums(const Tile& tile, int row, int vector, bool last, __m512 sums) {
+    const __mmask16 some = last ? (__mmask16)((1u << (tile.columns - 16 * vector)) - 1) : (__mmask16)~0;
+    float* out = tile.out[row] + 16 * vector;
+    if (tile.bias) sums = _mm512_add_ps(sums, _mm512_maskz_loadu_ps(some, tile.bias + 16 * vector));
+    if (tile.add) sums = _mm512_add_ps(_mm512_maskz_loadu_ps(some, out), sums);
+    _mm512_mask_storeu_ps(out, some, sums);
+}
 
 template <int ROWS, int VECTORS>
 static void multiply_tile(const Tile& tile, const Terms& terms) {
@@ -55,20 +66,10 @@ static void multiply_tile(const Tile& tile, const Terms& terms) {
             }
         }
     }
-    const int last = tile.columns - 16 * (VECTORS - 1);
-    const __mmask16 mask = (__mmask16)((1u << last) - 1);
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) {
-        const __mmask16 some = v + 1 < VECTORS ? (__mmask16)~0 : mask;
-        const __m512 bias = tile.bias ? _mm512_maskz_loadu_ps(some, tile.bias + 16 * v) : _mm512_setzero_ps();
+    for (int v = 0; v < VECTORS; ++v)
 #pragma GCC unroll 6
-        for (int i = 0; i < ROWS; ++i) {
-            float* out = tile.out[i] + 16 * v;
-            __m512 result = tile.bias ? _mm512_add_ps(sum[i][v], bias) : sum[i][v];
-            if (tile.add) result = _mm512_add_ps(_mm512_maskz_loadu_ps(some, out), result);
-            _mm512_mask_storeu_ps(out, some, result);
-        }
-    }
+        for (int i = 0; i < ROWS; ++i) store_sums(tile, i, v, v + 1 == VECTORS, sum[i][v]);
 }
 
 template <int VECTORS>
