@@ -82,6 +82,7 @@ class Bf16Backend(EmulateBackend):
     """Products of FP8 bytes through BF16 dot products; see `fp8repro.products.Backend`."""
 
     def __init__(self) -> None:
+        """As the CPU has it now: see `use_tiles`."""
         # Tiles add in another order than dot products, so records tell them apart.
         self.name = "emulate-amx" if library().tiles else "emulate-bf16"
 
