@@ -1,7 +1,8 @@
 """The optimizer step in one pass over memory: FP32 or E5M2 gradient, 16-bit master, FP32 state -> master, FP8 weight.
 
 Arithmetic is FP32 and follows torch's optimizers; roundings are the recipe's. Never synchronizes with the host: a
-non-finite gradient makes the kernel leave everything as it is.
+non-finite gradient makes the kernel leave everything as it is. Both kernels are torch operators over one group of
+parameters that a launch can take, so that CUDA graphs, compiled graphs and the profiler know them by name.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8repro.formats import get_format
 from fp8repro.fused_step import Parameter, Rule
 from fp8repro.kernels import codec, updates
 from fp8repro.kernels.launch import INTERPRETED, check_device, launch, signed64, signed_words
@@ -22,19 +24,15 @@ from fp8repro.kernels.quantize import raw_codes
 from fp8repro.recipe import RoleSpec
 
 BLOCK = (1 << 15) if INTERPRETED else 1024
+RULES = {"sgd": 0, "adam": 1, "adamw": 2}
 MASTER_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16}
 
 
 def gradient_control(parameters: Sequence[Parameter], scale: float = 1.0, clip_norm: float | None = None) -> Tensor:
     """See `fp8repro.fused_step.Engine`; counts the values that are not finite, and does not wait for the result."""
-    partials = []
-    for members in _groups(parameters):
-        table, chunks = _tables(members)
-        partial = torch.empty((len(chunks), 2), dtype=torch.float64, device=table.device)
-        options = {"FP8_GRADIENT": members[0].grad.dtype != torch.float32, "ALIGNED": _aligned(members)}
-        device, arguments = table.device, (table, chunks, partial, 1 / scale)
-        launch(updates.gradient_norms, (len(chunks),), device, *arguments, **options, BLOCK=BLOCK)
-        partials.append(partial)
+    partials = [
+        gradient_norms([p.grad for p in members], [p.master for p in members], scale) for members in _groups(parameters)
+    ]
     if not partials:
         raise ValueError("parameters: got none, expected at least one")
     # One order of addition whatever the scheduling.
@@ -42,6 +40,23 @@ def gradient_control(parameters: Sequence[Parameter], scale: float = 1.0, clip_n
     norm = square.sqrt()
     factor = torch.ones_like(norm) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
     return torch.stack([bad, factor, norm])
+
+
+@torch.library.custom_op("fp8repro::gradient_norms", mutates_args=())
+def gradient_norms(grads: list[Tensor], masters: list[Tensor], scale: float) -> Tensor:
+    """Per block of values: sum of the squares of the unscaled gradients, and number of non-finite ones; FP64 [n, 2]."""
+    members = [Parameter(master, grad) for master, grad in zip(masters, grads, strict=True)]
+    table, chunks = _tables(members)
+    partial = torch.empty((len(chunks), 2), dtype=torch.float64, device=table.device)
+    options = {"FP8_GRADIENT": grads[0].dtype != torch.float32, "ALIGNED": _aligned(members)}
+    arguments = (table, chunks, partial, 1 / scale)
+    launch(updates.gradient_norms, (len(chunks),), table.device, *arguments, **options, BLOCK=BLOCK)
+    return partial
+
+
+@gradient_norms.register_fake
+def _(grads: list[Tensor], masters: list[Tensor], scale: float) -> Tensor:
+    return grads[0].new_empty((sum(-(-grad.numel() // BLOCK) for grad in grads), 2), dtype=torch.float64)
 
 
 def update(
@@ -55,52 +70,123 @@ def update(
     seed: int = 0,
 ) -> None:
     """See `fp8repro.fused_step.Engine`; launches nothing before all arguments are checked."""
-    if rule.name not in ("sgd", "adam", "adamw"):
-        raise ValueError(f"rule.name: got {rule.name!r}, expected one of sgd, adam, adamw")
+    if rule.name not in RULES:
+        raise ValueError(f"rule.name: got {rule.name!r}, expected one of {', '.join(RULES)}")
     states = 2 if rule.name != "sgd" else 1 if rule.momentum else 0
     for parameter in parameters:
         _check(parameter, states, weight)
-    master_format, weight_format = master.float_format, weight.float_format
     for members in _groups(parameters):
-        table, chunks = _tables(members)
-        launch(
-            updates.update,
-            (len(chunks),),
-            table.device,
-            table,
-            chunks,
+        update_group(
+            [p.grad for p in members],
+            [p.master for p in members],
+            [t for p in members for t in p.state],
+            [p.weight for p in members if p.weight is not None],
             control,
-            1 / scale,
-            rule.lr,
-            rule.weight_decay,
-            rule.momentum,
-            rule.beta2,
-            rule.eps,
-            1 - rule.momentum**step,
-            1 - rule.beta2**step,
-            *signed_words(seed),
-            RULE={"sgd": 0, "adam": 1, "adamw": 2}[rule.name],
-            NESTEROV=rule.nesterov,
-            HAS_MOMENTUM=rule.momentum != 0,
-            FIRST=step == 1,
-            FP8_GRADIENT=members[0].grad.dtype != torch.float32,
-            MASTER_TYPE=MASTER_TYPES[members[0].master.dtype],
-            MASTER_EB=master_format.exponent_bits,
-            MASTER_MB=master_format.mantissa_bits,
-            MASTER_ROUNDING=codec.ROUNDING_CODES[master.rounding],
-            MASTER_SATURATE=master.overflow == "saturate",
-            MASTER_SUBNORMAL_NEAREST=master.subnormal_rounding == "nearest",
-            HAS_WEIGHT=members[0].weight is not None,
-            WEIGHT_EB=weight_format.exponent_bits,
-            WEIGHT_MB=weight_format.mantissa_bits,
-            WEIGHT_INF=weight_format.has_infinity,
-            WEIGHT_ROUNDING=codec.ROUNDING_CODES[weight.rounding],
-            WEIGHT_SATURATE=weight.overflow == "saturate",
-            WEIGHT_SUBNORMAL_NEAREST=weight.subnormal_rounding == "nearest",
-            PERMUTED=_permuted(members[0].master),
-            ALIGNED=_aligned(members),
-            BLOCK=BLOCK,
+            [signed64(stream) for p in members for stream in (p.master_stream, p.weight_stream)],
+            rule.name,
+            (rule.lr, rule.momentum, rule.beta2, rule.eps, rule.weight_decay),
+            rule.nesterov,
+            step,
+            *(field for spec in (master, weight) for field in _rounding(spec)),
+            scale,
+            signed64(seed),
         )
+
+
+def _rounding(spec: RoleSpec) -> tuple[str, str, str, str]:
+    return spec.format, spec.rounding, spec.overflow, spec.subnormal_rounding
+
+
+@torch.library.custom_op("fp8repro::update", mutates_args=("masters", "states", "weights"))
+def update_group(
+    grads: list[Tensor],
+    masters: list[Tensor],
+    states: list[Tensor],
+    weights: list[Tensor],
+    control: Tensor,
+    streams: list[int],
+    rule: str,
+    numbers: list[float],
+    nesterov: bool,
+    step: int,
+    master_format: str,
+    master_rounding: str,
+    master_overflow: str,
+    master_subnormal_rounding: str,
+    weight_format: str,
+    weight_rounding: str,
+    weight_overflow: str,
+    weight_subnormal_rounding: str,
+    scale: float,
+    seed: int,
+) -> None:
+    """One launch of `update`, for parameters alike in dtypes and kind of layout. No fake: it makes no tensor.
+
+    Args:
+        grads, masters: one a parameter.
+        states: those of the first parameter, then of the second and so on.
+        weights: one a parameter, or none at all.
+        control: what `gradient_control` gave.
+        streams: of each parameter's master and weight, signed.
+        rule: sgd, adam or adamw.
+        numbers: learning rate, momentum or first beta, second beta, epsilon, weight decay.
+        nesterov, step, scale, seed: as in `update`; the seed is signed.
+        master_format, weight_format and the rest: fields of a `RoleSpec`.
+    """
+    count = len(masters)
+    each = len(states) // count
+    members = [
+        Parameter(
+            masters[i],
+            grads[i],
+            tuple(states[i * each : (i + 1) * each]),
+            streams[2 * i],
+            weights[i] if weights else None,
+            streams[2 * i + 1],
+        )
+        for i in range(count)
+    ]
+    lr, momentum, beta2, eps, weight_decay = numbers
+    master, weight = get_format(master_format), get_format(weight_format)
+    table, chunks = _tables(members)
+    launch(
+        updates.update,
+        (len(chunks),),
+        table.device,
+        table,
+        chunks,
+        control,
+        1 / scale,
+        lr,
+        weight_decay,
+        momentum,
+        beta2,
+        eps,
+        1 - momentum**step,
+        1 - beta2**step,
+        *signed_words(seed),
+        RULE=RULES[rule],
+        NESTEROV=nesterov,
+        HAS_MOMENTUM=momentum != 0,
+        FIRST=step == 1,
+        FP8_GRADIENT=grads[0].dtype != torch.float32,
+        MASTER_TYPE=MASTER_TYPES[masters[0].dtype],
+        MASTER_EB=master.exponent_bits,
+        MASTER_MB=master.mantissa_bits,
+        MASTER_ROUNDING=codec.ROUNDING_CODES[master_rounding],
+        MASTER_SATURATE=master_overflow == "saturate",
+        MASTER_SUBNORMAL_NEAREST=master_subnormal_rounding == "nearest",
+        HAS_WEIGHT=bool(weights),
+        WEIGHT_EB=weight.exponent_bits,
+        WEIGHT_MB=weight.mantissa_bits,
+        WEIGHT_INF=weight.has_infinity,
+        WEIGHT_ROUNDING=codec.ROUNDING_CODES[weight_rounding],
+        WEIGHT_SATURATE=weight_overflow == "saturate",
+        WEIGHT_SUBNORMAL_NEAREST=weight_subnormal_rounding == "nearest",
+        PERMUTED=_permuted(masters[0]),
+        ALIGNED=_aligned(members),
+        BLOCK=BLOCK,
+    )
 
 
 def _groups(parameters: Sequence[Parameter]) -> list[list[Parameter]]:

@@ -122,6 +122,38 @@ def test_launches_do_not_grow_with_the_number_of_tensors():
     assert all((p.master == -1).all() for p in parameters)
 
 
+def group(rule):
+    """Arguments of the operators for a group of FP16 masters."""
+    masters, grads = [t.half() for t in tensors()[:3]], tensors(seed=1)[:3]
+    states = [torch.zeros_like(g) for g in grads for _ in range(states_of(rule))]
+    numbers = [rule.lr, rule.momentum, rule.beta2, rule.eps, rule.weight_decay]
+    roundings = ("fp16", "stochastic", "inf", "same", "e5m2", "nearest", "inf", "same")
+    control = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64, device=DEVICE)
+    streams = [1, 2, 3, 4, -5, 6]
+    return grads, masters, states, [], control, streams, rule.name, numbers, rule.nesterov, 2, *roundings, 8.0, -7
+
+
+def test_operators_hold_what_torch_asks_of_them():
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    grads, masters, *rest = group(RULES["adam"])
+    torch.library.opcheck(engine.gradient_norms, (grads, masters, 8.0), test_utils=utilities)
+    torch.library.opcheck(engine.update_group, (grads, masters, *rest), test_utils=utilities)
+
+
+def test_a_compiled_graph_holds_the_update():
+    def step(grads, masters, *rest):
+        torch.ops.fp8repro.update(grads, masters, *rest)
+        return torch.ops.fp8repro.gradient_norms(grads, masters, 8.0).sum(0), masters[0] + 1
+
+    plain, compiled = group(RULES["adam"]), group(RULES["adam"])
+    expected = step(*plain)
+    found = torch.compile(step, backend="aot_eager", fullgraph=True)(*compiled)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for a, b in zip(plain[1] + plain[2], compiled[1] + compiled[2], strict=True):
+        assert torch.equal(a, b)
+    assert plain[2][0].any()
+
+
 class Product(nn.Module):
     """Two FP8 layers in channels_last and a normalization: masters in FP16 and in FP32, two memory layouts."""
 
