@@ -195,13 +195,18 @@ def _devices() -> Iterator[Finding]:
 
 
 def _engine() -> Iterator[Finding]:
+    import torch
+
     from fp8repro import native
+    from fp8repro.backends import select_backend
 
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
     if os.environ.get("FP8REPRO_NATIVE") == "0":
         yield Finding("CPU engine", NOTE, "switched off by FP8REPRO_NATIVE=0: same results, slower")
     elif native.available():
-        yield Finding("CPU engine", OK, f"compiled by {compiler}")
+        products = {"emulate-amx": "BF16 matrix tiles", "emulate-bf16": "BF16 dot products", "emulate": "FP32"}
+        chosen = select_backend("auto", torch.device("cpu"), "promoted")[0].name
+        yield Finding("CPU engine", OK, f"compiled by {compiler}; FP8 products through {products[chosen]} ({chosen})")
     elif compiler:
         yield Finding(
             "CPU engine", NOTE, f"{compiler} did not compile it: same results, slower", "see the line on stderr"
