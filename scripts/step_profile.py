@@ -1,7 +1,8 @@
-"""Where an FP8 step's time goes on a CPU: `python scripts/step_profile.py transformer [--out FILE]`.
+"""Where an FP8 step's time goes on a CPU: `python scripts/step_profile.py transformer [--backend auto] [--out FILE]`.
 
-Prints, as Markdown, the roundings of a step by kind, with what they would take at the quantizer's own best speed, and
-what the step's Python takes: the same layers on two tokens or pixels, where there is nothing to compute.
+Prints, as Markdown, the roundings of a step by kind, with what they would take at the quantizer's own best speed, the
+products if not FP32 ones, and what the step's Python takes: the same layers on two tokens or pixels, where there is
+nothing to compute.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from typing import Any
 import torch
 
 from fp8repro import native
+from fp8repro.backends import select_backend
 from fp8repro.bench import step as bench
 from fp8repro.bench.cpu import PINNING, interleaved_medians
 from fp8repro.formats import E5M2
+from fp8repro.native import products as bf16
 from fp8repro.native.memory import keep_freed_memory
+from fp8repro.training.environment import describe_environment
 
 STEPS = 8
 SMALL: dict[str, dict[str, Any]] = {
@@ -66,12 +70,42 @@ def roundings(step: Callable[[], object]) -> dict[tuple[str, str, str], list[flo
     return kinds
 
 
-def python_ms(model: str) -> dict[str, float]:
+PRODUCTS = ("gemm", "pack_right", "convolve", "pack_weight", "convolution_gradient")
+
+
+def products(step: Callable[[], object]) -> dict[str, list[float]]:
+    """Function of products.cpp -> calls and seconds of one step; empty where products are FP32 ones."""
+    engine, spent = bf16.library(), {name: [0.0, 0.0] for name in PRODUCTS}
+    if engine is None:
+        return {}
+    real = {name: getattr(engine, f"fp8repro_{name}") for name in PRODUCTS}
+
+    def timed(name: str) -> Callable[..., object]:
+        def call(*arguments: Any) -> None:
+            start = time.perf_counter()
+            real[name](*arguments)
+            spent[name][0] += 1 / STEPS
+            spent[name][1] += (time.perf_counter() - start) / STEPS
+
+        return call
+
+    try:
+        for name in PRODUCTS:
+            setattr(engine, f"fp8repro_{name}", timed(name))
+        for _ in range(STEPS):
+            step()
+    finally:
+        for name, function in real.items():
+            setattr(engine, f"fp8repro_{name}", function)
+    return {name: entry for name, entry in spent.items() if entry[0]}
+
+
+def python_ms(model: str, backend: str) -> dict[str, float]:
     """Milliseconds of a step with nothing to compute."""
     sizes, batches, vocabulary = bench.SIZES[model], bench.BATCHES[model], bench.VOCABULARY
     bench.SIZES[model], bench.BATCHES[model], bench.VOCABULARY = SMALL[model], (1, 2), 16
     try:
-        work = {name: bench.training_step(model, name) for name in ("fp32", "fp8")}
+        work = {name: bench.training_step(model, name, backend) for name in ("fp32", "fp8")}
         return interleaved_medians(work, 20)
     finally:
         bench.SIZES[model], bench.BATCHES[model], bench.VOCABULARY = sizes, batches, vocabulary
@@ -81,23 +115,23 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=tuple(bench.BARS))
+    parser.add_argument("--backend", choices=("emulate", "auto"), default="emulate")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="file that receives the table, too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    model = options.model
-    work = {
-        "fp32": bench.training_step(model, "fp32"),
-        "emulate": bench.training_step(model, "fp8", "emulate"),
-    }
+    model, backend = options.model, options.backend
+    name = select_backend(backend, torch.device("cpu"), "promoted")[0].name
+    work = {"fp32": bench.training_step(model, "fp32"), "fp8": bench.training_step(model, "fp8", backend)}
     medians = interleaved_medians(work, 10)
-    kinds, speeds = roundings(work["emulate"]), best_speeds()
+    kinds, speeds = roundings(work["fp8"]), best_speeds()
     lines = [
-        f"# Where the time of {model}'s FP8 step goes, FP32 products",
+        f"# Where the time of {model}'s FP8 step goes, products by {name}",
         "",
-        f"FP32 step {medians['fp32']:.0f} ms, FP8 step {medians['emulate']:.0f} ms, {options.threads} threads, "
-        f"torch {torch.__version__}. `scripts/step_profile.py {model}`.",
+        f"FP32 step {medians['fp32']:.0f} ms, FP8 step {medians['fp8']:.0f} ms, {options.threads} threads, "
+        f"{describe_environment()['cpu']}, torch {torch.__version__}. "
+        f"`scripts/step_profile.py {model} --backend {backend}`.",
         "",
         "| format | rounding | outputs | calls | 10^6 values | ms | ms at the quantizer's best speed |",
         "|---|---|---|---|---|---|---|",
@@ -109,12 +143,17 @@ def main() -> None:
         totals = [a + b for a, b in zip(totals, row, strict=True)]
         lines.append(f"| {fmt} | {rounding} | {outputs} | {calls:.0f} | {row[1]:.1f} | {row[2]:.1f} | {best:.1f} |")
     lines.append(f"| all | | | {totals[0]:.0f} | {totals[1]:.1f} | {totals[2]:.1f} | {totals[3]:.1f} |")
+    if multiplied := products(work["fp8"]):
+        lines += ["", "| products | calls | ms |", "|---|---|---|"]
+        lines += [f"| {name} | {calls:.0f} | {seconds * 1e3:.1f} |" for name, (calls, seconds) in multiplied.items()]
+        lines.append(f"| all | | {sum(seconds for _, seconds in multiplied.values()) * 1e3:.1f} |")
     if model in SMALL:
-        python = python_ms(model)
+        python = python_ms(model, backend)
         lines += ["", f"With nothing to compute, FP32 takes {python['fp32']:.1f} ms, FP8 {python['fp8']:.1f} ms."]
     page = "\n".join(lines) + "\n"
     print(page)
     if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(page)
 
 

@@ -3,10 +3,14 @@
 import json
 import os
 import time
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import pytest
 import torch
 
+import fp8repro
+from fp8repro import native
 from fp8repro.bench import quantize, step
 from fp8repro.bench.cpu import PINNING, ForeignLoad, interleaved_medians, relaunch_pinned, report, rows
 from fp8repro.reference import round_to_format
@@ -72,6 +76,25 @@ def test_decoding_writes_the_tokens_that_are_counted(monkeypatch, precision):
     assert len(found) == step.BATCHES["transformer"][0]
     # The last token of each is the end of sentence.
     assert sum(len(hypotheses[0].tokens) + 1 for hypotheses in found) == step.target_tokens("transformer")
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+def test_a_profile_counts_the_roundings_and_products_of_a_step():
+    spec = spec_from_file_location("step_profile", Path(__file__).parent.parent / "scripts" / "step_profile.py")
+    profile = module_from_spec(spec)
+    spec.loader.exec_module(profile)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+    injected = fp8repro.inject(model, fp8repro.Recipe(exempt=()), fp8repro.StepContext(seed=1), "auto")
+    x = torch.randn(50, 64, requires_grad=True)
+    kinds = profile.roundings(lambda: model(x).sum().backward())
+    values = {(rounding, outputs): round(count) for (_, rounding, outputs), (_, count, _) in kinds.items()}
+    # Input and weight do not change within a step's number: rounded once in all these steps. Their gradients are new.
+    assert (
+        sum(values[kind] for kind in values if kind[0] == "nearest") == (50 * 64 + 32 * 64) // profile.STEPS + 50 * 32
+    )
+    assert values["stochastic", "in place"] == 50 * 64 + 32 * 64
+    found = profile.products(lambda: model(x).sum().backward())
+    assert {name: calls for name, (calls, _) in found.items()} == ({} if injected.backend == "emulate" else {"gemm": 3})
 
 
 @pytest.mark.long
