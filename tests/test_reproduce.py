@@ -96,7 +96,7 @@ def test_policies_of_the_recurrent_study() -> None:
     assert (policies[1]["min_scale"], policies[1]["floors"]) == (1.0, [])
     # They differ in nothing but the floor.
     assert policies[1]["window"] == policies[2]["window"]
-    assert [floor / 32 for _, floor in policies[2]["floors"]] == [8192, 32768]
+    assert policies[2]["floors"] == [[0.12, 64 * 8192], [0.44, 32 * 32768]]
 
 
 def test_only_takes_studies_models_and_cells() -> None:
