@@ -29,7 +29,7 @@ struct GradientWork {
     }
     int64_t source_pixel() const { return g.stride[1] * g.source_channels * 4; }
 
-    // Calls work(tile) for each tile of `rows` rows of a block of outputs; a[r] is an output's number, for a start.
+    // Calls work(tile, channel of its first row) for each tile of a block of outputs; `work` says where `a` is.
     template <typename Work>
     void tiles(int64_t group, int64_t panel, int64_t tap, int64_t first, int64_t end, int64_t rows,
                const Work& work) const {

@@ -41,7 +41,7 @@ struct Rows {
     int64_t row_step, pair_step;  // bytes; `pair_step` from block to block for amx.h
 };
 
-constexpr int64_t MOST_PACKED_ROWS = 192;
+constexpr int64_t MOST_PACKED_ROWS = 192;  // whole tiles of either kernel
 
 // The same for amx.h: for each 16 pairs, those of all rows.
 Rows pack_row_blocks(const Matrix& m, int64_t first, int64_t rows, int64_t terms, Buffer& buffer,
@@ -124,9 +124,8 @@ void pack_right(const Gemm& g, const uint8_t* b, char* out, int threads, const D
 
 void gemm(const Gemm& g, const uint8_t* a, const char* panels, const float* bias, float* out, int threads,
           const Decoder& decode) {
-    constexpr int64_t LEAST = MOST_PACKED_ROWS / 2;
-    static_assert(LEAST % TILE_ROWS == 0 && LEAST % MOST_ROWS == 0, "whole tiles of either kernel");
-    const int64_t block = std::clamp(CACHE / (g.pairs() * 4) / LEAST * LEAST, LEAST, MOST_PACKED_ROWS);
+    const int64_t unit = tile_rows(blocks_on);
+    const int64_t block = std::clamp(CACHE / (g.pairs() * 4) / unit * unit, round_up(48, unit), MOST_PACKED_ROWS);
     const int64_t blocks = divide_up(g.rows, block), batches = g.batches[0] * g.batches[1];
     // Few rows: share out the columns too; packing the rows again costs little.
     const int64_t wanted = divide_up(4 * threads, batches * blocks);

@@ -1,4 +1,5 @@
-// The micro-kernel of every product: a tile of up to 6 rows and 64 columns, in FP32 registers from first to last term.
+// The micro-kernel of products without matrix tiles (amx.h): up to 6 rows and 64 columns, in FP32 registers from first
+// to last term.
 #pragma once
 
 #include <immintrin.h>
