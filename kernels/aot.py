@@ -186,14 +186,22 @@ def _norm_cases() -> Iterator[Case]:
     apply, block = normalizations.batch_apply, norms.FLAT_BLOCK
     fp8_only = {"values_ptr": None, "kept_ptr": None}
     x = ("x_ptr",)
-    yield norm("batch norm statistics", normalizations.channel_statistics, ROWS=16, BLOCK=64)
-    yield norm("batch norm apply", apply, **rounded, **kept, RELU=True, BLOCK=block)
+    yield norm("batch norm statistics", normalizations.channel_statistics, ROWS=32, BLOCK=64)
+    yield norm("batch norm apply", apply, **rounded, **kept, RELU=True, BLOCK=block, WIDE=False)
     everything = ("x_ptr", "residual_ptr")
     yield norm(
-        "batch norm apply, fp8 in and out", apply, everything, **fp8_only, **rounded, **kept, RELU=True, BLOCK=block
+        "batch norm apply, fp8 in and out",
+        apply,
+        everything,
+        **fp8_only,
+        **rounded,
+        **kept,
+        RELU=True,
+        BLOCK=block,
+        WIDE=False,
     )
-    yield norm("batch norm gradient sums", normalizations.batch_gradient_sums, x, ROWS=16, BLOCK=64)
-    yield norm("batch norm gradient", normalizations.batch_gradient_apply, x, **plain, BLOCK=block)
+    yield norm("batch norm gradient sums", normalizations.batch_gradient_sums, x, ROWS=32, BLOCK=64)
+    yield norm("batch norm gradient", normalizations.batch_gradient_apply, x, **plain, BLOCK=block, WIDE=False)
     yield norm("layer norm", normalizations.layer_forward, **rounded, ROWS=2, BLOCK=1024)
     yield norm("layer norm gradient", normalizations.layer_backward, **plain, ROWS=2, BLOCK=1024)
 

@@ -120,7 +120,9 @@ def encode(
                 # An integer draw is under a real threshold exactly when it is under the threshold's ceiling.
                 threshold = tl.ceil((steps - lower) * 4294967296.0).to(tl.uint32)
                 small_code += (draw < threshold).to(tl.int32)
-        code = tl.where(magnitude < SMALLEST_NORMAL, small_code, code)
+        # From the smallest normal value on the clamped code is the smaller one; under it, a carry of the finer grid that
+        # the other code counts on is a carry of this one too.
+        code = tl.maximum(code, small_code)
 
     if SATURATE or ROUNDING == TOWARD_ZERO:
         code = tl.minimum(code, MAX_CODE)

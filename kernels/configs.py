@@ -22,6 +22,7 @@ class Tile:
     """Output tile, step along the summed dimension (elements of FP8), warps, pipeline stages.
 
     `halves` = 2: a matrix product computes two such tiles side by side (see `products.multiply`).
+    `resident`: programs that a multiprocessor runs at a time.
     """
 
     m: int
@@ -30,15 +31,27 @@ class Tile:
     warps: int
     stages: int
     halves: int = 1
+    resident: int = 1
 
 
 # From large to small. Wider tiles than 128 x 128 spill once partial sums are promoted: they need two accumulators.
 TILES: dict[str, tuple[Tile, ...]] = {
-    "sm_80": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
-    "sm_89": (Tile(64, 128, 128, 8, 3), Tile(64, 64, 128, 8, 3)),
-    "sm_90": (Tile(128, 128, 128, 8, 4, halves=2), Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 4, 4)),
-    "sm_100": (Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 8, 4)),
-    "sm_120": (Tile(64, 128, 128, 8, 2), Tile(64, 64, 128, 8, 3)),
+    "sm_80": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4, resident=2)),
+    "sm_89": (Tile(64, 128, 128, 8, 3), Tile(64, 64, 128, 8, 3, resident=2)),
+    "sm_90": (Tile(128, 128, 128, 8, 4, halves=2), Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 4, 4, resident=2)),
+    "sm_100": (Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 8, 4, resident=2)),
+    "sm_120": (Tile(64, 128, 128, 8, 2), Tile(64, 64, 128, 8, 3, resident=2)),
+}
+
+# Where the bulk copy engine brings the operands: no registers for addresses, so that two or three programs of four
+# warps share a multiprocessor, and one multiplies while another adds its partial sums or stores. Measured on an H200.
+BULK_TILES: dict[str, tuple[Tile, ...]] = {
+    "sm_90": (
+        Tile(128, 128, 128, 4, 3, resident=2),
+        Tile(64, 128, 128, 4, 3, resident=3),
+        Tile(128, 64, 128, 4, 3, resident=3),
+        Tile(64, 64, 128, 4, 4, resident=3),
+    ),
 }
 
 
@@ -68,8 +81,22 @@ def accumulation(accumulate: str, capability: tuple[int, int]) -> int:
     return codes[accumulate]
 
 
+def bulk_available(device: torch.device) -> bool:
+    """True on a GPU whose bulk copy engine has tiles here; where none were measured, threads compute addresses."""
+    return not INTERPRETED and generation(torch.cuda.get_device_capability(device)) in BULK_TILES
+
+
 def choose(
-    device: torch.device, m: int, n: int, k: int, batches: int, *, splittable: bool, halves: bool, small: bool = False
+    device: torch.device,
+    m: int,
+    n: int,
+    k: int,
+    batches: int,
+    *,
+    splittable: bool,
+    halves: bool,
+    small: bool = False,
+    bulk: bool = False,
 ) -> tuple[Tile, int, int]:
     """Tile, number of splits of the summed dimension, and number of resident programs.
 
@@ -79,6 +106,7 @@ def choose(
         splittable: partial sums over parts of k may be added afterwards (FP32 results only).
         halves: the kernel can compute two tiles side by side.
         small: the epilogue needs registers, so that larger tiles would spill.
+        bulk: the bulk copy engine brings the operands.
     """
     if INTERPRETED:
         # The interpreter's cost is per operation, whatever the tile.
@@ -86,9 +114,11 @@ def choose(
         return Tile(*sides, 4, 1), 1, 1
     properties = torch.cuda.get_device_properties(device)
     processors = properties.multi_processor_count
-    table = TILES[generation((properties.major, properties.minor))]
+    table = (BULK_TILES if bulk else TILES)[generation((properties.major, properties.minor))]
     little = table[-1]
-    fitting = [t for t in table if (t.halves == 1 or halves) and _tiles(t, m, n, batches) >= processors]
+    fitting = [
+        t for t in table if (t.halves == 1 or halves) and n > t.n // 2 and _tiles(t, m, n, batches) >= processors
+    ]
     tile = little if small or not fitting else fitting[0]
     splits = 1
     if splittable:
@@ -96,18 +126,33 @@ def choose(
         programs = _tiles(tile, m, n, batches)
         while splits < 64 and programs * splits <= processors and k >= splits * 16 * tile.k:
             splits *= 2
-    return tile, splits, processors * (2 if tile is little else 1)
+    return tile, splits, processors * tile.resident
 
 
-def takes_epilogue(device: torch.device, tile: Tile, splits: int) -> bool:
+def gradient_tile(device: torch.device, outputs: int, channels: int, taps: int) -> tuple[Tile, int]:
+    """Tile of a convolution's weight gradient (`k`: pixels in one step) by the bulk copy engine, and programs wanted."""
+    if INTERPRETED:
+        return Tile(*(min(64, max(16, triton.next_power_of_2(side))) for side in (outputs, channels)), 16, 4, 1), 2
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    m = 128 if outputs > 64 else 64
+    # Several taps read the same pixels again, from the cache: narrow tiles leave room for a third program.
+    n = 128 if channels > 64 and taps == 1 else 64
+    tile = Tile(m, n, 64, 4, 3, resident=2 if n == 128 else 3)
+    return tile, processors * tile.resident
+
+
+def takes_epilogue(device: torch.device, tile: Tile, splits: int, rounding: str) -> bool:
     """True when a product that was to be stored as it is can be rounded on the way without spilling registers.
 
-    From sm_90 on only the small tiles have registers left; a sum in parts is rounded once it is complete.
+    From sm_90 on only the small tiles have registers left, and where the bulk copy engine leaves more, stochastic
+    rounding still costs four times the random numbers of a pass of its own. A sum in parts is rounded when complete.
     """
     if INTERPRETED or splits > 1:
         return splits == 1
-    table = TILES[generation(torch.cuda.get_device_capability(device))]
-    return tile is table[-1] or table is TILES["sm_80"] or table is TILES["sm_89"]
+    name = generation(torch.cuda.get_device_capability(device))
+    if tile in BULK_TILES.get(name, ()):
+        return rounding != "stochastic" or tile == BULK_TILES[name][-1]
+    return tile == TILES[name][-1] or name in ("sm_80", "sm_89")
 
 
 def _tiles(tile: Tile, m: int, n: int, batches: int) -> int:

@@ -13,6 +13,8 @@ import triton
 from torch import Tensor
 
 from fp8repro.kernels import configs
+from fp8repro.kernels.bulk import box, describe, fits, pixel_view
+from fp8repro.kernels.bulk_convolutions import bulk_gather_product, bulk_weight_gradient
 from fp8repro.kernels.convolutions import gather_product, weight_gradient
 from fp8repro.kernels.launch import launch
 from fp8repro.kernels.matmul import (
@@ -20,10 +22,14 @@ from fp8repro.kernels.matmul import (
     accumulation_of,
     check_bias,
     check_operands,
+    matmul,
     raw_result,
     summed_step,
 )
 from fp8repro.products import Conv2dGeometry
+
+
+CHANNELS = 128  # at most so many of a pixel's channels in one step of a tile
 
 
 def conv2d(
@@ -35,6 +41,7 @@ def conv2d(
     inverse_scale: float = 1.0,
     accumulate: str = "promoted",
     epilogue: Epilogue | None = None,
+    bulk: bool | None = None,
 ) -> Tensor:
     """Forward product.
 
@@ -43,7 +50,7 @@ def conv2d(
         weight: [O, C, R, S].
         bias: FP32 [O].
         geometry: stride, padding, dilation; one group.
-        inverse_scale, accumulate, epilogue: see `matmul`.
+        inverse_scale, accumulate, epilogue, bulk: see `matmul`.
 
     Returns:
         [B, O, P, Q], channels_last.
@@ -51,12 +58,15 @@ def conv2d(
     Raises:
         ValueError: an argument does not fit; nothing was launched.
     """
+    epilogue = epilogue or Epilogue()
     check_operands(x, weight, "x", "weight")
     _check_geometry(x, weight, geometry)
     check_bias(bias, weight.shape[0], x.device)
+    if _pointwise(weight, geometry, epilogue):
+        return _pixel_product(x, weight.flatten(1).t(), bias, inverse_scale, accumulate, epilogue, bulk)
     axes = [_forward_axis(geometry, axis, x.shape[2 + axis], weight.shape[2 + axis]) for axis in (0, 1)]
     shape = output_size(x.shape, weight.shape, geometry)
-    return _gather(x, weight, bias, shape, [axes], inverse_scale, accumulate, epilogue or Epilogue())
+    return _gather(x, weight, bias, shape, [axes], inverse_scale, accumulate, epilogue, bulk)
 
 
 def conv2d_error(
@@ -68,6 +78,7 @@ def conv2d_error(
     inverse_scale: float = 1.0,
     accumulate: str = "promoted",
     epilogue: Epilogue | None = None,
+    bulk: bool | None = None,
 ) -> Tensor:
     """Error product: error [B, O, P, Q], weight [O, C, R, S] -> [B, C, H, W], channels_last.
 
@@ -76,15 +87,18 @@ def conv2d_error(
     Raises:
         ValueError: an argument does not fit; nothing was launched.
     """
+    epilogue = epilogue or Epilogue()
     check_operands(error, weight, "error", "weight")
     shape = torch.Size(input_shape)
     _check_geometry(torch.empty(shape, device="meta"), weight, geometry)
     _check_shape("error", error, output_size(shape, weight.shape, geometry))
+    if _pointwise(weight, geometry, epilogue):
+        return _pixel_product(error, weight.flatten(1), None, inverse_scale, accumulate, epilogue, bulk)
     # Sums over output channels, which become the contiguous ones: a copy of the weight's bytes.
     turned = weight.transpose(0, 1)
     rows, columns = (_error_axes(geometry, axis, input_shape[2 + axis], weight.shape[2 + axis]) for axis in (0, 1))
     phases = [[row, column] for row in rows for column in columns]
-    return _gather(error, turned, None, tuple(input_shape), phases, inverse_scale, accumulate, epilogue or Epilogue())
+    return _gather(error, turned, None, tuple(input_shape), phases, inverse_scale, accumulate, epilogue, bulk)
 
 
 def conv2d_gradient(
@@ -96,8 +110,12 @@ def conv2d_gradient(
     inverse_scale: float = 1.0,
     accumulate: str = "promoted",
     splits: int | None = None,
+    bulk: bool | None = None,
 ) -> Tensor:
     """Weight-gradient product: error [B, O, P, Q], x [B, C, H, W] -> FP32 [O, C, R, S], channels_last; deterministic.
+
+    FP8 instructions want the summed pixels contiguous, which no layout of images gives: with `bulk` the operands
+    become FP16 (exact) in front of FP16 instructions, all of whose sums are FP32.
 
     Raises:
         ValueError: an argument does not fit; nothing was launched.
@@ -112,6 +130,11 @@ def conv2d_gradient(
     columns = height * width * channels
     if outputs * columns == 0 or pixels == 0 or x.numel() == 0:
         return torch.zeros(weight_shape, device=x.device).to(memory_format=torch.channels_last)
+    arguments = (error, x, weight_shape, expected, geometry, inverse_scale, splits)
+    if configs.bulk_available(x.device) if bulk is None else bulk:
+        result = _bulk_gradient(*arguments)
+        if result is not None:
+            return result
     tile, chosen, programs = configs.choose(x.device, outputs, columns, pixels, 1, splittable=True, halves=False)
     splits = chosen if splits is None else splits
     step = summed_step(tile, x)
@@ -192,56 +215,181 @@ def _gather(
     inverse_scale: float,
     accumulate: str,
     epilogue: Epilogue,
+    bulk: bool | None,
 ) -> Tensor:
     """A launch for each phase, which is a pair of axes; together they fill a result of that shape."""
     result = _empty_channels_last(epilogue, shape, x.device)
     if result.numel() == 0:
         return result
+    source, rows_of_weight = _channels_last(x), _channels_last(weight)
+    if bulk is None:
+        bulk = configs.bulk_available(x.device)
+    viewed = _bulk_view(source, phases) if bulk and fits(rows_of_weight.flatten(1, 2)) else None
     outputs, channels, height, width = weight.shape
     pixels = [shape[0] * rows[0] * columns[0] for rows, columns in phases]
-    small = not (epilogue.plain or epilogue.values)
+    small = not (epilogue.plain or epilogue.values) and (viewed is None or epilogue.rounding == "stochastic")
     # The axes' sixth number is the count of taps.
     summed = [rows[5] * columns[5] * channels for rows, columns in phases]
     choices = [
-        configs.choose(x.device, count, outputs, k, 1, splittable=False, halves=False, small=small)
+        configs.choose(
+            x.device, count, outputs, k, 1, splittable=False, halves=False, small=small, bulk=viewed is not None
+        )
         for count, k in zip(pixels, summed, strict=True)
     ]
-    fits = all(configs.takes_epilogue(x.device, tile, 1) for tile, _, _ in choices)
-    apart = epilogue.values and not epilogue.plain and not fits
+    room = all(configs.takes_epilogue(x.device, tile, 1, epilogue.rounding) for tile, _, _ in choices)
+    apart = epilogue.values and not epilogue.plain and not room
     stored = Epilogue() if apart else epilogue
-    source, rows_of_weight = _channels_last(x), _channels_last(weight)
     for axes, count, (tile, _, programs) in zip(phases, pixels, choices, strict=True):
         by_name: list[tuple[int, ...]] = list(zip(*axes, strict=True))
         grid, start, stride, step, first, taps, apart_by, tap, tap_step = by_name
-        arguments: tuple[Any, ...] = (
-            *(shape[0], x.shape[2], x.shape[3], channels, outputs),
-            *(*grid, shape[2], shape[3], *start, *stride, *step, *first, *taps, *apart_by, *tap, *tap_step),
-            *(width, height * width * channels),
-        )
+        shared: tuple[Any, ...] = (bias, raw_result(result), stored.overflows, inverse_scale)
+        options: dict[str, Any] = {**stored.options(), "BN": tile.n, "num_warps": tile.warps, "num_stages": tile.stages}
+        if viewed is not None:
+            block = _channel_block(tile, x)
+            images, rows, columns = box(shape[0], *grid, tile.m)
+            taps_of_weight = rows_of_weight.flatten(1, 2)
+            boxes = triton.cdiv(shape[0], images) * triton.cdiv(grid[0], rows) * triton.cdiv(grid[1], columns)
+            launch(
+                bulk_gather_product,
+                (min(programs, boxes * triton.cdiv(outputs, tile.n)),),
+                x.device,
+                describe(viewed, (images, rows, 1, columns, block)),
+                describe(taps_of_weight, (tile.n, 1, block)),
+                *shared,
+                *(shape[0], channels, outputs, *grid, shape[2], shape[3]),
+                *(*start, *stride, *first, *taps, *apart_by, *tap, *tap_step, width),
+                *stored.words(),
+                **options,
+                ACCUMULATE=accumulation_of(x, accumulate, block),
+                STEP=step[0],
+                IMAGES=images,
+                ROWS=rows,
+                COLUMNS=columns,
+                BK=block,
+            )
+            continue
         launch(
             gather_product,
             (min(programs, triton.cdiv(count, tile.m) * triton.cdiv(outputs, tile.n)),),
             x.device,
             source,
             rows_of_weight,
-            bias,
-            raw_result(result),
-            stored.overflows,
-            inverse_scale,
-            *arguments,
+            *shared,
+            *(shape[0], x.shape[2], x.shape[3], channels, outputs),
+            *(*grid, shape[2], shape[3], *start, *stride, *step, *first, *taps, *apart_by, *tap, *tap_step),
+            *(width, height * width * channels),
             *stored.words(),
-            **stored.options(),
+            **options,
             ACCUMULATE=accumulation_of(x, accumulate),
             BM=tile.m,
-            BN=tile.n,
             BK=summed_step(tile, x),
             GROUP=configs.GROUP,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
     if apart:
         epilogue.round(result)
     return result
+
+
+def _pointwise(weight: Tensor, g: Conv2dGeometry, epilogue: Epilogue) -> bool:
+    """True when a convolution is a matrix product of pixels; stochastic codes count elements as an image has them."""
+    whole = weight.shape[2:] == (1, 1) and g.stride == (1, 1) and g.padding == (0, 0)
+    return whole and (epilogue.values or epilogue.plain or epilogue.rounding != "stochastic")
+
+
+def _pixel_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inverse_scale: float,
+    accumulate: str,
+    epilogue: Epilogue,
+    bulk: bool | None,
+) -> Tensor:
+    """x [B, C, H, W] times weight [C, O], pixel by pixel."""
+    later = epilogue.rounding == "stochastic" and not epilogue.plain
+    y = matmul(
+        _channels_last(x).flatten(0, 2),
+        weight,
+        bias,
+        inverse_scale=inverse_scale,
+        accumulate=accumulate,
+        epilogue=Epilogue() if later else epilogue,
+        bulk=bulk,
+    )
+    result = y.view(x.shape[0], *x.shape[2:], y.shape[1]).permute(0, 3, 1, 2)
+    if later:
+        epilogue.round(result)
+    return result
+
+
+def _bulk_view(source: Tensor, phases: list[list[Axis]]) -> Tensor | None:
+    """The source image as boxes of pixels are read from it; None where the bulk copy engine cannot read it."""
+    steps = {axis[3] for axes in phases for axis in axes}
+    if len(steps) > 1:
+        return None
+    step = steps.pop()
+    channels = source.shape[3]
+    # With pixels apart, a block of channels that is not whole would go on in the pixel beside.
+    if step > 1 and channels % min(CHANNELS, triton.next_power_of_2(channels)):
+        return None
+    viewed = pixel_view(source, step)
+    return viewed if viewed is not None and fits(viewed) else None
+
+
+def _channel_block(tile: configs.Tile, operand: Tensor) -> int:
+    """Channels in one step of a bulk tile: a power of two, at least what an instruction sums."""
+    return max(32, min(tile.k // operand.element_size(), triton.next_power_of_2(operand.shape[1])))
+
+
+def _bulk_gradient(
+    error: Tensor,
+    x: Tensor,
+    weight_shape: tuple[int, ...],
+    output: tuple[int, int, int, int],
+    g: Conv2dGeometry,
+    inverse_scale: float,
+    splits: int | None,
+) -> Tensor | None:
+    """`conv2d_gradient` by the bulk copy engine; None where it cannot."""
+    outputs, channels, height, width = weight_shape
+    source, errors = _channels_last(x), _channels_last(error)
+    if g.stride[0] != g.stride[1] or not fits(errors):
+        return None
+    viewed = _bulk_view(source, [[(0, 0, 0, g.stride[0], 0, 0, 0, 0, 0)]])
+    if viewed is None:
+        return None
+    batch, _, grid_h, grid_w = output
+    tile, programs = configs.gradient_tile(x.device, outputs, channels, height * width)
+    images, rows, columns = box(batch, grid_h, grid_w, tile.k)
+    boxes = triton.cdiv(batch, images) * triton.cdiv(grid_h, rows) * triton.cdiv(grid_w, columns)
+    tiles = height * width * triton.cdiv(outputs, tile.m) * triton.cdiv(channels, tile.n)
+    if splits is None:
+        # Programs for every multiprocessor, but at least eight boxes each: partial sums cost memory traffic.
+        splits = max(1, min(triton.cdiv(programs, tiles), boxes // 8))
+    chunk = triton.cdiv(boxes, splits)
+    splits = triton.cdiv(boxes, chunk)
+    partial = torch.empty((splits, outputs, height, width, channels), dtype=torch.float32, device=x.device)
+    launch(
+        bulk_weight_gradient,
+        (tiles * splits,),
+        x.device,
+        describe(errors, (images, rows, columns, tile.m)),
+        describe(viewed, (images, rows, 1, columns, tile.n)),
+        partial,
+        inverse_scale,
+        *(batch, grid_h, grid_w, chunk, channels, outputs, height, width),
+        *(-g.padding[0], -g.padding[1], *g.dilation),
+        ACCUMULATE=accumulation_of(x, "fp16_mma"),
+        STEP=g.stride[0],
+        IMAGES=images,
+        ROWS=rows,
+        COLUMNS=columns,
+        BM=tile.m,
+        BN=tile.n,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return (partial[0] if splits == 1 else partial.sum(0)).permute(0, 3, 1, 2)
 
 
 def _empty_channels_last(epilogue: Epilogue, shape: tuple[int, ...], device: torch.device) -> Tensor:

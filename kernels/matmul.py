@@ -14,11 +14,13 @@ from torch import Tensor
 
 from fp8repro.formats import FP32, FloatFormat
 from fp8repro.kernels import configs
+from fp8repro.kernels.bulk import ALIGNMENT, describe, fits
 from fp8repro.kernels.launch import INTERPRETED, check_device, launch, signed_words
-from fp8repro.kernels.products import multiply
+from fp8repro.kernels.products import multiply, turn
 from fp8repro.kernels.quantize import raw_codes, round_into, rounding_options
 
 FP8_DTYPES = (torch.float8_e5m2, torch.float8_e4m3fn)
+PROMOTE_MOST_OFTEN = 32
 OPERANDS = "torch.float8_e5m2 or torch.float8_e4m3fn, or both torch.float16 or torch.bfloat16"
 
 
@@ -88,6 +90,7 @@ def matmul(
     epilogue: Epilogue | None = None,
     splits: int | None = None,
     tile: configs.Tile | None = None,
+    bulk: bool | None = None,
 ) -> Tensor:
     """The product a @ b * inverse_scale + bias, accumulated in FP32 (paper, section 3).
 
@@ -103,6 +106,8 @@ def matmul(
         epilogue: how the result is stored; FP32 by default.
         splits: parts of K that are summed apart, in a fixed order; None chooses.
         tile: the kernel's configuration; None takes the table's.
+        bulk: the GPU's bulk copy engine brings the operands, of which FP8 ones are turned first where K is not
+            contiguous; None: where it can.
 
     Returns:
         [..., M, N], contiguous.
@@ -127,12 +132,18 @@ def matmul(
         return result
     batches = a3.shape[0]
     fp32 = epilogue.plain or epilogue.values
+    if bulk is None:
+        bulk = configs.bulk_available(a.device)
+    described = _described(a3, b3) if bulk and k > 0 else None
+    small = not fp32 and (described is None or epilogue.rounding == "stochastic")
     chosen, chosen_splits, programs = configs.choose(
-        a.device, m, n, k, batches, splittable=fp32, halves=True, small=not fp32
+        a.device, m, n, k, batches, splittable=fp32, halves=True, small=small, bulk=described is not None
     )
     tile = tile or chosen
     splits = chosen_splits if splits is None else splits
-    apart = epilogue.values and not epilogue.plain and not configs.takes_epilogue(a.device, tile, splits)
+    apart = (
+        epilogue.values and not epilogue.plain and not configs.takes_epilogue(a.device, tile, splits, epilogue.rounding)
+    )
     stored = Epilogue() if apart else epilogue
     if splits > 1 and not fp32:
         raise ValueError(f"splits: got {splits}, expected 1 with a rounded result")
@@ -140,12 +151,14 @@ def matmul(
     chunk = triton.cdiv(triton.cdiv(k, splits), step) * step if splits > 1 else k
     target = result if splits == 1 else torch.empty((batches, splits, m, n), dtype=torch.float32, device=a.device)
     work = batches * splits * triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n * tile.halves)
+    operands: tuple[Any, Any] = (a3, b3)
+    if described is not None:
+        operands = describe(described[0], (1, tile.m, step)), describe(described[1], (1, tile.n, step))
     launch(
         multiply,
         (min(work, programs),),
         a.device,
-        a3,
-        b3,
+        *operands,
         bias if splits == 1 else None,
         raw_result(target),
         stored.overflows,
@@ -155,18 +168,19 @@ def matmul(
         n,
         k,
         chunk,
-        *a3.stride(),
-        *b3.stride(),
+        *(a3.stride() if described is None else (0, 0, 0)),
+        *(b3.stride() if described is None else (0, 0, 0)),
         *stored.words(),
         **stored.options(),
-        ACCUMULATE=accumulation_of(a, accumulate),
+        ACCUMULATE=accumulation_of(a, accumulate, step),
         SPLITS=splits,
         BM=tile.m,
         BN=tile.n,
         BK=step,
         HALVES=tile.halves,
         GROUP=configs.GROUP,
-        EVEN_K=k % step == 0 and chunk % step == 0,
+        EVEN_K=described is not None or (k % step == 0 and chunk % step == 0),
+        BULK=described is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -184,10 +198,36 @@ def summed_step(tile: configs.Tile, operand: Tensor) -> int:
     return tile.k if operand.element_size() == 1 or INTERPRETED else tile.k // 2
 
 
-def accumulation_of(operand: Tensor, accumulate: str) -> int:
-    """The accumulation code for the GPU that holds `operand`."""
+def _described(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
+    """[batch, M, K] and [batch, N, K] that descriptors can stand for; None where the bulk copy engine cannot help."""
+    operands = []
+    for t in (a, b.transpose(1, 2)):
+        if not fits(t) and t.element_size() == 1:
+            # FP8 instructions want K contiguous; a pass over the bytes costs far less than turning every tile.
+            t = turned(t.transpose(1, 2) if t.stride(1) == 1 else t.transpose(1, 2).contiguous())
+        if not fits(t):
+            return None
+        operands.append(t)
+    return operands[0], operands[1]
+
+
+def turned(x: Tensor) -> Tensor:
+    """[batch, rows, columns] of bytes, columns contiguous -> [batch, columns, rows], with rows as far apart as fits."""
+    batch, rows, columns = x.shape
+    pitch = triton.cdiv(rows, ALIGNMENT) * ALIGNMENT
+    y = torch.empty((batch, columns, pitch), dtype=x.dtype, device=x.device)[:, :, :rows]
+    grid = (batch * triton.cdiv(rows, 64) * triton.cdiv(columns, 64),)
+    arguments = (raw_codes(x), raw_codes(y), rows, columns, x.stride(0), x.stride(1), y.stride(0), y.stride(1))
+    launch(turn, grid, x.device, *arguments, ROWS=64, COLUMNS=64)
+    return y
+
+
+def accumulation_of(operand: Tensor, accumulate: str, step: int = 128) -> int:
+    """The accumulation code for the GPU that holds `operand`; `step`: elements of K in one step of the tile."""
     capability = (0, 0) if INTERPRETED else torch.cuda.get_device_capability(operand.device)
-    return configs.accumulation(accumulate, capability)
+    code = configs.accumulation(accumulate, capability)
+    # Sums cannot be promoted less often than once a step.
+    return min(code, step) if code >= PROMOTE_MOST_OFTEN else code
 
 
 def check_operands(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:

@@ -18,6 +18,7 @@ from fp8repro.kernels.matmul import Epilogue, raw_result
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn)
 FLAT_BLOCK = 1024
+NARROW = (1 << 31) - (1 << 17)  # elements whose offsets 32 bits hold, those of the last block's masked end included
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def batch_norm(
         KEPT_INF=kept.has_infinity,
         RELU=relu,
         BLOCK=block,
+        WIDE=x.numel() > NARROW,
     )
     return BatchNormResult(y, flags, mean, inverse, variance, plain, codes)
 
@@ -169,6 +171,7 @@ def batch_norm_backward(
         *epilogue.words(),
         **epilogue.options(),
         BLOCK=block,
+        WIDE=x.numel() > NARROW,
     )
     return grad_x, sums[1], sums[0], residual
 
@@ -270,9 +273,9 @@ def _sums(kernel: object, tensors: tuple[Tensor | None, ...], rows: int, channel
     """Partial sums [chunks, 2, channels] over chunks of rows, and the number of rows of each chunk."""
     device = next(t for t in tensors if t is not None).device
     block = block_size(64, channels, 512)
-    height = block_size(16, rows, 512)
-    # About a thousand programs: enough for any GPU, few enough to combine cheaply.
-    chunks = max(1, min(triton.cdiv(rows, 4 * height), triton.cdiv(1024, triton.cdiv(channels, block))))
+    height = block_size(32, rows, 512)
+    # About two thousand programs: enough for any GPU, few enough to combine cheaply.
+    chunks = max(1, min(triton.cdiv(rows, 4 * height), triton.cdiv(2048, triton.cdiv(channels, block))))
     chunk = triton.cdiv(triton.cdiv(rows, chunks), height) * height
     chunks = triton.cdiv(rows, chunk)
     partial = torch.empty((chunks, 2, channels), dtype=torch.float32, device=device)

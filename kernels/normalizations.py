@@ -23,15 +23,18 @@ def channel_statistics(x_ptr, partial_ptr, rows, channels, chunk, ROWS: tl.const
     inside = channel < channels
     # Deviations from any value near the mean keep the difference of squares accurate.
     origin = to_fp32(tl.load(x_ptr + start * channels + channel, mask=inside, other=0.0))
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    squares = tl.zeros((BLOCK,), dtype=tl.float32)
+    # A sum for each place of the tile, so that threads exchange sums once, not at every tile.
+    totals = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    squares_of = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for first in range(start, end, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         mask = (row < end) & inside[None, :]
         x = to_fp32(tl.load(x_ptr + row * channels + channel[None, :], mask=mask, other=0.0))
         away = tl.where(mask, x - origin[None, :], 0.0)
-        total += tl.sum(away, 0)
-        squares += tl.sum(away * away, 0)
+        totals += away
+        squares_of += away * away
+    total = tl.sum(totals, 0)
+    squares = tl.sum(squares_of, 0)
     count = (end - start).to(tl.float32)
     place = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * channels + channel
     tl.store(place, origin + total / count, mask=inside)
@@ -39,11 +42,21 @@ def channel_statistics(x_ptr, partial_ptr, rows, channels, chunk, ROWS: tl.const
 
 
 @triton.jit
+def _flat(BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets of a program's elements; 64 bits only where the tensor needs them, whose divisions are slow."""
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    return program * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def _logical_index(offset, channels, pixels):
     """Index in [batch, channels, pixels] of an element that lies at `offset` of [batch, pixels, channels]."""
     channel = offset % channels
     pixel = offset // channels % pixels
-    return (offset // (channels * pixels) * channels + channel) * pixels + pixel
+    image = (offset // (channels * pixels)).to(tl.int64)
+    return (image * channels + channel) * pixels + pixel
 
 
 @triton.jit(do_not_specialize=RANDOM_WORDS)
@@ -77,12 +90,13 @@ def batch_apply(
     KEPT_INF: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """y = rounded(relu(normalized x + residual)), and one bit an element that says where the ReLU let it pass.
 
     Also, where pointers are given: the FP32 values before that rounding, and the codes of x in a format that holds it.
     """
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offset = _flat(BLOCK, WIDE)
     mask = offset < count
     channel = offset % channels
     x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
@@ -99,7 +113,7 @@ def batch_apply(
         # NaN must pass: a diverged run shall be seen.
         y = tl.where(y <= 0, 0.0, y)
         bits = tl.reshape(passed.to(tl.int32), [BLOCK // 8, 8]) << tl.arange(0, 8)[None, :]
-        byte = tl.program_id(0).to(tl.int64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+        byte = _flat(BLOCK // 8, WIDE)
         tl.store(flags_ptr + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < count)
     if values_ptr is not None:
         tl.store(values_ptr + offset, y, mask=mask)
@@ -154,16 +168,18 @@ def batch_gradient_sums(
     inside = channel < channels
     mean = tl.load(mean_ptr + channel, mask=inside, other=0.0)[None, :]
     inverse = tl.load(inverse_ptr + channel, mask=inside, other=0.0)[None, :]
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    product = tl.zeros((BLOCK,), dtype=tl.float32)
+    totals = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    products = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for first in range(start, end, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         mask = (row < end) & inside[None, :]
         offset = row * channels + channel[None, :]
         gradient = _masked_gradient(grad_ptr, flags_ptr, offset, mask)
         x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
-        total += tl.sum(gradient, 0)
-        product += tl.sum(tl.where(mask, gradient * ((x - mean) * inverse), 0.0), 0)
+        totals += gradient
+        products += tl.where(mask, gradient * ((x - mean) * inverse), 0.0)
+    total = tl.sum(totals, 0)
+    product = tl.sum(products, 0)
     place = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * channels + channel
     tl.store(place, total, mask=inside)
     tl.store(place + channels, product, mask=inside)
@@ -196,9 +212,10 @@ def batch_gradient_apply(
     SATURATE: tl.constexpr,
     SUBNORMAL_NEAREST: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Gradients of the input (rounded) and of the residual (FP32) from the sums of `batch_gradient_sums`."""
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offset = _flat(BLOCK, WIDE)
     mask = offset < count
     channel = offset % channels
     gradient = _masked_gradient(grad_ptr, flags_ptr, offset, mask)

@@ -47,8 +47,12 @@ def multiply(
     HALVES: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
+    BULK: tl.constexpr,
 ):
     """c[batch, split, M, N] = a @ b * inverse_scale + bias, where a split sums `chunk` of K; c is contiguous.
+
+    BULK: a_ptr and b_ptr are descriptors of [batch, M, K] and [batch, N, K] whose blocks the bulk copy engine brings,
+    with zeros beyond the ends; strides and EVEN_K are not read.
 
     With two HALVES a program computes two tiles side by side from the same rows of a. That halves the traffic of a,
     and promoted sums need registers for one tile at a time, where one tile of twice the width would spill.
@@ -70,19 +74,24 @@ def multiply(
         m = tile_m * BM + tl.arange(0, BM)
         n = tile_n * (BN * HALVES) + tl.arange(0, BN)
         k = tl.arange(0, BK)
-        # Rows beyond the end are read from the start instead and not stored: no mask in the loop.
-        a_rows = a_ptr + batch * a_batch + (m % M).to(tl.int64)[:, None] * a_row
-        b_plane = b_ptr + batch * b_batch
-        b_columns = b_plane + (n % N).to(tl.int64)[None, :] * b_column
         length = tl.minimum(chunk, K - start)
-        a = a_rows + (start + k).to(tl.int64)[None, :] * a_column
-        b = b_columns + (start + k).to(tl.int64)[:, None] * b_row
+        if not BULK:
+            # Rows beyond the end are read from the start instead and not stored: no mask in the loop.
+            a_rows = a_ptr + batch * a_batch + (m % M).to(tl.int64)[:, None] * a_row
+            b_plane = b_ptr + batch * b_batch + (start + k).to(tl.int64)[:, None] * b_row
+            a = a_rows + (start + k).to(tl.int64)[None, :] * a_column
+            b = b_plane + (n % N).to(tl.int64)[None, :] * b_column
+            if HALVES == 2:
+                b2 = b_plane + ((n + BN) % N).to(tl.int64)[None, :] * b_column
         accumulator = tl.zeros((BM, BN), dtype=tl.float32)
         if HALVES == 2:
-            b2 = b_plane + ((n + BN) % N).to(tl.int64)[None, :] * b_column + (start + k).to(tl.int64)[:, None] * b_row
             accumulator2 = tl.zeros((BM, BN), dtype=tl.float32)
         for step in range(0, tl.cdiv(length, BK)):
-            if EVEN_K:
+            if BULK:
+                at = start + step * BK
+                a_tile = a_ptr.load([plane // SPLITS, tile_m * BM, at]).reshape(BM, BK)
+                b_tile = b_ptr.load([plane // SPLITS, tile_n * (BN * HALVES), at]).reshape(BN, BK).T
+            elif EVEN_K:
                 a_tile = tl.load(a)
                 b_tile = tl.load(b)
             else:
@@ -91,11 +100,15 @@ def multiply(
                 b_tile = tl.load(b, mask=k[:, None] < left, other=0.0)
             accumulator = multiply_add(a_tile, b_tile, accumulator, ACCUMULATE)
             if HALVES == 2:
-                b_tile = tl.load(b2) if EVEN_K else tl.load(b2, mask=k[:, None] < left, other=0.0)
+                if BULK:
+                    b_tile = b_ptr.load([plane // SPLITS, tile_n * (BN * HALVES) + BN, at]).reshape(BN, BK).T
+                else:
+                    b_tile = tl.load(b2) if EVEN_K else tl.load(b2, mask=k[:, None] < left, other=0.0)
+                    b2 += BK * b_row
                 accumulator2 = multiply_add(a_tile, b_tile, accumulator2, ACCUMULATE)
-                b2 += BK * b_row
-            a += BK * a_column
-            b += BK * b_row
+            if not BULK:
+                a += BK * a_column
+                b += BK * b_row
 
         for half in tl.static_range(HALVES):
             result = accumulator * inverse_scale if half == 0 else accumulator2 * inverse_scale
@@ -122,3 +135,17 @@ def multiply(
                 SUBNORMAL_NEAREST,
             )
             n += BN
+
+
+@triton.jit
+def turn(x_ptr, y_ptr, rows, columns, x_batch, x_row, y_batch, y_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """y[batch, columns, rows] = x[batch, rows, columns] transposed, of bytes; last dimensions are contiguous."""
+    across = tl.cdiv(columns, COLUMNS)
+    down = tl.cdiv(rows, ROWS)
+    tile = tl.program_id(0)
+    batch = (tile // across // down).to(tl.int64)
+    row = (tile // across % down).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = (tile % across).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (row < rows) & (column < columns)
+    x = tl.load(x_ptr + batch * x_batch + row * x_row + column, mask=mask)
+    tl.store(y_ptr + batch * y_batch + tl.trans(column) * y_row + tl.trans(row), tl.trans(x), mask=tl.trans(mask))

@@ -61,8 +61,8 @@ def round_into(
     shape = _as_columns(sizes, strides)
     if shape is not None:
         outer, columns, rows, outer_stride, row_stride = shape
-        block = block_size(128, columns, 1024)
-        groups = block_size(4, triton.cdiv(rows, 4), 64)
+        block = block_size(64 if columns <= 64 else 128, columns, 1024)
+        groups = block_size(512 // block if block <= 128 else 4, triton.cdiv(rows, 4), 64)
         grid3 = (triton.cdiv(columns, block), triton.cdiv(rows, 4 * groups), outer)
         arguments = (*pointers, columns, rows, outer_stride, row_stride, *words)
         launch(kernels.round_columns, grid3, x.device, *arguments, **options, GROUPS=groups, BLOCK=block)
@@ -129,7 +129,7 @@ def round_transpose(
     dense = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
     rows, columns = x.shape[-2:]
     batch = x.numel() // (rows * columns)
-    row_block, column_block = block_size(64, rows, 256), block_size(64, columns, 256)
+    row_block, column_block = block_size(32, rows, 256), block_size(128, columns, 256)
     grid = (triton.cdiv(columns, column_block) * triton.cdiv(rows, row_block) * batch,)
     launch(
         kernels.round_transpose,

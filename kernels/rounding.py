@@ -20,6 +20,11 @@ def load_fp32(pointers, mask):
     raw = tl.load(pointers, mask=mask, other=0)
     if raw.dtype == tl.int16:
         return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    if raw.dtype == tl.float16:
+        # The hardware's conversion drops the sign of NaN.
+        sign = (raw.to(tl.int16, bitcast=True).to(tl.int32) & 0x8000) << 16
+        magnitude = raw.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        return (magnitude | sign).to(tl.float32, bitcast=True)
     return raw.to(tl.float32)
 
 
@@ -91,10 +96,11 @@ def round_flat(
     BLOCK: tl.constexpr,
 ):
     """All tensors contiguous; with a statistics buffer the grid is small and strides over the blocks."""
-    local = tl.arange(0, BLOCK)
+    # Four elements a thread, as many as a Philox block has words: no word has to change threads.
+    local = tl.max_contiguous(tl.arange(0, BLOCK), 4)
     for block in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
         base = tl.cast(block, tl.int64) * BLOCK
-        mask = local < count - base
+        mask = local < tl.minimum(count - base, BLOCK).to(tl.int32)
         x = load_fp32(x_ptr + base + local, mask)
         draw = local
         if ROUNDING == STOCHASTIC:
@@ -137,7 +143,7 @@ def round_columns(
     rows % 4 == 0, so a Philox block covers four rows of one column and each thread uses all its words.
     """
     outer = tl.program_id(2).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    column = tl.program_id(0) * BLOCK + tl.max_contiguous(tl.arange(0, BLOCK), 4)[None, :]
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[:, None]
     mask = (column < columns) & (group * 4 < rows)
     block = (outer * columns + column) * (rows // 4) + group

@@ -230,7 +230,7 @@ def test_optimizers_without_a_fused_form():
     ("argument", "change"),
     [
         ("master", {"master": torch.zeros(4, 4, dtype=torch.bfloat16)}),
-        ("master", {"master": torch.zeros(4, 8)[:, ::2]}),
+        ("master", {"master": torch.zeros(4, 8, device=DEVICE)[:, ::2]}),
         ("grad", {"grad": torch.zeros(4, 4).t()[:3]}),
         ("grad", {"grad": torch.zeros(4, 4, dtype=torch.float16)}),
         ("state", {"state": ()}),
@@ -241,4 +241,4 @@ def test_bad_argument_is_named(argument, change):
     given = {"master": torch.zeros(4, 4), "grad": torch.zeros(4, 4), "state": (torch.zeros(4, 4),), **change}
     moved = {k: tuple(t.to(DEVICE) for t in v) if isinstance(v, tuple) else v.to(DEVICE) for k, v in given.items()}
     with pytest.raises(ValueError, match=f"^{argument}: got .*, expected "):
-        update([Parameter(**moved)], RULES["sgd"], 1, EXACT, FP8, torch.zeros(3, dtype=torch.float64))
+        update([Parameter(**moved)], RULES["sgd"], 1, EXACT, FP8, torch.zeros(3, dtype=torch.float64, device=DEVICE))
