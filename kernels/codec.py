@@ -43,7 +43,13 @@ def interleave4(w0, w1, w2, w3):
 
 @triton.jit
 def words_of_blocks(block, seed0, seed1, stream0, stream1):
-    """The four random words of each Philox block of a stream; `block` is the int64 element index // 4."""
+    """The four random words of each Philox block of a stream; `block` is the int64 element index // 4.
+
+    The stream's words come by value, or as pointers: a replayed CUDA graph finds those of its step in memory.
+    """
+    if stream0.dtype.is_ptr():
+        stream0 = tl.load(stream0)
+        stream1 = tl.load(stream1)
     return philox_4x32(
         (block & 0xFFFFFFFF).to(tl.uint32),
         (block >> 32).to(tl.uint32),

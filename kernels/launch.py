@@ -13,6 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fp8repro.streams import Stream, StreamSlot
+
 LAUNCHES: Counter[str] = Counter()
 
 
@@ -46,8 +48,13 @@ def check_device(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {expected}")
 
 
-def signed_words(value: int) -> tuple[int, int]:
-    """Low and high 32-bit words of a 64-bit integer, as int32 values, which every launch types alike."""
+def signed_words(value: Stream) -> tuple[int, int] | tuple[Tensor, Tensor]:
+    """Low and high 32-bit words of a 64-bit integer, as int32 values, which every launch types alike.
+
+    Of a stream in device memory, the int32 tensors that a kernel takes as pointers.
+    """
+    if isinstance(value, StreamSlot):
+        return value.words()
     words = (value & 0xFFFFFFFF, (value >> 32) & 0xFFFFFFFF)
     low, high = (word - (1 << 32) if word >> 31 else word for word in words)
     return low, high

@@ -17,6 +17,7 @@ from fp8repro.kernels import configs
 from fp8repro.kernels.launch import INTERPRETED, check_device, launch, signed_words
 from fp8repro.kernels.products import multiply
 from fp8repro.kernels.quantize import raw_codes, round_into, rounding_options
+from fp8repro.streams import Stream
 
 FP8_DTYPES = (torch.float8_e5m2, torch.float8_e4m3fn)
 OPERANDS = "torch.float8_e5m2 or torch.float8_e4m3fn, or both torch.float16 or torch.bfloat16"
@@ -39,7 +40,7 @@ class Epilogue:
     overflow: str = "inf"
     subnormal_rounding: str = "same"
     seed: int = 0
-    stream: int = 0
+    stream: Stream = 0
     overflows: Tensor | None = None
     values: bool = False
 
@@ -52,8 +53,8 @@ class Epilogue:
         """Compile-time arguments."""
         return rounding_options(self.format, self.rounding, self.overflow, self.subnormal_rounding)
 
-    def words(self) -> tuple[int, int, int, int]:
-        """The key and stream words of the random bits."""
+    def words(self) -> tuple[Any, ...]:
+        """The key and stream words of the random bits, as `signed_words` gives them."""
         return (*signed_words(self.seed), *signed_words(self.stream))
 
     def empty(self, shape: tuple[int, ...], device: torch.device) -> Tensor:

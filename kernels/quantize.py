@@ -15,6 +15,7 @@ from fp8repro.formats import FloatFormat
 from fp8repro.kernels import codec
 from fp8repro.kernels import rounding as kernels
 from fp8repro.kernels.launch import block_size, check_device, launch, signed_words
+from fp8repro.streams import Stream
 
 FLAT_BLOCK = 2048
 MAX_DIMS = 4
@@ -26,7 +27,7 @@ def round_into(
     rounding: str,
     overflow: str,
     seed: int,
-    stream: int,
+    stream: Stream,
     subnormal_rounding: str,
     values: Tensor | None,
     codes: Tensor | None,
@@ -93,7 +94,7 @@ def round_transpose(
     rounding: str = "nearest",
     overflow: str = "inf",
     seed: int = 0,
-    stream: int = 0,
+    stream: Stream = 0,
     subnormal_rounding: str = "same",
     stats: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
