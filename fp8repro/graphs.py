@@ -5,6 +5,7 @@ A replay gives the bits of the eager step with the same number. The optimizer's 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fp8repro.context import StepContext
 from fp8repro.injection import sites
 from fp8repro.streams import StreamTable
 
@@ -53,9 +55,7 @@ class GraphedStep:
     Not part of the graph: whatever else a model does on the host. It must do the same at every step.
     """
 
-    def __init__(
-        self, model: nn.Module, loss_of: LossOf, batch: Sequence[Tensor], pool: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, loss_of: LossOf, batch: Sequence[Tensor], pool: Any = None) -> None:
         """Warm up and capture; weights, gradients, statistics, random numbers and the run's step stay what they are.
 
         Args:
@@ -72,7 +72,8 @@ class GraphedStep:
         if reason is not None:
             raise ValueError(f"model: got one whose step cannot be graphed ({reason})")
         self.model, self.loss_of = model, loss_of
-        self.context: Any = model.fp8_context
+        context: Any = model.fp8_context
+        self.context: StepContext = context
         self._sites = list(sites(model).values())
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._state = [*model.parameters(), *model.buffers()]
@@ -96,7 +97,7 @@ class GraphedStep:
                 parameter.grad = gradient
             self._forget_weights()
             # Calls count from zero again: a step that was begun may still be taken, by a replay or without one.
-            self.context.begin(self.context.step, self.context.micro_step)
+            context.begin(context.step, context.micro_step)
         self._used = -1
 
     def fits(self, batch: Sequence[Tensor]) -> bool:
@@ -117,12 +118,12 @@ class GraphedStep:
         """
         if not self.fits(batch):
             given = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in batch)
-            own = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in self._inputs)
-            raise ValueError(f"batch: got {given}, expected {own} and the model in training mode, in the same memory")
+            taken = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in self._inputs)
+            raise ValueError(f"batch: got {given}, expected {taken} and the model in training mode, in the same memory")
         if self.context.generation == self._used:
             raise RuntimeError("context.begin: got no call since the last step, expected one before each")
-        for own, given in zip(self._inputs, batch, strict=True):
-            own.copy_(given, non_blocking=True)
+        for own, tensor in zip(self._inputs, batch, strict=True):
+            own.copy_(tensor, non_blocking=True)
         self._scale.fill_(scale)
         self.streams.refresh(self.context.stream_number)
         # Copied, because they may be this graph's buffers, or another's that shares its memory.
@@ -164,9 +165,11 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def capture(run: Callable[[], None], device: torch.device, pool: tuple[int, int] | None = None) -> Callable[[], None]:
+def capture(run: Callable[[], None], device: torch.device, pool: Any = None) -> Callable[[], None]:
     """Run something a few times and capture it; gives what replays it on the current stream."""
     side = _side_stream(device)
+    # What is left of earlier steps would tie the accumulation of gradients to the stream that they ran on.
+    gc.collect()
     with torch.cuda.device(device):
         current = torch.cuda.current_stream()
         side.wait_stream(current)

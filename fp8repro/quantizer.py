@@ -5,7 +5,7 @@ Holds no generator state: random bits are a function of (seed, stream, element i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ def round_into(
     if turned is not None and codes is not None:
         _round_turned(x, format, rounding, overflow, seed, stream, subnormal_rounding, codes, turned, stats)
         return
-    engine: Callable[..., None]
+    engine: Any
     if x.device.type == "cuda":
         # Imported here, because Triton is only needed on a GPU and is missing on many laptops.
         from fp8repro.kernels.ops import round_engine

@@ -235,6 +235,11 @@ def _chunks(counts: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.stack([tensor, torch.arange(len(tensor)) - first[tensor]], 1).contiguous().to(device)
 
 
+def _walk(t: Tensor) -> tuple[int, ...]:
+    """Strides of the dimensions that are walked; torch's optimizers give the others other ones."""
+    return tuple(stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1)
+
+
 def _check(p: Parameter, states: int, weight: RoleSpec) -> None:
     check_device("master", p.master)
     if p.master.dtype not in MASTER_TYPES:
@@ -253,7 +258,7 @@ def _check(p: Parameter, states: int, weight: RoleSpec) -> None:
         if not weight.float_format.is_fp8:
             raise ValueError(f"weight: got format {weight.format}, expected e5m2 or e4m3")
     for name, tensor, dtypes in wanted:
-        like = (tensor.shape, tensor.stride(), tensor.device) == (p.master.shape, p.master.stride(), p.master.device)
+        like = (tensor.shape, _walk(tensor), tensor.device) == (p.master.shape, _walk(p.master), p.master.device)
         if not like or tensor.dtype not in dtypes:
             given = f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
             place = f"of shape {tuple(p.master.shape)}, strides {p.master.stride()}, on {p.master.device}"

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
+from training_tools import rows, tiny_config, use_tiny_network, write_images
 
 from fp8repro import graphs, products, quantizer
+from fp8repro.config import DataConfig, LossScalingConfig
 from fp8repro.context import StepContext, stream_id
 from fp8repro.graphs import GraphedStep, why_not_graphed
 from fp8repro.injection import inject, sites
@@ -19,6 +21,8 @@ from fp8repro.master import MasterWeights
 from fp8repro.recipe import load_recipe
 from fp8repro.streams import StreamTable
 from fp8repro.telemetry import Telemetry
+from fp8repro.training import replays
+from fp8repro.training.loop import train
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 SCALE = 1024.0
@@ -90,8 +94,15 @@ def stand_in(monkeypatch):
         return run
 
     monkeypatch.setattr(graphs, "capture", capture)
-    reason = why_not_graphed
-    monkeypatch.setattr(graphs, "why_not_graphed", lambda model: None if "GPU" in str(reason(model)) else reason(model))
+    for module in (graphs, replays):
+        monkeypatch.setattr(module, "why_not_graphed", reason_other_than_the_device)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
+
+
+def reason_other_than_the_device(model):
+    reason = why_not_graphed(model)
+    return None if reason is not None and reason.endswith("need a GPU") else reason
 
 
 def test_slots_hold_the_streams_of_the_step():
@@ -237,6 +248,72 @@ def test_what_a_graphed_step_refuses(stand_in):
     assert step_of.fits((x, labels))
     trained.model[0].bias.data = trained.model[0].bias.data.clone()
     assert not step_of.fits((x, labels))
+
+
+def trained_both_ways(tmp_path, **settings):
+    """Summaries and rows of a run with graphs and one without, both on batches of 5 and 6 images."""
+    options = {"epochs": 3, "max_steps": 5, "batch_size": 12, "micro_steps": 2, "telemetry_every": 3}
+    data = DataConfig("image_folder", str(write_images(tmp_path / "images", count=22)), 16)
+    results = []
+    for choice in ("auto", "off"):
+        config = tiny_config(tmp_path / choice, "fp8", LossScalingConfig("constant", scale=1000), data, **options)
+        summary = train(replace(config, graphs=choice, backend="triton", **settings))
+        kept = [{k: v for k, v in row.items() if "per_second" not in k} for row in rows(tmp_path / choice)]
+        results.append((summary, kept))
+    return results
+
+
+@STAND_IN
+def test_a_run_with_graphs_is_the_run_without(tmp_path, stand_in, monkeypatch):
+    use_tiny_network(monkeypatch)
+    taken = []
+    call = GraphedStep.__call__
+    monkeypatch.setattr(
+        GraphedStep, "__call__", lambda self, *given: (taken.append(self.context.step), call(self, *given))[1]
+    )
+    (graphed, given), (eager, expected) = trained_both_ways(tmp_path)
+    assert given == expected
+    # Not the first step, nor those that telemetry measures.
+    assert taken == [1, 1, 2, 2, 4, 4]
+    assert graphed["graphs"] == "replayed for batches of 5, 6"
+    assert eager["graphs"] == "graphs=off"
+
+
+@STAND_IN
+def test_a_step_that_cannot_be_captured_is_left_to_the_loop(tmp_path, stand_in, monkeypatch):
+    def capture(run, device, pool):
+        run()
+        raise torch.OutOfMemoryError("no memory\nat all")
+
+    use_tiny_network(monkeypatch)
+    monkeypatch.setattr(graphs, "capture", capture)
+    (graphed, given), (_, expected) = trained_both_ways(tmp_path)
+    assert given == expected
+    assert graphed["graphs"] == "a step could not be captured (no memory)"
+
+
+@NEEDS_GPU
+def test_a_run_on_a_gpu_with_graphs_is_the_run_without(tmp_path, monkeypatch):
+    monkeypatch.setattr("fp8repro.training.image.make_resnet", lambda *_, **__: resnet()[0])
+    (graphed, given), (_, expected) = trained_both_ways(tmp_path, device="cuda")
+    assert given == expected
+    assert graphed["graphs"] == "replayed for batches of 5, 6"
+
+
+@NEEDS_GPU
+def test_dropout_in_a_cuda_graph_follows_the_seed_of_the_step():
+    def build():
+        return nn.Sequential(nn.Linear(24, 40), nn.Dropout(0.5), nn.Linear(40, 16), nn.Linear(16, 5)), (6, 24)
+
+    eager, graphed = Trained(build), Trained(build)
+    step_of = GraphedStep(graphed.model, graphed.loss_of, graphed.batch(0))
+    for step in (0, 1):
+        for trained, run in ((eager, eager.eager), (graphed, lambda batch: step_of(batch, SCALE))):
+            trained.optimizer.zero_grad()
+            trained.context.begin(step)
+            torch.cuda.manual_seed(step)
+            run(trained.batch(step))
+        assert_same(graphed.gradients(), eager.gradients())
 
 
 @NEEDS_GPU

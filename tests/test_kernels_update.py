@@ -208,6 +208,16 @@ def test_fused_step_is_the_masters_step(name, rounding):
     fused_optimizer.load_state_dict(ours)
 
 
+def test_a_state_that_torch_made_fits_a_master_of_one_channel():
+    """Its strides differ in the dimension of one channel alone, which nobody walks."""
+    master = torch.zeros(8, 1, 3, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    state = torch.zeros(8, 1, 3, 3, device=DEVICE).as_strided((8, 1, 3, 3), (9, 9, 3, 1))
+    assert state.stride() != master.stride()
+    parameter = Parameter(master, torch.ones_like(master), (state,))
+    update([parameter], RULES["sgd"], 2, EXACT, FP8, gradient_control([parameter]))
+    assert bool((state == 1).all())
+
+
 def test_fused_step_that_is_skipped_leaves_no_trace():
     model = nn.Linear(3, 2).to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters())
