@@ -101,25 +101,28 @@ class GraphedStep:
         self._used = -1
 
     def fits(self, batch: Sequence[Tensor]) -> bool:
-        """True where a call can take the batch, and the model is as it was captured."""
+        """True where a call can take the batch, nothing measures the step, and the model is as it was captured."""
         alike = len(batch) == len(self._inputs) and all(
             given.shape == own.shape and given.dtype == own.dtype
             for given, own in zip(batch, self._inputs, strict=True)
         )
+        alike = alike and self.model.training and not self.context.telemetry.active
         # A parameter in other memory would be read and updated where it was.
-        return alike and self.model.training and self._addresses == [t.data_ptr() for t in self._state]
+        return alike and self._addresses == [t.data_ptr() for t in self._state]
 
     def __call__(self, batch: Sequence[Tensor], scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (not scaled) and figures of a batch on any device; gradients of `scale` times the loss are in `.grad`.
 
         Raises:
-            ValueError: the batch has other shapes or dtypes, or the model has changed (see `fits`).
+            ValueError: the batch has other shapes or dtypes, or the model is not as it was (see `fits`).
             RuntimeError: no step was begun since the last call; it would draw the same random bits again.
         """
         if not self.fits(batch):
             given = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in batch)
             taken = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in self._inputs)
-            raise ValueError(f"batch: got {given}, expected {taken} and the model in training mode, in the same memory")
+            raise ValueError(
+                f"batch: got {given}, expected {taken}; the model in training mode and its old memory; no telemetry"
+            )
         if self.context.generation == self._used:
             raise RuntimeError("context.begin: got no call since the last step, expected one before each")
         for own, tensor in zip(self._inputs, batch, strict=True):

@@ -66,6 +66,11 @@ def signed64(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
+def cdiv(count: int, size: int) -> int:
+    """How many blocks of `size` cover `count`. Triton's own takes the host five microseconds."""
+    return -(-count // size)
+
+
 def block_size(largest: int, count: int, interpreted: int = 1 << 16) -> int:
     """Elements a program: `largest` on a GPU; in the interpreter, whose cost is per program, as many as there are."""
     if INTERPRETED:
