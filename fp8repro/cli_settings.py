@@ -34,6 +34,7 @@ NO_PART_OF_A_RUN = (
     "overwrite",
     "device",
     "backend",
+    "graphs",
     "logger",
     "profile",
     "data.root",

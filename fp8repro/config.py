@@ -144,6 +144,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
     backend: str = "auto"  # auto | emulate | triton
+    graphs: str = "auto"  # auto | off
     run_dir: str | None = None
     resume: str = "never"  # never | auto | path of a checkpoint
     overwrite: bool = False
@@ -166,6 +167,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "logger": ("tensorboard", "wandb", "none"),
     "device": ("auto", "cpu", "cuda"),
     "backend": ("auto", "emulate", "triton"),
+    "graphs": ("auto", "off"),
 }
 POSITIVE = (
     "trainer.epochs",

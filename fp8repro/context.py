@@ -6,8 +6,11 @@ It never draws a bit itself: streams are names, and the quantizers turn names in
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from fp8repro.streams import Stream, StreamTable
 from fp8repro.telemetry import Telemetry
 
 # Every rank holds the same weights, so their rounding must draw the same bits on every rank.
@@ -41,6 +44,7 @@ class StepContext:
     Attributes:
         generation: counts calls of `begin`.
         weight_version: counts updates that the tensors' own version counters do not see.
+        slots: where streams are handed out as places in device memory (see `streams_in_memory`).
     """
 
     seed: int = 0
@@ -50,14 +54,30 @@ class StepContext:
     telemetry: Telemetry = field(default_factory=Telemetry)
     generation: int = 0
     weight_version: int = 0
+    slots: StreamTable | None = None
 
     def begin(self, step: int, micro_step: int = 0) -> None:
         """Start a forward pass: call indices restart, weights are quantized anew when the step changed."""
         self.step, self.micro_step = step, micro_step
         self.generation += 1
 
-    def stream(self, module: str, call: int, operand: str, role: str) -> int:
-        """Stream of one operand at this point of the run."""
+    def stream(self, module: str, call: int, operand: str, role: str) -> Stream:
+        """Stream of one operand at this point of the run: its number, or the slot that holds it at each replay."""
+        if self.slots is not None:
+            return self.slots.slot((module, call, operand, role))
+        return self.stream_number(module, call, operand, role)
+
+    def stream_number(self, module: str, call: int, operand: str, role: str) -> int:
+        """The 64-bit number of that stream."""
         # Weights are quantized once per step, so every micro-step and call must name the same bits.
         micro_step, call = (0, 0) if role in RANK_FREE_ROLES else (self.micro_step, call)
         return stream_id(self.step, micro_step, module, call, operand, role, self.rank)
+
+    @contextmanager
+    def streams_in_memory(self, slots: StreamTable) -> Iterator[None]:
+        """Hand out slots of a table inside, for work that a graph will repeat at other steps."""
+        self.slots = slots
+        try:
+            yield
+        finally:
+            self.slots = None

@@ -25,6 +25,7 @@ from fp8repro.formats import FloatFormat
 from fp8repro.products import Backend, Conv2dGeometry, Operand, Rounding
 from fp8repro.quantizer import round_into
 from fp8repro.recipe import RoleSpec
+from fp8repro.streams import Stream
 
 
 @dataclass
@@ -110,6 +111,10 @@ class Site:
             self._weight_key = key
         return self._weight
 
+    def forget_weight(self) -> None:
+        """Round the weight again at its next use."""
+        self._weight = None
+
     def product(
         self, multiply: Callable[[Backend], Tensor], role: str | None, name: str, call: int, training: bool = True
     ) -> Tensor:
@@ -131,7 +136,7 @@ class Site:
         scale = self._round(result, spec, role, name, stream, values=result)
         return result if scale is None else result.div_(scale)
 
-    def _stream(self, spec: RoleSpec, role: str, name: str, call: int) -> int:
+    def _stream(self, spec: RoleSpec, role: str, name: str, call: int) -> Stream:
         return self.context.stream(self.name, call, name, role) if spec.rounding == "stochastic" else 0
 
     def _round(
@@ -140,7 +145,7 @@ class Site:
         spec: RoleSpec,
         role: str,
         name: str,
-        stream: int,
+        stream: Stream,
         values: Tensor | None = None,
         codes: Tensor | None = None,
         turned: Tensor | None = None,

@@ -146,7 +146,7 @@ def fused_step(
     groups: list[tuple[dict[str, Any], list[tuple[nn.Parameter, Parameter]]]] = []
     for group in optimizer.param_groups:
         members = [p for p in group["params"] if id(p) in names and p.grad is not None]
-        streams = [context.stream(names[id(p)], 0, "master", "master") for p in members]
+        streams = [context.stream_number(names[id(p)], 0, "master", "master") for p in members]
         made = [
             Parameter(
                 p.data, _like_master(p), (), stream, updated=torch.empty_like(p.data).float() if measuring else None

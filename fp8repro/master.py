@@ -134,7 +134,7 @@ class MasterWeights:
             rounding,
             self.spec.overflow,
             seed=self.context.seed,
-            stream=self.context.stream(name, 0, "master", "master"),
+            stream=self.context.stream_number(name, 0, "master", "master"),
             subnormal_rounding=self.spec.subnormal_rounding,
             values=target if target.dtype == torch.float32 else None,
             codes=None if target.dtype == torch.float32 else target,

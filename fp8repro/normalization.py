@@ -116,12 +116,12 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         return fused
 
     def _by_kernels(self, input: Tensor, residual: Tensor | None, relu: bool, consumers: RoleSpec) -> Tensor:
-        from fp8repro.kernels.norm_ops import batch_norm
+        from fp8repro.kernels.norm_ops import normalize_batch
 
         # A result before its ReLU goes into a sum, not into a layer.
         rounding = _offered(consumers) if relu else _NOT_OFFERED
         kept = "" if self.input_format is FP32 else self.input_format.name
-        y, codes, _, _, mean, _, variance = batch_norm(
+        y, codes, _, _, mean, _, variance = normalize_batch(
             input, self.weight, self.bias, residual, relu, self.eps, kept, *rounding
         )
         if rounding[0]:
@@ -145,10 +145,10 @@ class FusedLayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., D] FP32 -> the same shape."""
-        from fp8repro.kernels.norm_ops import layer_norm
+        from fp8repro.kernels.norm_ops import normalize_rows
 
         rounding = _offered(self.consumers)
-        y, codes, _, _ = layer_norm(input, self.weight, self.bias, self.eps, *rounding)
+        y, codes, _, _ = normalize_rows(input, self.weight, self.bias, self.eps, *rounding)
         if rounding[0]:
             offer(y, self.consumers, codes.detach())
         return y

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8repro.formats import FP32, FloatFormat
+from fp8repro.streams import Stream
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Rounding:
     overflow: str
     subnormal_rounding: str
     seed: int
-    stream: int
+    stream: Stream
 
 
 class Backend(Protocol):

@@ -5,12 +5,15 @@ Holds no generator state: random bits are a function of (seed, stream, element i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fp8repro import native, reference
 from fp8repro.formats import FP32, FloatFormat, get_format
 from fp8repro.reference import OVERFLOWS, ROUNDINGS, SUBNORMAL_ROUNDINGS
+from fp8repro.streams import Stream
 
 INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STATISTICS = ("nonzero", "underflow", "overflow", "absmax")
@@ -79,7 +82,7 @@ def round_into(
     overflow: str,
     *,
     seed: int = 0,
-    stream: int = 0,
+    stream: Stream = 0,
     subnormal_rounding: str = "same",
     values: Tensor | None = None,
     codes: Tensor | None = None,
@@ -93,15 +96,19 @@ def round_into(
         codes: tensor of x's shape in the format's storage dtype that receives the encoding.
         turned: for a matrix x, codes and no values: tensor that receives the codes of its transpose.
         stats: float64 tensor of 4 values (`STATISTICS`) that is added to (absmax: raised).
+        stream: may lie in device memory where Triton kernels round (`fp8repro.streams`).
     """
     if x.numel() == 0:
         return
     if turned is not None and codes is not None:
         _round_turned(x, format, rounding, overflow, seed, stream, subnormal_rounding, codes, turned, stats)
         return
+    engine: Any
     if x.device.type == "cuda":
         # Imported here, because Triton is only needed on a GPU and is missing on many laptops.
-        from fp8repro.kernels.ops import round_engine as engine
+        from fp8repro.kernels.ops import round_engine
+
+        engine = round_engine
     elif format.mantissa_bits < FP32.mantissa_bits and native.available():
         engine = native.round_into
     else:
@@ -115,7 +122,7 @@ def _round_turned(
     rounding: str,
     overflow: str,
     seed: int,
-    stream: int,
+    stream: Stream,
     subnormal_rounding: str,
     codes: Tensor,
     turned: Tensor,

@@ -43,6 +43,7 @@ class Case:
 
 
 WORDS = dict.fromkeys(rounding.RANDOM_WORDS, "i32")
+STREAM_IN_MEMORY = {"stream0": "*i32", "stream1": "*i32"}
 
 
 def _quantize_cases() -> Iterator[Case]:
@@ -56,6 +57,8 @@ def _quantize_cases() -> Iterator[Case]:
         for mode in ("nearest", "stochastic"):
             constants = {**nothing, **options(format, mode), "BLOCK": quantize.FLAT_BLOCK}
             yield Case(f"quantize {format.name} {mode}", rounding.round_flat, flat, constants)
+    constants = {**nothing, **options(E5M2, "stochastic"), "BLOCK": quantize.FLAT_BLOCK}
+    yield Case("quantize e5m2, stream in memory", rounding.round_flat, {**flat, **STREAM_IN_MEMORY}, constants)
     counted = {**flat, "x_ptr": "*i16", "values_ptr": "*i16", "stats_ptr": "*fp64"}
     constants = {**options(E5M2, "stochastic"), "BLOCK": quantize.FLAT_BLOCK}
     yield Case("quantize bf16 e5m2 stochastic, values, statistics", rounding.round_flat, counted, constants)
@@ -123,6 +126,7 @@ def _product_cases(capability: int) -> Iterator[Case]:
     yield product("matmul e4m3 x e4m3 NT", large, promoted, nt, a_ptr="*fp8e4nv", b_ptr="*fp8e4nv")
     yield product("matmul e5m2 x e5m2 NT -> e5m2 stochastic", little, promoted, nt, c_ptr="*u8")
     yield product("matmul e5m2 x e5m2 NT -> values stochastic", little, promoted, nt)
+    yield product("matmul e5m2 x e5m2 NT -> values, stream in memory", little, promoted, nt, **STREAM_IN_MEMORY)
     yield product("matmul e5m2 x e5m2 NT fp16_mma", large, FP16_MMA.value, nt)
     yield product("matmul e5m2 x e5m2 NT unpromoted", large, UNPROMOTED.value, nt)
 

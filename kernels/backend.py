@@ -6,16 +6,20 @@ What the kernels do not take (FP32 or mixed operands, grouped convolutions) is e
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fp8repro.formats import FloatFormat
+from fp8repro.kernels import conv2d as convolution
+from fp8repro.kernels import matmul as product
 from fp8repro.kernels import ops
 from fp8repro.kernels.launch import INTERPRETED, signed64
-from fp8repro.kernels.matmul import FP8_DTYPES
+from fp8repro.kernels.matmul import FP8_DTYPES, Epilogue
 from fp8repro.products import Conv2dGeometry, EmulateBackend, Operand, Rounding
 from fp8repro.quantizer import round_into
+from fp8repro.streams import StreamSlot
 
 
 def available(device: torch.device | str) -> str | None:
@@ -91,6 +95,9 @@ class TritonBackend:
         if not _native(x, weight, geometry):
             return self._rounded(self.emulated.conv2d(x, weight, bias, geometry))
         scale = _inverse_scale(x, weight)
+        if self._plain(x.codes):
+            options = self._plain_options(scale)
+            return convolution.conv2d(x.codes, weight.codes, bias, geometry, epilogue=self._epilogue(), **options)
         return ops.conv2d(x.codes, weight.codes, bias, *_lists(geometry), scale, self.accumulate, *self._options())
 
     def conv2d_error(self, error: Operand, weight: Operand, geometry: Conv2dGeometry, like: Tensor) -> Tensor:
@@ -98,9 +105,15 @@ class TritonBackend:
         if not _native(error, weight, geometry):
             return self._rounded(self.emulated.conv2d_error(error, weight, geometry, like))
         shape, scale = list(like.shape), _inverse_scale(error, weight)
-        result = ops.conv2d_error(
-            error.codes, weight.codes, shape, *_lists(geometry), scale, self.accumulate, *self._options()
-        )
+        if self._plain(error.codes):
+            options = self._plain_options(scale)
+            result = convolution.conv2d_error(
+                error.codes, weight.codes, tuple(shape), geometry, epilogue=self._epilogue(), **options
+            )
+        else:
+            result = ops.conv2d_error(
+                error.codes, weight.codes, shape, *_lists(geometry), scale, self.accumulate, *self._options()
+            )
         return _laid_out_like(result, like)
 
     def conv2d_gradient(self, error: Operand, x: Operand, geometry: Conv2dGeometry, like: Tensor) -> Tensor:
@@ -109,7 +122,11 @@ class TritonBackend:
             return self._rounded(self.emulated.conv2d_gradient(error, x, geometry, like))
         shape, scale = list(like.shape), _inverse_scale(error, x)
         # Summed over the whole batch, in parts: nothing is complete within a kernel.
-        result = ops.conv2d_gradient(error.codes, x.codes, shape, *_lists(geometry), scale, self.accumulate)
+        if self._plain(error.codes):
+            options = self._plain_options(scale)
+            result = convolution.conv2d_gradient(error.codes, x.codes, tuple(shape), geometry, **options)
+        else:
+            result = ops.conv2d_gradient(error.codes, x.codes, shape, *_lists(geometry), scale, self.accumulate)
         return self._rounded(_laid_out_like(result, like))
 
     def matmul(self, a: Operand, b: Operand) -> Tensor:
@@ -131,13 +148,30 @@ class TritonBackend:
         return self._matmul(a.codes.transpose(-1, -2), error.codes, None, _inverse_scale(error, a))
 
     def _matmul(self, a: Tensor, b: Tensor, bias: Tensor | None, inverse_scale: float) -> Tensor:
+        if self._plain(a):
+            return product.matmul(a, b, bias, epilogue=self._epilogue(), **self._plain_options(inverse_scale))
         return ops.matmul(a, b, bias, inverse_scale, self.accumulate, *self._options())
+
+    def _plain(self, operand: Tensor) -> bool:
+        """True where kernels are called without their operators."""
+        return ops.untraced(operand) or (self.how is not None and isinstance(self.how.stream, StreamSlot))
+
+    def _plain_options(self, inverse_scale: float) -> dict[str, Any]:
+        return {"inverse_scale": inverse_scale, "accumulate": self.accumulate}
+
+    def _epilogue(self) -> Epilogue | None:
+        """How a plain function is to round its result."""
+        h = self.how
+        if h is None:
+            return None
+        return Epilogue(h.format, h.rounding, h.overflow, h.subnormal_rounding, h.seed, h.stream, values=True)
 
     def _options(self) -> tuple[str, str, str, str, int, int]:
         """How an operator is to round its result."""
         h = self.how
         if h is None:
             return "fp32", "nearest", "inf", "same", 0, 0
+        assert isinstance(h.stream, int)
         seed, stream = signed64(h.seed), signed64(h.stream)
         return h.format.name, h.rounding, h.overflow, h.subnormal_rounding, seed, stream
 

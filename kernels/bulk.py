@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fp8repro.kernels.launch import cdiv
 
 ALIGNMENT = 16  # bytes, of addresses and of every stride but the last
 
@@ -34,7 +35,7 @@ def describe(t: Tensor, block: Sequence[int]) -> TensorDescriptor:
     strides = list(t.stride())
     strides[-1] = 1
     # The stride of a dimension of one is never used, but has to be a valid one.
-    below = triton.cdiv(t.shape[-1] * size, ALIGNMENT) * ALIGNMENT // size
+    below = cdiv(t.shape[-1] * size, ALIGNMENT) * ALIGNMENT // size
     for d in range(t.dim() - 2, -1, -1):
         if t.shape[d] == 1:
             strides[d] = below
@@ -64,7 +65,7 @@ def box(batch: int, height: int, width: int, pixels: int) -> tuple[int, int, int
             sides = ((batch, pixels // (rows * columns)), (height, rows), (width, columns))
             covered = 1
             for size, side in sides:
-                covered *= triton.cdiv(size, side) * side
+                covered *= cdiv(size, side) * side
             # A descriptor's block has at most 256 elements a side.
             if max(side for _, side in sides) <= 256:
                 choices.append((covered, -min(rows, columns), -columns, (sides[0][1], rows, columns)))

@@ -43,7 +43,13 @@ def interleave4(w0, w1, w2, w3):
 
 @triton.jit
 def words_of_blocks(block, seed0, seed1, stream0, stream1):
-    """The four random words of each Philox block of a stream; `block` is the int64 element index // 4."""
+    """The four random words of each Philox block of a stream; `block` is the int64 element index // 4.
+
+    The stream's words come by value, or as pointers: a replayed CUDA graph finds those of its step in memory.
+    """
+    if stream0.dtype.is_ptr():
+        stream0 = tl.load(stream0)
+        stream1 = tl.load(stream1)
     return philox_4x32(
         (block & 0xFFFFFFFF).to(tl.uint32),
         (block >> 32).to(tl.uint32),
@@ -120,8 +126,8 @@ def encode(
                 # An integer draw is under a real threshold exactly when it is under the threshold's ceiling.
                 threshold = tl.ceil((steps - lower) * 4294967296.0).to(tl.uint32)
                 small_code += (draw < threshold).to(tl.int32)
-        # From the smallest normal value on the clamped code is the smaller one; under it, a carry of the finer grid that
-        # the other code counts on is a carry of this one too.
+        # From the smallest normal value on the clamped code is the smaller one. Under it, the other counts on a finer
+        # grid: where it carries past a value of this one, so does this one.
         code = tl.maximum(code, small_code)
 
     if SATURATE or ROUNDING == TOWARD_ZERO:

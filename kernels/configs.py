@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from fp8repro.kernels.launch import INTERPRETED
+from fp8repro.kernels.launch import INTERPRETED, cdiv
 from fp8repro.kernels.tiles import EXACT, FP16_MMA, PROMOTED, PROMOTED_FMA, UNPROMOTED
 
 GROUP = 8  # tile rows that share operands in the L2 cache
@@ -130,7 +130,7 @@ def choose(
 
 
 def gradient_tile(device: torch.device, outputs: int, channels: int, taps: int) -> tuple[Tile, int]:
-    """Tile of a convolution's weight gradient (`k`: pixels in one step) by the bulk copy engine, and programs wanted."""
+    """Tile of a convolution's bulk weight gradient (`k`: pixels in one step), and programs wanted."""
     if INTERPRETED:
         return Tile(*(min(64, max(16, triton.next_power_of_2(side))) for side in (outputs, channels)), 16, 4, 1), 2
     processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -156,4 +156,4 @@ def takes_epilogue(device: torch.device, tile: Tile, splits: int, rounding: str)
 
 
 def _tiles(tile: Tile, m: int, n: int, batches: int) -> int:
-    return batches * triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n * tile.halves)
+    return batches * cdiv(m, tile.m) * cdiv(n, tile.n * tile.halves)

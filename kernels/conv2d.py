@@ -16,7 +16,7 @@ from fp8repro.kernels import configs
 from fp8repro.kernels.bulk import box, describe, fits, pixel_view
 from fp8repro.kernels.bulk_convolutions import bulk_gather_product, bulk_weight_gradient
 from fp8repro.kernels.convolutions import gather_product, weight_gradient
-from fp8repro.kernels.launch import launch
+from fp8repro.kernels.launch import cdiv, launch
 from fp8repro.kernels.matmul import (
     Epilogue,
     accumulation_of,
@@ -27,7 +27,6 @@ from fp8repro.kernels.matmul import (
     summed_step,
 )
 from fp8repro.products import Conv2dGeometry
-
 
 CHANNELS = 128  # at most so many of a pixel's channels in one step of a tile
 
@@ -138,12 +137,12 @@ def conv2d_gradient(
     tile, chosen, programs = configs.choose(x.device, outputs, columns, pixels, 1, splittable=True, halves=False)
     splits = chosen if splits is None else splits
     step = summed_step(tile, x)
-    chunk = triton.cdiv(triton.cdiv(pixels, splits), step) * step
+    chunk = cdiv(cdiv(pixels, splits), step) * step
     partial = torch.empty((splits, outputs, height, width, channels), dtype=torch.float32, device=x.device)
     g = geometry
     launch(
         weight_gradient,
-        (min(programs, splits * triton.cdiv(outputs, tile.m) * triton.cdiv(columns, tile.n)),),
+        (min(programs, splits * cdiv(outputs, tile.m) * cdiv(columns, tile.n)),),
         x.device,
         _channels_last(error),
         _channels_last(x),
@@ -248,10 +247,10 @@ def _gather(
             block = _channel_block(tile, x)
             images, rows, columns = box(shape[0], *grid, tile.m)
             taps_of_weight = rows_of_weight.flatten(1, 2)
-            boxes = triton.cdiv(shape[0], images) * triton.cdiv(grid[0], rows) * triton.cdiv(grid[1], columns)
+            boxes = cdiv(shape[0], images) * cdiv(grid[0], rows) * cdiv(grid[1], columns)
             launch(
                 bulk_gather_product,
-                (min(programs, boxes * triton.cdiv(outputs, tile.n)),),
+                (min(programs, boxes * cdiv(outputs, tile.n)),),
                 x.device,
                 describe(viewed, (images, rows, 1, columns, block)),
                 describe(taps_of_weight, (tile.n, 1, block)),
@@ -270,7 +269,7 @@ def _gather(
             continue
         launch(
             gather_product,
-            (min(programs, triton.cdiv(count, tile.m) * triton.cdiv(outputs, tile.n)),),
+            (min(programs, cdiv(count, tile.m) * cdiv(outputs, tile.n)),),
             x.device,
             source,
             rows_of_weight,
@@ -361,13 +360,13 @@ def _bulk_gradient(
     batch, _, grid_h, grid_w = output
     tile, programs = configs.gradient_tile(x.device, outputs, channels, height * width)
     images, rows, columns = box(batch, grid_h, grid_w, tile.k)
-    boxes = triton.cdiv(batch, images) * triton.cdiv(grid_h, rows) * triton.cdiv(grid_w, columns)
-    tiles = height * width * triton.cdiv(outputs, tile.m) * triton.cdiv(channels, tile.n)
+    boxes = cdiv(batch, images) * cdiv(grid_h, rows) * cdiv(grid_w, columns)
+    tiles = height * width * cdiv(outputs, tile.m) * cdiv(channels, tile.n)
     if splits is None:
         # Programs for every multiprocessor, but at least eight boxes each: partial sums cost memory traffic.
-        splits = max(1, min(triton.cdiv(programs, tiles), boxes // 8))
-    chunk = triton.cdiv(boxes, splits)
-    splits = triton.cdiv(boxes, chunk)
+        splits = max(1, min(cdiv(programs, tiles), boxes // 8))
+    chunk = cdiv(boxes, splits)
+    splits = cdiv(boxes, chunk)
     partial = torch.empty((splits, outputs, height, width, channels), dtype=torch.float32, device=x.device)
     launch(
         bulk_weight_gradient,

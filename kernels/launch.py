@@ -13,6 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fp8repro.streams import Stream, StreamSlot
+
 LAUNCHES: Counter[str] = Counter()
 
 
@@ -46,8 +48,13 @@ def check_device(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {expected}")
 
 
-def signed_words(value: int) -> tuple[int, int]:
-    """Low and high 32-bit words of a 64-bit integer, as int32 values, which every launch types alike."""
+def signed_words(value: Stream) -> tuple[int, int] | tuple[Tensor, Tensor]:
+    """Low and high 32-bit words of a 64-bit integer, as int32 values, which every launch types alike.
+
+    Of a stream in device memory, the int32 tensors that a kernel takes as pointers.
+    """
+    if isinstance(value, StreamSlot):
+        return value.words()
     words = (value & 0xFFFFFFFF, (value >> 32) & 0xFFFFFFFF)
     low, high = (word - (1 << 32) if word >> 31 else word for word in words)
     return low, high
@@ -57,6 +64,11 @@ def signed64(word: int) -> int:
     """A 64-bit word as the signed integer of the same bits, which tensors and operators take."""
     word &= (1 << 64) - 1
     return word - (1 << 64) if word >> 63 else word
+
+
+def cdiv(count: int, size: int) -> int:
+    """How many blocks of `size` cover `count`. Triton's own takes the host five microseconds."""
+    return -(-count // size)
 
 
 def block_size(largest: int, count: int, interpreted: int = 1 << 16) -> int:

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fp8repro.formats import FP32, FloatFormat
 from fp8repro.kernels import configs
 from fp8repro.kernels.bulk import ALIGNMENT, describe, fits
-from fp8repro.kernels.launch import INTERPRETED, check_device, launch, signed_words
+from fp8repro.kernels.launch import INTERPRETED, cdiv, check_device, launch, signed_words
 from fp8repro.kernels.products import multiply, turn
 from fp8repro.kernels.quantize import raw_codes, round_into, rounding_options
+from fp8repro.streams import Stream
 
 FP8_DTYPES = (torch.float8_e5m2, torch.float8_e4m3fn)
 PROMOTE_MOST_OFTEN = 32
@@ -41,7 +41,7 @@ class Epilogue:
     overflow: str = "inf"
     subnormal_rounding: str = "same"
     seed: int = 0
-    stream: int = 0
+    stream: Stream = 0
     overflows: Tensor | None = None
     values: bool = False
 
@@ -54,8 +54,8 @@ class Epilogue:
         """Compile-time arguments."""
         return rounding_options(self.format, self.rounding, self.overflow, self.subnormal_rounding)
 
-    def words(self) -> tuple[int, int, int, int]:
-        """The key and stream words of the random bits."""
+    def words(self) -> tuple[Any, ...]:
+        """The key and stream words of the random bits, as `signed_words` gives them."""
         return (*signed_words(self.seed), *signed_words(self.stream))
 
     def empty(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -148,9 +148,9 @@ def matmul(
     if splits > 1 and not fp32:
         raise ValueError(f"splits: got {splits}, expected 1 with a rounded result")
     step = summed_step(tile, a)
-    chunk = triton.cdiv(triton.cdiv(k, splits), step) * step if splits > 1 else k
+    chunk = cdiv(cdiv(k, splits), step) * step if splits > 1 else k
     target = result if splits == 1 else torch.empty((batches, splits, m, n), dtype=torch.float32, device=a.device)
-    work = batches * splits * triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n * tile.halves)
+    work = batches * splits * cdiv(m, tile.m) * cdiv(n, tile.n * tile.halves)
     operands: tuple[Any, Any] = (a3, b3)
     if described is not None:
         operands = describe(described[0], (1, tile.m, step)), describe(described[1], (1, tile.n, step))
@@ -214,9 +214,9 @@ def _described(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
 def turned(x: Tensor) -> Tensor:
     """[batch, rows, columns] of bytes, columns contiguous -> [batch, columns, rows], with rows as far apart as fits."""
     batch, rows, columns = x.shape
-    pitch = triton.cdiv(rows, ALIGNMENT) * ALIGNMENT
+    pitch = cdiv(rows, ALIGNMENT) * ALIGNMENT
     y = torch.empty((batch, columns, pitch), dtype=x.dtype, device=x.device)[:, :, :rows]
-    grid = (batch * triton.cdiv(rows, 64) * triton.cdiv(columns, 64),)
+    grid = (batch * cdiv(rows, 64) * cdiv(columns, 64),)
     arguments = (raw_codes(x), raw_codes(y), rows, columns, x.stride(0), x.stride(1), y.stride(0), y.stride(1))
     launch(turn, grid, x.device, *arguments, ROWS=64, COLUMNS=64)
     return y

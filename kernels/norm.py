@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fp8repro.formats import FP32, FloatFormat
 from fp8repro.kernels import normalizations as kernels
-from fp8repro.kernels.launch import INTERPRETED, block_size, check_device, launch
+from fp8repro.kernels.launch import INTERPRETED, block_size, cdiv, check_device, launch
 from fp8repro.kernels.matmul import Epilogue, raw_result
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn)
@@ -92,7 +92,7 @@ def batch_norm(
     block = block_size(FLAT_BLOCK, x.numel())
     launch(
         kernels.batch_apply,
-        (triton.cdiv(x.numel(), block),),
+        (cdiv(x.numel(), block),),
         x.device,
         dense,
         mean,
@@ -157,7 +157,7 @@ def batch_norm_backward(
     block = block_size(FLAT_BLOCK, x.numel())
     launch(
         kernels.batch_gradient_apply,
-        (triton.cdiv(x.numel(), block),),
+        (cdiv(x.numel(), block),),
         x.device,
         *tensors,
         weight,
@@ -201,7 +201,7 @@ def layer_norm(
     height, block = _row_block(rows, width)
     launch(
         kernels.layer_forward,
-        (triton.cdiv(rows, height),),
+        (cdiv(rows, height),),
         x.device,
         x.contiguous(),
         weight,
@@ -240,7 +240,7 @@ def layer_norm_backward(
     _check_like("grad", grad, x)
     grad_x = epilogue.empty(tuple(x.shape), x.device)
     height, block = _row_block(rows, width)
-    programs = min(triton.cdiv(rows, height), 4 if INTERPRETED else 512)
+    programs = min(cdiv(rows, height), 4 if INTERPRETED else 512)
     partial = torch.zeros((max(programs, 1), 2, width), dtype=torch.float32, device=x.device)
     launch(
         kernels.layer_backward,
@@ -275,11 +275,11 @@ def _sums(kernel: object, tensors: tuple[Tensor | None, ...], rows: int, channel
     block = block_size(64, channels, 512)
     height = block_size(32, rows, 512)
     # About two thousand programs: enough for any GPU, few enough to combine cheaply.
-    chunks = max(1, min(triton.cdiv(rows, 4 * height), triton.cdiv(2048, triton.cdiv(channels, block))))
-    chunk = triton.cdiv(triton.cdiv(rows, chunks), height) * height
-    chunks = triton.cdiv(rows, chunk)
+    chunks = max(1, min(cdiv(rows, 4 * height), cdiv(2048, cdiv(channels, block))))
+    chunk = cdiv(cdiv(rows, chunks), height) * height
+    chunks = cdiv(rows, chunk)
     partial = torch.empty((chunks, 2, channels), dtype=torch.float32, device=device)
-    grid = (triton.cdiv(channels, block), chunks)
+    grid = (cdiv(channels, block), chunks)
     launch(kernel, grid, device, *tensors, partial, rows, channels, chunk, ROWS=height, BLOCK=block)
     counts = (rows - torch.arange(chunks, device=device) * chunk).clamp(max=chunk)
     return partial, counts

@@ -1,18 +1,22 @@
 """Normalizations as torch operators with their derivatives: FP32 in and out, bytes kept for backward.
 
 What an operator cannot give (an absent output) is a tensor without elements: operators have no optional results.
+Where nobody traces, `normalize_batch` and `normalize_rows` do the same without the operators.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fp8repro.formats import get_format
 from fp8repro.kernels import norm
 from fp8repro.kernels.matmul import Epilogue
+from fp8repro.kernels.ops import untraced
 
 
 def _empty_channels_last(x: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -24,8 +28,7 @@ def _absent(x: Tensor, dtype: torch.dtype | None = torch.uint8) -> Tensor:
     return x.new_empty(0, dtype=dtype)
 
 
-@torch.library.custom_op("fp8repro::batch_norm", mutates_args=())
-def batch_norm(
+def _batch_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -60,6 +63,9 @@ def batch_norm(
     return y, codes, stored, flags, result.mean, result.inverse_deviation, result.variance
 
 
+batch_norm = torch.library.custom_op("fp8repro::batch_norm", mutates_args=())(_batch_forward)
+
+
 @batch_norm.register_fake
 def _(
     x: Tensor,
@@ -80,16 +86,24 @@ def _(
     return _empty_channels_last(x, torch.float32), codes, stored, flags, mean, inverse, variance
 
 
-@torch.library.custom_op("fp8repro::batch_norm_backward", mutates_args=())
-def batch_norm_backward(
+def _batch_backward(
     grad: Tensor, x: Tensor, weight: Tensor, flags: Tensor, mean: Tensor, inverse_deviation: Tensor, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, weight, bias and (where wanted) residual; x may be what was kept of it."""
     forward = norm.BatchNormResult(grad, flags if flags.numel() else None, mean, inverse_deviation, mean)
-    grad_x, *others, grad_residual = norm.batch_norm_backward(grad, x, weight, forward, needs_residual=residual)
+    *others, grad_residual = norm.batch_norm_backward(grad, x, weight, forward, needs_residual=residual)
+    return *others, _absent(x, torch.float32) if grad_residual is None else grad_residual  # type: ignore[return-value]
+
+
+@torch.library.custom_op("fp8repro::batch_norm_backward", mutates_args=())
+def batch_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, flags: Tensor, mean: Tensor, inverse_deviation: Tensor, residual: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_batch_backward` as an operator."""
+    grad_x, *others, grad_residual = _batch_backward(grad, x, weight, flags, mean, inverse_deviation, residual)
     # Two rows of one tensor, which results of an operator may not be.
     grad_weight, grad_bias = (g.clone() for g in others)
-    return grad_x, grad_weight, grad_bias, _absent(x, torch.float32) if grad_residual is None else grad_residual
+    return grad_x, grad_weight, grad_bias, grad_residual
 
 
 @batch_norm_backward.register_fake
@@ -110,22 +124,43 @@ def _keep_batch_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.has_residual = residual is not None
 
 
-def _batch_norm_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _batch_norm_gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[Tensor | None, ...]:
     x, weight, flags, mean, inverse = ctx.saved_tensors
     # Without a ReLU the residual's gradient is the result's.
     masked = ctx.has_residual and flags.numel() > 0
-    grad_x, grad_weight, grad_bias, turned = torch.ops.fp8repro.batch_norm_backward(
-        grad, x, weight, flags, mean, inverse, masked
-    )
+    grad_x, grad_weight, grad_bias, turned = backward(grad, x, weight, flags, mean, inverse, masked)
     grad_residual = (turned if masked else grad) if ctx.has_residual else None
     return grad_x, grad_weight, grad_bias, grad_residual, None, None, None, None, None, None
 
 
-batch_norm.register_autograd(_batch_norm_gradients, setup_context=_keep_batch_norm)
+def _batch_norm_operators(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return _batch_norm_gradients(ctx, grad, torch.ops.fp8repro.batch_norm_backward)
 
 
-@torch.library.custom_op("fp8repro::layer_norm", mutates_args=())
-def layer_norm(
+batch_norm.register_autograd(_batch_norm_operators, setup_context=_keep_batch_norm)
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _batch_forward(*inputs)
+        _keep_batch_norm(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return _batch_norm_gradients(ctx, grad, _batch_backward)
+
+
+def normalize_batch(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """`batch_norm`, as an operator only where somebody traces."""
+    output: tuple[Tensor, ...] = (_BatchNorm.apply if untraced(x) else batch_norm)(x, *arguments)
+    return output
+
+
+def _rows_forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, rounded: str, rounding: str, overflow: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Layer normalization of x [..., D] and its rounding; arguments as those of `batch_norm`.
@@ -136,6 +171,9 @@ def layer_norm(
     epilogue = Epilogue(get_format(rounded), rounding, overflow) if rounded else None
     y, mean, inverse, values = norm.layer_norm(x, weight, bias, eps=eps, epilogue=epilogue, values=bool(rounded))
     return (y, _absent(x), mean, inverse) if values is None else (values, y, mean, inverse)
+
+
+layer_norm = torch.library.custom_op("fp8repro::layer_norm", mutates_args=())(_rows_forward)
 
 
 @layer_norm.register_fake
@@ -176,3 +214,23 @@ def _layer_norm_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | Non
 
 
 layer_norm.register_autograd(_layer_norm_gradients, setup_context=_keep_layer_norm)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _rows_forward(*inputs)
+        _keep_layer_norm(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return *norm.layer_norm_backward(grad, *ctx.saved_tensors), None, None, None, None
+
+
+def normalize_rows(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """`layer_norm`, as an operator only where somebody traces."""
+    output: tuple[Tensor, ...] = (_LayerNorm.apply if untraced(x) else layer_norm)(x, *arguments)
+    return output

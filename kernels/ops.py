@@ -1,7 +1,8 @@
 """Quantizer and products as torch operators, so that torch.compile, CUDA graphs and the profiler understand them.
 
 Products have no derivatives here: what the gradient of a product of rounded tensors is, with which roundings and random
-bits, only the recipe says (functional.py). The quantizer's is straight-through.
+bits, only the recipe says (functional.py). The quantizer's is straight-through. Where nobody traces, kernels are called
+without their operators (`untraced`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from fp8repro.formats import FORMATS, FloatFormat, get_format
 from fp8repro.kernels import conv2d as convolution
@@ -17,6 +19,17 @@ from fp8repro.kernels import matmul as product
 from fp8repro.kernels import quantize
 from fp8repro.kernels.launch import signed64
 from fp8repro.products import Conv2dGeometry
+from fp8repro.streams import Stream, StreamSlot
+
+
+def untraced(x: Tensor) -> bool:
+    """True where nobody traces or profiles, and a kernel may be called without its operator.
+
+    An operator costs the host tens of microseconds, more than many kernels take, and cannot carry a `StreamSlot`.
+    """
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and not torch._C._autograd._profiler_enabled()
 
 
 @torch.library.custom_op("fp8repro::round_into", mutates_args=("values", "codes", "stats"))
@@ -83,21 +96,33 @@ quantized.register_autograd(_straight_through, setup_context=_keep_dtype)
 
 
 def round_engine(
-    x: Tensor, format: FloatFormat, rounding: str, overflow: str, seed: int, stream: int, *outputs: Any
+    x: Tensor, format: FloatFormat, rounding: str, overflow: str, seed: int, stream: Stream, *outputs: Any
 ) -> None:
     """`round_into` with the signature of the quantizer's engines."""
-    if FORMATS.get(format.name) is not format:
-        # A format of the caller's own, which an operator's plain arguments cannot name.
-        quantize.round_into(x, format, rounding, overflow, seed, stream, *outputs)
+    # An operator's plain arguments cannot name a format of the caller's own.
+    if isinstance(stream, StreamSlot) or FORMATS.get(format.name) is not format or untraced(x):
+        quantize.round_into(x.detach(), format, rounding, overflow, seed, stream, *outputs)
+        _note_changes(*outputs[1:])
         return
     round_into(x, format.name, rounding, overflow, signed64(seed), signed64(stream), *outputs)
 
 
 def transpose_engine(
-    x: Tensor, format: FloatFormat, rounding: str, overflow: str, seed: int, stream: int, *outputs: Any
+    x: Tensor, format: FloatFormat, rounding: str, overflow: str, seed: int, stream: Stream, *outputs: Any
 ) -> None:
     """`round_transpose` likewise."""
+    if isinstance(stream, StreamSlot) or untraced(x):
+        subnormal_rounding, codes, transposed, stats = outputs
+        options = (format, rounding, overflow, seed, stream, subnormal_rounding)
+        quantize.round_transpose(x.detach(), *options, stats, (codes, transposed))
+        _note_changes(codes, transposed)
+        return
     round_transpose(x, format.name, rounding, overflow, signed64(seed), signed64(stream), *outputs)
+
+
+def _note_changes(*tensors: Tensor | None) -> None:
+    """Count a kernel's writes as changes, as torch does for an operator."""
+    increment_version([tensor for tensor in tensors if tensor is not None])
 
 
 def _epilogue(

@@ -5,16 +5,17 @@ Checks arguments and picks the kernel (rounding.py). Must never keep generator s
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fp8repro.formats import FloatFormat
 from fp8repro.kernels import codec
 from fp8repro.kernels import rounding as kernels
-from fp8repro.kernels.launch import block_size, check_device, launch, signed_words
+from fp8repro.kernels.launch import block_size, cdiv, check_device, launch, signed_words
+from fp8repro.streams import Stream
 
 FLAT_BLOCK = 2048
 MAX_DIMS = 4
@@ -26,7 +27,7 @@ def round_into(
     rounding: str,
     overflow: str,
     seed: int,
-    stream: int,
+    stream: Stream,
     subnormal_rounding: str,
     values: Tensor | None,
     codes: Tensor | None,
@@ -48,13 +49,13 @@ def round_into(
     words = (*signed_words(seed), *signed_words(stream))
     outputs = (None if values is None else _raw(values), None if codes is None else raw_codes(codes))
     present = [_raw(x), *(t for t in outputs if t is not None)]
-    sizes, strides = _collapse(list(x.shape), [t.stride() for t in present], ordered=rounding == "stochastic")
+    sizes, strides = _collapse(tuple(x.shape), tuple(t.stride() for t in present), rounding == "stochastic")
     count = x.numel()
     pointers = (_raw(x), *outputs, stats)
 
     if len(sizes) == 1 and all(s == (1,) for s in strides):
         block = block_size(FLAT_BLOCK, count)
-        blocks = triton.cdiv(count, block)
+        blocks = cdiv(count, block)
         grid = min(blocks, _resident_programs(x.device)) if stats is not None else blocks
         launch(kernels.round_flat, (grid,), x.device, *pointers, count, *words, **options, BLOCK=block)
         return
@@ -62,8 +63,8 @@ def round_into(
     if shape is not None:
         outer, columns, rows, outer_stride, row_stride = shape
         block = block_size(64 if columns <= 64 else 128, columns, 1024)
-        groups = block_size(512 // block if block <= 128 else 4, triton.cdiv(rows, 4), 64)
-        grid3 = (triton.cdiv(columns, block), triton.cdiv(rows, 4 * groups), outer)
+        groups = block_size(512 // block if block <= 128 else 4, cdiv(rows, 4), 64)
+        grid3 = (cdiv(columns, block), cdiv(rows, 4 * groups), outer)
         arguments = (*pointers, columns, rows, outer_stride, row_stride, *words)
         launch(kernels.round_columns, grid3, x.device, *arguments, **options, GROUPS=groups, BLOCK=block)
         return
@@ -79,12 +80,12 @@ def round_into(
             codes.copy_(dense_codes)
         return
     padding = MAX_DIMS - len(sizes)
-    sizes = [1] * padding + sizes
+    sizes = (1,) * padding + sizes
     padded = iter([(0,) * padding + s for s in strides])
     all_strides = [next(padded), *((next(padded) if t is not None else (0,) * MAX_DIMS) for t in outputs)]
     block = block_size(512, count)
     arguments = (*pointers, count, *sizes[1:], *all_strides, *words)
-    launch(kernels.round_strided, (triton.cdiv(count, block),), x.device, *arguments, **options, BLOCK=block)
+    launch(kernels.round_strided, (cdiv(count, block),), x.device, *arguments, **options, BLOCK=block)
 
 
 def round_transpose(
@@ -93,7 +94,7 @@ def round_transpose(
     rounding: str = "nearest",
     overflow: str = "inf",
     seed: int = 0,
-    stream: int = 0,
+    stream: Stream = 0,
     subnormal_rounding: str = "same",
     stats: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
@@ -130,7 +131,7 @@ def round_transpose(
     rows, columns = x.shape[-2:]
     batch = x.numel() // (rows * columns)
     row_block, column_block = block_size(32, rows, 256), block_size(128, columns, 256)
-    grid = (triton.cdiv(columns, column_block) * triton.cdiv(rows, row_block) * batch,)
+    grid = (cdiv(columns, column_block) * cdiv(rows, row_block) * batch,)
     launch(
         kernels.round_transpose,
         grid,
@@ -205,9 +206,11 @@ def _copy_identity(x: Tensor, values: Tensor | None, codes: Tensor | None, stats
             target.copy_(x)
 
 
+# A network's tensors have few layouts, and this costs the host as much as a launch.
+@lru_cache(maxsize=4096)
 def _collapse(
-    sizes: list[int], strides: list[tuple[int, ...]], ordered: bool
-) -> tuple[list[int], list[tuple[int, ...]]]:
+    sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...], ordered: bool
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """Merge dimensions that every tensor walks without a gap; when order is free, sort them by x's strides first."""
     dims = [d for d in range(len(sizes)) if sizes[d] != 1]
     if not ordered:
@@ -221,11 +224,11 @@ def _collapse(
             merged.append((sizes[d], step))
     if not merged:
         merged = [(1, [1] * len(strides))]
-    steps = [tuple(step[i] for _, step in merged) for i in range(len(strides))]
-    return [size for size, _ in merged], steps
+    steps = tuple(tuple(step[i] for _, step in merged) for i in range(len(strides)))
+    return tuple(size for size, _ in merged), steps
 
 
-def _as_columns(sizes: list[int], strides: list[tuple[int, ...]]) -> tuple[int, int, int, int, int] | None:
+def _as_columns(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tuple[int, int, int, int, int] | None:
     """(outer, columns, rows, outer stride, row stride) when `_round_columns` can walk the tensors, else None."""
     if len(sizes) not in (2, 3) or len(set(strides)) != 1 or strides[0][-2] != 1 or sizes[-1] % 4:
         return None

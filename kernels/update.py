@@ -12,14 +12,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fp8repro.formats import get_format
 from fp8repro.fused_step import Parameter, Rule
 from fp8repro.kernels import codec, updates
-from fp8repro.kernels.launch import INTERPRETED, check_device, launch, signed64, signed_words
+from fp8repro.kernels.launch import INTERPRETED, cdiv, check_device, launch, signed64, signed_words
 from fp8repro.kernels.quantize import raw_codes
 from fp8repro.recipe import RoleSpec
 
@@ -229,10 +228,15 @@ def _tables(members: Sequence[Parameter]) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=64)
 def _chunks(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    blocks = torch.tensor([triton.cdiv(count, BLOCK) for count in counts])
+    blocks = torch.tensor([cdiv(count, BLOCK) for count in counts])
     tensor = torch.repeat_interleave(torch.arange(len(counts)), blocks)
     first = blocks.cumsum(0) - blocks
     return torch.stack([tensor, torch.arange(len(tensor)) - first[tensor]], 1).contiguous().to(device)
+
+
+def _walk(t: Tensor) -> tuple[int, ...]:
+    """Strides of the dimensions that are walked; torch's optimizers give the others other ones."""
+    return tuple(stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1)
 
 
 def _check(p: Parameter, states: int, weight: RoleSpec) -> None:
@@ -253,7 +257,7 @@ def _check(p: Parameter, states: int, weight: RoleSpec) -> None:
         if not weight.float_format.is_fp8:
             raise ValueError(f"weight: got format {weight.format}, expected e5m2 or e4m3")
     for name, tensor, dtypes in wanted:
-        like = (tensor.shape, tensor.stride(), tensor.device) == (p.master.shape, p.master.stride(), p.master.device)
+        like = (tensor.shape, _walk(tensor), tensor.device) == (p.master.shape, _walk(p.master), p.master.device)
         if not like or tensor.dtype not in dtypes:
             given = f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
             place = f"of shape {tuple(p.master.shape)}, strides {p.master.stride()}, on {p.master.device}"

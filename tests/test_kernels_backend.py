@@ -16,7 +16,7 @@ from fp8repro import products, quantizer, reference
 from fp8repro.context import StepContext
 from fp8repro.formats import E4M3, E5M2, FP16, FP16_169, get_format
 from fp8repro.injection import inject
-from fp8repro.kernels import ops
+from fp8repro.kernels import matmul, ops
 from fp8repro.kernels.backend import TritonBackend, available
 from fp8repro.kernels.launch import INTERPRETED, LAUNCHES
 from fp8repro.kernels.quantize import round_into, round_transpose
@@ -138,15 +138,15 @@ def test_rounded_products_have_the_bytes_of_a_pass_of_their_own(rounding, fmt):
 @pytest.mark.parametrize("recipe", ["fp8", "fp8_stochastic", "fp8_hybrid"])
 def test_products_of_linear_layers_get_the_layout_of_tensor_cores(recipe, triton_quantizer, monkeypatch):
     strides, kept = [], []
-    multiply = ops.matmul
+    multiply = matmul.matmul
 
-    def spy(a, b, *arguments):
+    def spy(a, b, *arguments, **options):
         strides.append((a.stride(-1), b.stride(-2)))
-        return multiply(a, b, *arguments)
+        return multiply(a, b, *arguments, **options)
 
     model = nn.Sequential(nn.Linear(24, 40, bias=False), nn.ReLU(), nn.Linear(40, 16)).to(DEVICE)
     inject(model, replace(load_recipe(recipe), exempt=()), StepContext(seed=1), "triton")
-    monkeypatch.setattr(ops, "matmul", spy)
+    monkeypatch.setattr(matmul, "matmul", spy)
     before = LAUNCHES.copy()
     # In both orders of the same memory: rows of a matrix, and rows that lie apart.
     for x in (draw(3, 5, 24), draw(15, 48)[:, :24]):

@@ -208,6 +208,15 @@ def test_fused_step_is_the_masters_step(name, rounding):
     fused_optimizer.load_state_dict(ours)
 
 
+def test_a_state_that_torch_made_fits_a_master_of_one_channel():
+    """Its strides differ in the dimension of one channel alone, which nobody walks."""
+    master, state = (torch.zeros(72, device=DEVICE).as_strided((8, 1, 3, 3), (9, s, 3, 1)) for s in (1, 9))
+    assert state.stride() != master.stride()
+    parameter = Parameter(master, torch.ones_like(master), (state,))
+    update([parameter], RULES["sgd"], 2, EXACT, FP8, gradient_control([parameter]))
+    assert bool((state == 1).all())
+
+
 def test_fused_step_that_is_skipped_leaves_no_trace():
     model = nn.Linear(3, 2).to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters())

@@ -40,6 +40,7 @@ SUMMARY_KEYS = {
         "parameters",
         "device",
         "backend",
+        "graphs",
         "version",
         "best",
     ),

@@ -37,6 +37,10 @@ class ImageBatch:
         """The same batch on another device."""
         return ImageBatch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
 
+    def pin_memory(self) -> ImageBatch:
+        """The same batch in memory from which a copy does not make the host wait; what torch's loader asks for."""
+        return ImageBatch(self.images.pin_memory(), self.labels.pin_memory())
+
 
 def even_parts(count: int, parts: int) -> NDArray[np.int64]:
     """Boundaries [parts + 1] that cut `count` things into parts whose sizes differ by at most one."""

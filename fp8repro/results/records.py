@@ -30,6 +30,7 @@ NO_EFFECT = (
     "data.workers",
     "device",
     "experiment",
+    "graphs",
     "logger",
     "overwrite",
     "profile",

@@ -233,9 +233,13 @@ def accumulate_gradients(run: Run, step: int, batches: list[Any], factor: float)
         run.context.begin(step, micro_step)
         # Dropout draws from the global generator: it must draw the same after a resume.
         seed_torch(derived_seed("forward", config.seed, step, micro_step, run.world.rank), device)
-        with autocast(config, device):
-            loss, figures = run.task.loss(run.model, batch)
-        (loss * factor).backward()
+        replayed = run.replays.take(batch, factor)
+        if replayed is None:
+            with autocast(config, device):
+                loss, figures = run.task.loss(run.model, batch)
+            (loss * factor).backward()
+        else:
+            loss, figures = replayed
         total += loss.detach()
         for name, value in figures.items():
             sums[name] = sums[name] + value if name in sums else value

@@ -24,6 +24,7 @@ from fp8repro.training.normalization import NormalizationStatistics, synchronize
 from fp8repro.training.optimizer import make_optimizer, with_saved_state
 from fp8repro.training.progress import Display
 from fp8repro.training.record import RunFolder
+from fp8repro.training.replays import Replays
 from fp8repro.training.task import Task, make_task
 from fp8repro.training.untrusted import Harmful, require_like
 
@@ -52,6 +53,7 @@ class Run:
     masters: MasterWeights
     scaler: LossScaler
     statistics: NormalizationStatistics
+    replays: Replays
     steps_per_epoch: int
     total_steps: int
     step: int = 0
@@ -131,8 +133,9 @@ def build(config: RunConfig, world: World) -> Run:
     masters = MasterWeights(model, optimizer, config.precision, context)
     scaler = make_scaler(config.loss_scaling, total_steps)
     statistics = NormalizationStatistics(model)
+    replays = Replays(config, world, task, model)
     return Run(
-        config, world, task, model, context, report, masters, scaler, statistics, steps_per_epoch, total_steps
+        config, world, task, model, context, report, masters, scaler, statistics, replays, steps_per_epoch, total_steps
     )  # fmt: skip
 
 
@@ -197,5 +200,6 @@ def summary(run: Run, status: str) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "device": run.world.device.type,
         "backend": run.report.backend,
+        "graphs": run.replays.summary(),
         "version": fp8repro.__version__,
     }

@@ -1,0 +1,95 @@
+"""CUDA graphs in the training loop: which forward and backward passes are replayed, and why the others are not.
+
+A replay gives the bits of the pass that the loop would make itself, so nothing here may decide numerics.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fp8repro.config import RunConfig
+from fp8repro.data.image_batches import ImageBatch
+from fp8repro.graphs import GraphedStep, why_not_graphed
+from fp8repro.training.distributed import World
+from fp8repro.training.task import Task
+
+# An epoch's batches differ in size by one image at most; those of micro-steps, which are cut again, once more.
+MOST_SHAPES = 4
+
+
+class Replays:
+    """Takes passes over from the loop where they can be replayed.
+
+    Attributes:
+        why_not: why none is, in one line; None where some may be.
+    """
+
+    def __init__(self, config: RunConfig, world: World, task: Task[ImageBatch], model: nn.Module) -> None:
+        """Nothing is captured yet; `model` is the converted one."""
+        self.why_not = _why_never(config, world, model)
+        self._task, self._model, self._device = task, model, world.device
+        self._graphs: dict[torch.Size, GraphedStep] = {}
+        self._most = MOST_SHAPES
+        self._first_step: int | None = None
+        self._pool = torch.cuda.graph_pool_handle() if self.why_not is None else None
+
+    def take(self, batch: ImageBatch, factor: float) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """What `Task.loss` gives, with the gradients of `factor` times the loss added; None where the loop must do it.
+
+        The context has begun the micro-step. Steps that telemetry measures are the loop's, and the first one, whose
+        memory says whether there is room for a graph.
+        """
+        if self.why_not is not None:
+            return None
+        context = self._model.fp8_context
+        if self._first_step is None:
+            self._first_step = context.step  # type: ignore[union-attr, assignment]
+        if context.telemetry.active or context.step == self._first_step:  # type: ignore[union-attr]
+            return None
+        tensors = (batch.images, batch.labels)
+        graph = self._graphs.get(batch.images.shape)
+        if graph is None and len(self._graphs) < self._most:
+            graph = self._capture(tensors)
+        return None if graph is None or not graph.fits(tensors) else graph(tensors, factor)
+
+    def summary(self) -> str:
+        """What a run's record says."""
+        if self._graphs:
+            return "replayed for batches of " + ", ".join(str(shape[0]) for shape in self._graphs)
+        return self.why_not or "nothing was replayed"
+
+    def _capture(self, tensors: tuple[Tensor, Tensor]) -> GraphedStep | None:
+        # A graph keeps its memory, and other passes (another shape, a measured step) need as much beside it.
+        free, _ = torch.cuda.mem_get_info(self._device)
+        if not self._graphs and free < torch.cuda.max_memory_allocated(self._device):
+            self._give_up("no memory for a graph beside a step")
+            return None
+        try:
+            graph = GraphedStep(self._model, self._loss, tensors, self._pool)
+        # Out of memory is one; an operation that cannot be captured is another. The loop can do without.
+        except RuntimeError as error:
+            self._give_up(f"a step could not be captured ({str(error).splitlines()[0][:200]})")
+            return None
+        self._graphs[tensors[0].shape] = graph
+        return graph
+
+    def _give_up(self, reason: str) -> None:
+        self._most = len(self._graphs)
+        if not self._graphs:
+            self.why_not = reason
+
+    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._task.loss(self._model, ImageBatch(images, labels))
+
+
+def _why_never(config: RunConfig, world: World, model: nn.Module) -> str | None:
+    if config.graphs == "off":
+        return "graphs=off"
+    if config.model.task != "image":
+        return "batches of sentences differ in shape"
+    if world.size > 1:
+        return "several processes"
+    if config.precision.autocast != "none":
+        return "autocast"
+    return why_not_graphed(model)
