@@ -21,7 +21,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fp8repro.formats import E4M3, E5M2, FP16, FP32, FloatFormat
-from fp8repro.kernels import configs, convolutions, normalizations, products, quantize, rounding, update, updates
+from fp8repro.kernels import (
+    bulk_convolutions,
+    configs,
+    convolutions,
+    normalizations,
+    products,
+    quantize,
+    rounding,
+    update,
+    updates,
+)
 from fp8repro.kernels import norm as norms
 from fp8repro.kernels.launch import INTERPRETED
 from fp8repro.kernels.tiles import FP16_MMA, UNPROMOTED
@@ -99,7 +109,14 @@ def _product_cases(capability: int) -> Iterator[Case]:
     def product(name: str, tile: configs.Tile, accumulate: int, unit: tuple[str, str], **changes: str) -> Case:
         types = {**pointers, **integers, **changes}
         options = rounded if types["c_ptr"] == "*u8" or "values" in name else plain
-        constants: dict[str, Any] = {**options, "ACCUMULATE": accumulate, "SPLITS": 1, "GROUP": 8, "EVEN_K": True}
+        constants: dict[str, Any] = {
+            **options,
+            "ACCUMULATE": accumulate,
+            "SPLITS": 1,
+            "GROUP": 8,
+            "EVEN_K": True,
+            "BULK": False,
+        }
         constants |= {
             "bias_ptr": None,
             "overflow_ptr": None,
@@ -150,6 +167,37 @@ def _product_cases(capability: int) -> Iterator[Case]:
     summed = {"error_ptr": "*fp8e5", "x_ptr": "*fp8e5", "partial_ptr": "*fp32"}
     for label, tile in (("", large), (" small", little)):
         yield convolution(f"conv2d weight gradient{label}", convolutions.weight_gradient, tile, summed, "*fp32")
+    if generation in configs.BULK_TILES:
+        yield from _bulk_cases(configs.BULK_TILES[generation][0], promoted, plain)
+
+
+def _bulk_cases(tile: configs.Tile, promoted: int, plain: dict[str, Any]) -> Iterator[Case]:
+    """Products by the bulk copy engine; results are FP32."""
+
+    def case(name: str, kernel: Any, blocks: dict[str, list[int]], result: str, constants: dict[str, Any]) -> Case:
+        types = {argument: "i32" for argument in kernel.arg_names if argument not in constants}
+        types |= {argument: f"tensordesc<fp8e5{block}>" for argument, block in blocks.items()}
+        types |= {result: "*fp32", "inverse_scale": "fp32"}
+        return Case(name, kernel, types, constants, tile.warps, tile.stages, 90, "product", ("channels", "outputs", "M", "N", "K"))
+
+    m, n, k = tile.m, tile.n, tile.k
+    nothing = {"bias_ptr": None, "overflow_ptr": None}
+    constants = {**nothing, **plain, "ACCUMULATE": promoted, "SPLITS": 1, "BM": m, "BN": n, "BK": k, "HALVES": 1}
+    constants |= {"GROUP": 8, "EVEN_K": True, "BULK": True}
+    blocks = {"a_ptr": [1, m, k], "b_ptr": [1, n, k]}
+    yield case("matmul e5m2 x e5m2, bulk copies", products.multiply, blocks, "c_ptr", constants)
+    boxes = {"IMAGES": 8, "ROWS": 4, "COLUMNS": 4}
+    gather = bulk_convolutions.bulk_gather_product
+    for step in (1, 2):
+        constants = {**nothing, **plain, **boxes, "ACCUMULATE": promoted, "STEP": step, "BN": n, "BK": k}
+        blocks = {"x_desc": [8, 4, 1, 4, k], "weight_desc": [n, 1, k]}
+        name = f"conv2d forward and error, bulk copies, stride {step}"
+        yield case(name, gather, blocks, "y_ptr", constants)
+    boxes = {"IMAGES": 4, "ROWS": 4, "COLUMNS": 4}
+    constants = {**boxes, "ACCUMULATE": FP16_MMA.value, "STEP": 1, "BM": m, "BN": n}
+    blocks = {"error_desc": [4, 4, 4, m], "x_desc": [4, 4, 1, 4, n]}
+    gradient = bulk_convolutions.bulk_weight_gradient
+    yield case("conv2d weight gradient, bulk copies", gradient, blocks, "partial_ptr", constants)
 
 
 def _update_cases() -> Iterator[Case]:

@@ -116,8 +116,10 @@ def multiply(
                 result += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
             index = (plane.to(tl.int64) * M + m[:, None]) * N + n[None, :]
             mask = (m[:, None] < M) & (n[None, :] < N)
+            # 64 bits up to the tile's first row; 32 bits from there on save registers.
+            rows = c_ptr + (plane.to(tl.int64) * M + tile_m * BM) * N
             store_rounded(
-                c_ptr + index,
+                rows + (tl.arange(0, BM)[:, None] * N + n[None, :]),
                 result,
                 index,
                 mask,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fp8repro import reference
 from fp8repro.bench.kernels import Bench
+from fp8repro.context import StepContext
 from fp8repro.errors import RunFailure
 from fp8repro.formats import E4M3, E5M2
 from fp8repro.fused_step import Parameter, Rule
@@ -102,20 +104,21 @@ def measure_matmul(bench: Bench) -> None:
     for name, m, n, k, bar in shapes:
         x, w = torch.randn(m, k, device=bench.device), torch.randn(n, k, device=bench.device)
         a, b = x.to(E5M2.dtype), w.to(E5M2.dtype)
-        ms = bench.milliseconds(partial(matmul, a, b.t()))
-        other = bench.milliseconds(partial(torch.matmul, x.to(torch.bfloat16), w.to(torch.bfloat16).t()))
+        ms = bench.milliseconds(partial(matmul, a, b.t()), replayed=True)
+        other = bench.milliseconds(partial(torch.matmul, x.to(torch.bfloat16), w.to(torch.bfloat16).t()), replayed=True)
         bench.add(f"{name} E5M2", f"{m}x{n}x{k}", ms, other / ms, "torch.matmul BF16", bar)
         if bench.device.type == "cuda":
             one = torch.ones((), device=bench.device)
             operands = (x.to(E4M3.dtype), w.to(E4M3.dtype).t(), one, one)
-            options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": False}
-            other = bench.milliseconds(partial(torch._scaled_mm, *operands, **options))
-            bench.add(f"{name} E5M2", f"{m}x{n}x{k}", ms, other / ms, "torch._scaled_mm E4M3", 0.9)
+            # Sums as exact and results as wide as ours.
+            options: dict[str, Any] = {"out_dtype": torch.float32, "use_fast_accum": False}
+            other = bench.milliseconds(partial(torch._scaled_mm, *operands, **options), replayed=True)
+            bench.add(f"{name} E5M2", f"{m}x{n}x{k}", ms, other / ms, "torch._scaled_mm E4M3 -> FP32", 0.9)
     for form, layouts in (("NN", (False, False)), ("TN", (True, False))):
         side = bench.size(GEMM)
         a, b = (torch.randn(side, side, device=bench.device).to(E5M2.dtype) for _ in "ab")
         a = a.t() if layouts[0] else a
-        ms = bench.milliseconds(partial(matmul, a, b))
+        ms = bench.milliseconds(partial(matmul, a, b), replayed=True)
         bench.add(f"matmul E5M2 {form}, {2 * side**3 / ms / 1e9:.0f} TFLOP/s", f"{side}^3", ms, None, None, None)
 
 
@@ -150,19 +153,28 @@ def measure_convolutions(bench: Bench) -> None:
     batch, side = (256, 224) if bench.scale == 1 else (1, 32)
     layers = resnet50_convolutions(batch, side)
     layers = layers if bench.scale == 1 else layers[:4]
-    times: dict[Any, tuple[float, float]] = {}
+    times: dict[Any, tuple[list[float], list[float]]] = {}
     for shape, module in layers:
         key = (shape, module.out_channels, module.kernel_size, module.stride)
         if key not in times:
             times[key] = _convolution_times(bench, shape, module)
-    ours, theirs = (
-        sum(times[(shape, m.out_channels, m.kernel_size, m.stride)][i] for shape, m in layers) for i in (0, 1)
-    )
+    shape_text = f"batch {batch}, {side}^2"
+    against = "cuDNN BF16 channels_last"
+    total = [0.0, 0.0]
+    for part, name in enumerate(("forward", "error", "gradient")):
+        ours, theirs = (
+            sum(times[(shape, m.out_channels, m.kernel_size, m.stride)][who][part] for shape, m in layers)
+            for who in (0, 1)
+        )
+        total = [total[0] + ours, total[1] + theirs]
+        bench.add(f"ResNet-50 convolutions, {name}", shape_text, ours, theirs / ours, against, None)
     name = "ResNet-50 convolutions, forward + error + gradient"
-    bench.add(name, f"batch {batch}, {side}^2", ours, theirs / ours, "cuDNN BF16 channels_last", 1.2)
+    bench.add(name, shape_text, total[0], total[1] / total[0], against, 1.2)
 
 
-def _convolution_times(bench: Bench, shape: tuple[int, ...], module: nn.Conv2d) -> tuple[float, float]:
+def _convolution_times(bench: Bench, shape: tuple[int, ...], module: nn.Conv2d) -> tuple[list[float], list[float]]:
+    """Milliseconds of forward, error and gradient: ours, and cuDNN's."""
+
     def make(*size: int) -> Tensor:
         return torch.randn(size, device=bench.device).to(memory_format=torch.channels_last)
 
@@ -188,7 +200,8 @@ def _convolution_times(bench: Bench, shape: tuple[int, ...], module: nn.Conv2d) 
         backward([True, False, False]),
         backward([False, True, False]),
     ]
-    return sum(map(bench.milliseconds, ours)), sum(map(bench.milliseconds, theirs))
+    measure = partial(bench.milliseconds, replayed=True, rep=40)
+    return list(map(measure, ours)), list(map(measure, theirs))
 
 
 def _output(shape: tuple[int, ...], module: nn.Conv2d) -> tuple[int, ...]:
@@ -225,6 +238,7 @@ def measure_step(bench: Bench) -> None:
     """A training step of ResNet-50 in FP8 beside BF16 autocast, both channels_last: time and peak memory."""
     from torchvision.models import resnet18, resnet50
 
+    from fp8repro.graphs import GraphedStep
     from fp8repro.injection import inject
     from fp8repro.master import MasterWeights
     from fp8repro.recipe import load_recipe
@@ -242,16 +256,25 @@ def measure_step(bench: Bench) -> None:
             torch.cuda.reset_peak_memory_stats()
             step()
         memory = float(torch.cuda.max_memory_allocated()) if bench.device.type == "cuda" else 1.0
-        return bench.milliseconds(step), memory
+        return bench.milliseconds(step, rep=1000), memory
 
-    def fp8(model: nn.Module) -> Callable[[], object]:
-        recipe = load_recipe("fp8")
-        inject(model, recipe, backend="triton")
-        masters = MasterWeights(model, torch.optim.SGD(model.parameters(), 0.1, 0.9), recipe)
+    def loss_of(model: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return F.cross_entropy(model(x), target), {}
+
+    def fp8(model: nn.Module, graphed: bool) -> Callable[[], object]:
+        recipe, context, number = load_recipe("fp8"), StepContext(seed=1), count()
+        inject(model, recipe, context, "triton")
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+        masters = MasterWeights(model, optimizer, recipe)
+        graph = GraphedStep(model, partial(loss_of, model), (x, target)) if graphed else None
 
         def step() -> None:
-            model.zero_grad()
-            (F.cross_entropy(model(x), target) * 10_000).backward()
+            context.begin(next(number))
+            optimizer.zero_grad()
+            if graph is None:
+                (loss_of(model, x, target)[0] * 10_000).backward()
+            else:
+                graph((x, target), 10_000)
             masters.step(10_000)
 
         return step
@@ -268,11 +291,13 @@ def measure_step(bench: Bench) -> None:
 
         return step
 
-    ms, memory = measured(fp8)
     other, other_memory = measured(bf16)
     shape = f"batch {batch}, {side}^2"
-    bench.add("ResNet-50 training step FP8", shape, ms, other / ms, "BF16 autocast", 1.0)
-    bench.add("ResNet-50 peak memory FP8", shape, 0.0, memory / other_memory, "BF16 autocast", -0.7)
+    for graphed in (False, True)[: 2 if bench.device.type == "cuda" else 1]:
+        name = "ResNet-50 {} FP8" + (", CUDA graph" if graphed else "")
+        ms, memory = measured(partial(fp8, graphed=graphed))
+        bench.add(name.format("training step"), shape, ms, other / ms, "BF16 autocast", 1.0)
+        bench.add(name.format("peak memory"), shape, 0.0, memory / other_memory, "BF16 autocast", -0.7)
 
 
 # In the order in which they matter, should time run out.
