@@ -3,6 +3,7 @@
 
 #include "gradient.h"
 #include "products.h"
+#include "walks.h"
 
 namespace {
 
@@ -122,8 +123,26 @@ void pack_right(const Gemm& g, const uint8_t* b, char* out, int threads, const D
     });
 }
 
+// How a result is rounded as it is stored; format: null where it is not.
+struct Rounded {
+    const Format* format;
+    Random random;
+
+    // Some rows, `step` values apart; the first value lies at `first`, which is its logical index.
+    void operator()(float* out, int64_t first, int64_t step, int64_t rows, int64_t columns) const {
+        if (!format) return;
+        if (columns == step) columns *= rows, rows = 1;
+        const Tensors tensors = {out, out, nullptr, FLOAT32, FLOAT32, NONE, false};
+        const auto kernel = format->rounding == NEAREST ? run<float, false, false> : run<float, true, false>;
+        Counts counts;
+        for (int64_t at = first; rows-- > 0; at += step) {
+            kernel(tensors, at, at, at, columns, (uint64_t)at, random, *format, counts);
+        }
+    }
+};
+
 void gemm(const Gemm& g, const uint8_t* a, const char* panels, const float* bias, float* out, int threads,
-          const Decoder& decode) {
+          const Decoder& decode, const Rounded& rounded) {
     const int64_t unit = tile_rows(blocks_on);
     const int64_t block = std::clamp(CACHE / (g.pairs() * 4) / unit * unit, round_up(48, unit), MOST_PACKED_ROWS);
     const int64_t blocks = divide_up(g.rows, block), batches = g.batches[0] * g.batches[1];
@@ -153,13 +172,17 @@ void gemm(const Gemm& g, const uint8_t* a, const char* panels, const float* bias
             tile.add = false;
             for (int64_t i = 0; i < rows; i += tile_rows(blocks_on)) {
                 tile.rows = (int)std::min(tile_rows(blocks_on), rows - i);
+                const int64_t corner = (batch * g.rows + first + i) * g.columns + column;
                 for (int r = 0; r < tile.rows; ++r) {
                     tile.a[r] = packed.data + (i + r) * packed.row_step;
-                    tile.out[r] = out + (batch * g.rows + first + i + r) * g.columns + column;
+                    tile.out[r] = out + corner + r * g.columns;
                 }
                 multiply(tile, terms, blocks_on);
             }
         }
+        // While the second-level cache has it; straight behind a tile, its stores would still be under way.
+        const int64_t left = from * TILE_COLUMNS, right = std::min(to * TILE_COLUMNS, g.columns);
+        rounded(out, (batch * g.rows + first) * g.columns + left, g.columns, rows, right - left);
     });
 }
 
@@ -313,16 +336,17 @@ EXPORT void fp8repro_pack_right(const Gemm* g, const uint8_t* b, const uint16_t*
     pack_right(*g, b, panels, threads, Decoder(decoder));
 }
 
-// out [batches, rows, columns]. `b`: codes, or null where `panels` hold them already.
+// out [batches, rows, columns]. `b`: codes, or null where `panels` hold them already. `format`: see `Rounded`.
 EXPORT void fp8repro_gemm(const Gemm* g, const uint8_t* a, const uint16_t* a_decoder, const uint8_t* b,
                           const uint16_t* b_decoder, const char* panels, const float* bias, float* out,
-                          int32_t threads) {
+                          const Format* format, uint64_t seed, uint64_t stream, int32_t threads) {
     if (b) {
         char* fresh = first_buffer.reserve(g->batches[0] * g->batches[1] * g->panels() * g->panel_bytes());
         pack_right(*g, b, fresh, threads, Decoder(b_decoder));
         panels = fresh;
     }
-    gemm(*g, a, panels, bias, out, threads, Decoder(a_decoder));
+    const Rounded rounded = {format, {Key(seed), stream, format && format->rounding == STOCHASTIC}};
+    gemm(*g, a, panels, bias, out, threads, Decoder(a_decoder), rounded);
 }
 
 EXPORT void fp8repro_pack_weight(const Convolution* c, const uint8_t* weight, const uint16_t* decoder,

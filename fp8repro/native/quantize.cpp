@@ -57,22 +57,23 @@ struct Kernels {
         });
     }
 
-    // layout: sizes of `outer` dimensions, then the strides of x, values and codes in them, then the run length.
+    // layout: sizes of `outer` dimensions, then the strides of x, values, codes and logical order in them, then the
+    // run length. Items are visited in the order of the dimensions.
     static void runs(const Call& call, int outer, const int64_t* layout) {
-        const int64_t *sizes = layout, *strides = layout + outer, length = layout[4 * outer];
+        const int64_t *sizes = layout, *strides = layout + outer, length = layout[5 * outer];
         int64_t count = 1;
         for (int d = 0; d < outer; ++d) count *= sizes[d];
         counted<COUNT>(call, [&](int part, int parts, Counts& counts) {
             const Share s = share(count, 1, part, parts);
             for (int64_t item = s.begin; item < s.end; ++item) {
-                int64_t at[3] = {0, 0, 0}, rest = item;
+                int64_t at[4] = {0, 0, 0, 0}, rest = item;
                 for (int d = outer - 1; d >= 0; --d) {
                     const int64_t position = rest % sizes[d];
                     rest /= sizes[d];
-                    for (int k = 0; k < 3; ++k) at[k] += position * strides[k * outer + d];
+                    for (int k = 0; k < 4; ++k) at[k] += position * strides[k * outer + d];
                 }
-                run<T, RANDOM, COUNT>(call.tensors, at[0], at[1], at[2], length, (uint64_t)(item * length),
-                                             call.random, call.format, counts);
+                run<T, RANDOM, COUNT>(call.tensors, at[0], at[1], at[2], length, (uint64_t)at[3], call.random,
+                                      call.format, counts);
             }
         });
     }
