@@ -72,6 +72,8 @@ class Site:
         if spec.is_identity:
             return Operand(x, values=x)
         fmt = spec.float_format
+        if x.dtype == fmt.dtype and fmt.is_fp8:
+            return Operand(x, fmt)
         offered = getattr(x, "offered_codes", None)
         # Who rounded it already has counted nothing.
         if offered is not None and offered[:2] == (x._version, spec) and not self.context.telemetry.active:
@@ -100,6 +102,20 @@ class Site:
             # Queries, keys and values are projections of one tensor.
             offer(x, spec, codes, turned)
         return Operand(codes, fmt, scale, values, turned)
+
+    def codes(self, x: Tensor, training: bool) -> Tensor:
+        """The codes of an activation that many calls will take, or `x` itself where each call has to round it.
+
+        So it is with random bits, scales, statistics and gradients; and on a GPU, which no cache of codes was made for.
+        """
+        # A compiler cannot look into a rounding.
+        if torch.compiler.is_compiling():
+            return x
+        spec = self.spec("activation", training)
+        alike = spec.rounding != "stochastic" and spec.scaling == "none" and not self.context.telemetry.active
+        if not alike or x.requires_grad or x.device.type != "cpu" or not spec.float_format.is_fp8:
+            return x
+        return self.operand(x, "activation", "input_b", 0, training).codes
 
     def weight(self, weight: Tensor, training: bool, turn: bool = False) -> Operand:
         """The rounded weight; rounded once per update, whatever the number of calls and micro-steps."""

@@ -87,6 +87,10 @@ class FP8MatMul(MatMul):
         """[..., M, K] @ [..., K, N] -> [..., M, N], FP32; leading dimensions must agree."""
         return quantized_product(a, b, None, self.site, MATMUL, self.training)
 
+    def keep(self, b: Tensor) -> Tensor:
+        """The codes of `b`, where they are all that later products take."""
+        return self.site.codes(b, self.training)
+
 
 class MasterEmbedding(nn.Embedding):
     """`nn.Embedding` that looks up in a master of any dtype and gives FP32 values; nothing is rounded here."""

@@ -14,13 +14,16 @@ from recording import DTYPES, Recorder, in_set
 from torch import Tensor, nn
 
 from fp8repro import products
+from fp8repro.config import DecodeConfig
 from fp8repro.context import StepContext
+from fp8repro.functional import Site
 from fp8repro.injection import inject, sites
 from fp8repro.master import MasterWeights
 from fp8repro.models.gnmt import LSTMLayer, gnmt
 from fp8repro.models.layers import RepeatedLinear
 from fp8repro.models.transformer import transformer
 from fp8repro.recipe import ROLES, Recipe, RoleSpec, load_recipe
+from fp8repro.training.decode import beam_search
 from fp8repro.training.translation import smoothed_loss
 
 IDENTITY = RoleSpec(format="fp32")
@@ -302,6 +305,40 @@ def test_incremental_decoding_in_fp8_gives_the_logits_of_the_whole_sequence(name
             logits, _ = model.step(target[:, step], state)  # type: ignore[operator]
             # Sums of other shapes may differ in the last bit and then round to the neighbouring value.
             assert (logits - whole[:, step]).norm() < 0.1 * whole[:, step].norm()
+
+
+@pytest.mark.parametrize("backend", ["emulate", "auto"])
+def test_a_decoder_keeps_the_codes_of_what_it_has_rounded(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same translations and scores as when every step rounds all of the cache, from far fewer roundings."""
+    torch.manual_seed(0)
+    model = transformer(VOCABULARY, width=16, ffn_width=32, heads=2, encoder_layers=1, decoder_layers=2)
+    inject(model, load_recipe("fp8"), StepContext(seed=3), backend=backend)
+    model.eval()
+    config = DecodeConfig(beam=3, alpha=1.0, max_length_a=0.0, max_length_b=12)
+    rounded: list[int] = []
+    operand = Site.operand
+
+    def count(self: Site, x: Tensor, *rest: Any) -> products.Operand:
+        rounded.append(x.numel() if x.dtype == torch.float32 else 0)
+        return operand(self, x, *rest)
+
+    monkeypatch.setattr(Site, "operand", count)
+    kept = beam_search(model, SOURCE, config)
+    few = sum(rounded)
+    with torch.no_grad():
+        assert model.begin(SOURCE).layers[0].cross_key.dtype == torch.float8_e5m2
+    rounded.clear()
+    monkeypatch.setattr(Site, "codes", lambda self, x, training: x)
+    assert beam_search(model, SOURCE, config) == kept
+    assert sum(rounded) > 1.3 * few
+
+
+def test_training_and_measured_steps_keep_the_values_themselves() -> None:
+    model, _ = build("transformer", load_recipe("fp8"))
+    assert model.begin(SOURCE).layers[0].cross_key.dtype == torch.float32  # type: ignore[operator]
+    model.fp8_context.telemetry.active = True  # type: ignore[union-attr]
+    with torch.no_grad():
+        assert model.begin(SOURCE).layers[0].cross_key.dtype == torch.float32  # type: ignore[operator]
 
 
 @pytest.mark.long
