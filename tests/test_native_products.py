@@ -1,6 +1,7 @@
 """Products through BF16 instructions against FP64, in every shape and layout that a layer can bring."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -264,7 +265,7 @@ def test_results_rounded_on_the_way_are_those_of_a_pass_of_its_own(rounding, sca
         # Many panels and blocks of rows, a width that is no multiple of 4, and few rows, whose columns are shared out.
         "linear": (operand(3, 67, 100, scale=scale), operand(70, 100)),
         "linear_error": (operand(300, 64), operand(64, 203)),
-        "linear_gradient": (operand(32, 200), operand(32, 512)),
+        "linear_gradient": (operand(32, 200, scale=scale), operand(32, 515)),
         "matmul": (operand(2, 3, 65, 40), operand(2, 3, 40, 130)),
         "matmul_error_a": (operand(2, 3, 65, 40), operand(2, 3, 130, 40)),
         "matmul_error_b": (operand(2, 3, 40, 65), operand(2, 3, 40, 130)),
@@ -281,5 +282,11 @@ def test_results_rounded_on_the_way_are_those_of_a_pass_of_its_own(rounding, sca
                 expected = getattr(products.Bf16Backend(), method)(a, b, *extra)
                 round_into(expected, fmt, rounding, "saturate", seed=5, stream=6, values=expected)
                 assert torch.equal(getattr(products.Bf16Backend().rounding(how), method)(a, b, *extra), expected), name
+                if method == "linear_gradient":
+                    total = torch.randn(expected.shape)
+                    summed = total + expected
+                    backend = products.Bf16Backend().rounding(replace(how, total=total))
+                    assert backend.linear_gradient(a, b) is total
+                    assert torch.equal(total, summed)
     finally:
         torch.set_num_threads(threads)

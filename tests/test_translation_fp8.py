@@ -254,6 +254,32 @@ def test_each_sequence_has_a_recurrent_gradient_of_its_own() -> None:
     assert (layer.hidden_gates.weight.grad.double() - exact).norm() < 0.2 * exact.norm()
 
 
+@pytest.mark.parametrize("backend", ["emulate", "auto"])
+@pytest.mark.parametrize("change", [{}, {"gradient": IDENTITY}, {"gradient": RoleSpec("e5m2", scaling="tensor")}])
+def test_gradients_added_as_they_are_rounded_are_those_that_autograd_adds(
+    backend: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(load_recipe("fp8"), exempt=(), **change)
+
+    def gradients(telemetry: bool = False) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(LSTMLayer(8, 24, init_range=0.4))
+        inject(model, recipe, StepContext(seed=1), backend=backend)
+        MasterWeights(model, torch.optim.SGD(model.parameters(), 0.1), recipe)
+        model.fp8_context.telemetry.active = telemetry  # type: ignore[union-attr]
+        x = torch.randn(7, 3, 8)
+        for micro_step in range(2):
+            model.fp8_context.begin(0, micro_step)  # type: ignore[union-attr,operator]
+            model(x)[0].sin().sum().mul(64.0).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    summed = [gradients(), gradients(telemetry=True)]
+    monkeypatch.setattr("fp8repro.layers.gather_gradient", lambda *_: None)
+    by_autograd = gradients()
+    for found in summed:
+        assert all(torch.equal(a, b) for a, b in zip(found, by_autograd, strict=True))
+
+
 def test_scaled_operands_keep_a_gradient_for_every_time_step() -> None:
     scaled = replace(load_recipe("fp8_sequence"), error=RoleSpec("e5m2", scaling="tensor"))
     layer, seen = recurrent_step(scaled)

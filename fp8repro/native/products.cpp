@@ -123,20 +123,22 @@ void pack_right(const Gemm& g, const uint8_t* b, char* out, int threads, const D
     });
 }
 
-// How a result is rounded as it is stored; format: null where it is not.
+// How a result is rounded as it is stored; format: null where it is not. `add`: to what the result's memory holds.
 struct Rounded {
     const Format* format;
     Random random;
+    bool add;
 
-    // Some rows, `step` values apart; the first value lies at `first`, which is its logical index.
-    void operator()(float* out, int64_t first, int64_t step, int64_t rows, int64_t columns) const {
-        if (!format) return;
-        if (columns == step) columns *= rows, rows = 1;
-        const Tensors tensors = {out, out, nullptr, FLOAT32, FLOAT32, NONE, false};
+    // Some rows of products, `step` values apart, to rows of the result from `first` on, which is their logical index.
+    void operator()(float* products, int64_t step, float* out, int64_t first, int64_t out_step, int64_t rows,
+                    int64_t columns) const {
+        if (columns == step && columns == out_step) columns *= rows, rows = 1;
+        const Tensors tensors = {products, out, nullptr, FLOAT32, FLOAT32, NONE, false, add};
         const auto kernel = format->rounding == NEAREST ? run<float, false, false> : run<float, true, false>;
         Counts counts;
-        for (int64_t at = first; rows-- > 0; at += step) {
-            kernel(tensors, at, at, at, columns, (uint64_t)at, random, *format, counts);
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t to = first + row * out_step;
+            kernel(tensors, row * step, to, 0, columns, (uint64_t)to, random, *format, counts);
         }
     }
 };
@@ -162,6 +164,11 @@ void gemm(const Gemm& g, const uint8_t* a, const char* panels, const float* bias
         const Stretch whole = {0, 0};
         const Terms terms = {&whole, 1, g.pairs(), packed.pair_step, PANEL_STEP};
         const int64_t from = item % stripes * stripe, to = std::min(from + stripe, g.panels());
+        const int64_t left = from * TILE_COLUMNS, width = std::min(to * TILE_COLUMNS, g.columns) - left;
+        const int64_t corner = (batch * g.rows + first) * g.columns + left;
+        // What is added to a result must not be there before.
+        float* products = rounded.add ? (float*)second_buffer.reserve(rows * width * 4) : out + corner;
+        const int64_t step = rounded.add ? width : g.columns;
         for (int64_t panel = from; panel < to; ++panel) {
             const int64_t column = panel * TILE_COLUMNS;
             Tile tile;
@@ -172,17 +179,15 @@ void gemm(const Gemm& g, const uint8_t* a, const char* panels, const float* bias
             tile.add = false;
             for (int64_t i = 0; i < rows; i += tile_rows(blocks_on)) {
                 tile.rows = (int)std::min(tile_rows(blocks_on), rows - i);
-                const int64_t corner = (batch * g.rows + first + i) * g.columns + column;
                 for (int r = 0; r < tile.rows; ++r) {
                     tile.a[r] = packed.data + (i + r) * packed.row_step;
-                    tile.out[r] = out + corner + r * g.columns;
+                    tile.out[r] = products + (i + r) * step + column - left;
                 }
                 multiply(tile, terms, blocks_on);
             }
         }
         // While the second-level cache has it; straight behind a tile, its stores would still be under way.
-        const int64_t left = from * TILE_COLUMNS, right = std::min(to * TILE_COLUMNS, g.columns);
-        rounded(out, (batch * g.rows + first) * g.columns + left, g.columns, rows, right - left);
+        if (rounded.format) rounded(products, step, out, corner, g.columns, rows, width);
     });
 }
 
@@ -339,13 +344,13 @@ EXPORT void fp8repro_pack_right(const Gemm* g, const uint8_t* b, const uint16_t*
 // out [batches, rows, columns]. `b`: codes, or null where `panels` hold them already. `format`: see `Rounded`.
 EXPORT void fp8repro_gemm(const Gemm* g, const uint8_t* a, const uint16_t* a_decoder, const uint8_t* b,
                           const uint16_t* b_decoder, const char* panels, const float* bias, float* out,
-                          const Format* format, uint64_t seed, uint64_t stream, int32_t threads) {
+                          const Format* format, uint64_t seed, uint64_t stream, int32_t add, int32_t threads) {
     if (b) {
         char* fresh = first_buffer.reserve(g->batches[0] * g->batches[1] * g->panels() * g->panel_bytes());
         pack_right(*g, b, fresh, threads, Decoder(b_decoder));
         panels = fresh;
     }
-    const Rounded rounded = {format, {Key(seed), stream, format && format->rounding == STOCHASTIC}};
+    const Rounded rounded = {format, {Key(seed), stream, format && format->rounding == STOCHASTIC}, add != 0};
     gemm(*g, a, panels, bias, out, threads, Decoder(a_decoder), rounded);
 }
 

@@ -47,7 +47,7 @@ def library() -> Any:
         pointer, int32, uint64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint64
         found.fp8repro_use_blocks.argtypes = [int32]
         found.fp8repro_pack_right.argtypes = [pointer] * 4 + [int32]
-        found.fp8repro_gemm.argtypes = [pointer] * 9 + [uint64, uint64, int32]
+        found.fp8repro_gemm.argtypes = [pointer] * 9 + [uint64, uint64, int32, int32]
         found.fp8repro_pack_weight.argtypes = [pointer, pointer, pointer, int32, pointer, int32]
         found.fp8repro_convolve.argtypes = [pointer] * 6 + [int32]
         found.fp8repro_convolution_gradient.argtypes = [pointer] * 6 + [int32]
@@ -174,10 +174,12 @@ class Bf16Backend(EmulateBackend):
 
     def _rounded(self, result: Tensor) -> Tensor:
         """A result that no kernel has rounded, rounded in place."""
-        if self.how is not None:
-            options = {key: value for key, value in vars(self.how).items() if key != "format"}
-            round_into(result, self.how.format, **options, values=result)
-        return result
+        h = self.how
+        if h is None:
+            return result
+        options = {"seed": h.seed, "stream": h.stream, "subnormal_rounding": h.subnormal_rounding}
+        round_into(result, h.format, h.rounding, h.overflow, **options, values=result)  # type: ignore[arg-type]
+        return result if h.total is None else h.total.add_(result)
 
     def _gemm(
         self,
@@ -190,14 +192,15 @@ class Bf16Backend(EmulateBackend):
     ) -> Tensor:
         """The product of two batches of matrices, given as views of the operands' codes; `keep`: b comes again."""
         columns = b_codes.shape[-1]
-        result = torch.empty((*a_codes.shape[:-1], columns))
+        scaled = a.scale is not None or b.scale is not None
+        # A scale is divided out, and a bias added, before a result is rounded.
+        how = None if scaled else self.how
+        total = None if how is None else how.total
+        result = torch.empty((*a_codes.shape[:-1], columns)) if total is None else total
         a_codes, b_codes = _walkable(a_codes), _walkable(b_codes)
         sizes = _gemm_sizes(tuple(a_codes.shape), a_codes.stride(), tuple(b_codes.shape), b_codes.stride())
         threads = torch.get_num_threads() if result.numel() * a_codes.shape[-1] > _GRAIN else 1
-        scaled = a.scale is not None or b.scale is not None
         panels = _panels(sizes, b, b_codes, threads) if keep else None
-        # A scale is divided out, and a bias added, before a result is rounded.
-        how = None if scaled else self.how
         library().fp8repro_gemm(
             sizes,
             a_codes.data_ptr(),
@@ -210,6 +213,7 @@ class Bf16Backend(EmulateBackend):
             None if how is None else format_address(how.format, how.rounding, how.overflow, how.subnormal_rounding),
             0 if how is None else how.seed,
             0 if how is None else how.stream,
+            total is not None,
             threads,
         )
         return self._rounded(_unscaled(result, a, b, bias)) if scaled else result

@@ -48,7 +48,7 @@ struct Kernels {
     static void linear(const Call& call, int64_t count) {
         Tensors tensors = call.tensors;
         // Past this many bytes no cache holds the output, and writing around them saves reading it first.
-        tensors.stream = tensors.values_type == FLOAT32 && tensors.values != tensors.x && count >= (int64_t)1 << 23 &&
+        tensors.stream = tensors.values_type == FLOAT32 && tensors.values != tensors.x && !tensors.add && count >= (int64_t)1 << 23 &&
                          (uintptr_t)tensors.values % 64 == 0;
         counted<COUNT>(call, [&](int part, int parts, Counts& counts) {
             const Share s = share(count, BLOCK, part, parts);
@@ -113,12 +113,13 @@ void dispatch(const Call& call, const Launch& launch) {
 
 }  // namespace
 
-// The arguments every entry point shares; `types` packs those of x, values and codes, four bits each.
+// The arguments every entry point shares; `types` packs those of x, values and codes, four bits each, and whether to
+// add to the values.
 #define COMMON                                                                                            \
     const void *x, void *values, void *codes, int32_t types, const Format *format, uint64_t seed, uint64_t stream, \
         double *stats, int32_t threads
 #define CALL                                                                                              \
-    const Call call = {{x, values, codes, types & 15, (types >> 4) & 15, types >> 8, false},                     \
+    const Call call = {{x, values, codes, types & 15, (types >> 4) & 15, (types >> 8) & 15, false, types >> 12},                     \
                        *format,                                                                           \
                        {Key(seed), stream, format->rounding == STOCHASTIC},                               \
                        stats,                                                                             \

@@ -18,7 +18,8 @@ void partial(const Tensors& t, int64_t at_x, int64_t at_values, int64_t at_codes
     unsigned char values[4 * LANES], codes[2 * LANES];
     std::memcpy(x, (const T*)t.x + at_x, count * sizeof(T));
     if (RANDOM) std::memcpy(padded_draws, draws, count * sizeof(uint32_t));
-    const Tensors buffers = {x, values, codes, t.x_type, t.values_type, t.codes_type, false};
+    const Tensors buffers = {x, values, codes, t.x_type, t.values_type, t.codes_type, false, t.add};
+    if (t.add) std::memcpy(values, (const float*)t.values + at_values, count * sizeof(float));
     U32 bits[1] = {load(x)};
     const U32 draw[1] = {unaligned<U32>(padded_draws)};
     round_block<RANDOM, COUNT, 1>(bits, draw, f, counts);
