@@ -148,10 +148,13 @@ class Site:
         if spec.scaling == "none" and not self.context.telemetry.active:
             fmt, seed = spec.float_format, self.context.seed
             backend = self.backend.rounding(
-                Rounding(fmt, spec.rounding, spec.overflow, spec.subnormal_rounding, seed, stream, total)
+                Rounding(fmt, spec.rounding, spec.overflow, spec.subnormal_rounding, seed, stream)
             )
         if backend is not None:
-            return multiply(backend)
+            if total is None:
+                return multiply(backend)
+            adding = getattr(backend, "adding", None)
+            return total.add_(multiply(backend)) if adding is None else multiply(adding(total))
         result = multiply(self.backend)
         if total is not None and spec.scaling == "none":
             self._round(result, spec, role, name, stream, values=total, add=True)

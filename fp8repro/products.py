@@ -71,12 +71,7 @@ class Conv2dGeometry:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How results are to be rounded, in FP32 tensors; the arguments of `fp8repro.quantizer.round_into`.
-
-    Attributes:
-        total: a contiguous FP32 tensor to which the rounded result is added, and which then is the result, or None;
-            asked only of products on a CPU.
-    """
+    """How results are to be rounded, in FP32 tensors; the arguments of `fp8repro.quantizer.round_into`."""
 
     format: FloatFormat
     rounding: str
@@ -84,7 +79,6 @@ class Rounding:
     subnormal_rounding: str
     seed: int
     stream: int
-    total: Tensor | None = None
 
 
 class Backend(Protocol):

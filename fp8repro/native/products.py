@@ -82,15 +82,19 @@ def _cpu() -> dict[str, list[str]]:
 class Bf16Backend(EmulateBackend):
     """Products of FP8 bytes through BF16 dot products; see `fp8repro.products.Backend`."""
 
-    def __init__(self, how: Rounding | None = None) -> None:
-        """As the CPU has it now (see `use_tiles`); `how`: see `rounding`."""
-        self.how = how
+    def __init__(self, how: Rounding | None = None, total: Tensor | None = None) -> None:
+        """As the CPU has it now (see `use_tiles`); `how`: see `rounding`; `total`: see `adding`."""
+        self.how, self.total = how, total
         # Tiles add in another order than dot products, so records tell them apart.
         self.name = "emulate-amx" if library().tiles else "emulate-bf16"
 
     def rounding(self, how: Rounding) -> Bf16Backend:
         """Matrix products round a tile while the cache has it, other products in a pass behind."""
         return Bf16Backend(how)
+
+    def adding(self, total: Tensor) -> Bf16Backend:
+        """The same, and rounded results are added to a contiguous FP32 tensor, which then is the result."""
+        return Bf16Backend(self.how, total)
 
     def value_dtype(self, fmt: FloatFormat) -> torch.dtype | None:
         """None for 8-bit formats: their bytes are all that is needed."""
@@ -179,7 +183,7 @@ class Bf16Backend(EmulateBackend):
             return result
         options = {"seed": h.seed, "stream": h.stream, "subnormal_rounding": h.subnormal_rounding}
         round_into(result, h.format, h.rounding, h.overflow, **options, values=result)  # type: ignore[arg-type]
-        return result if h.total is None else h.total.add_(result)
+        return result if self.total is None else self.total.add_(result)
 
     def _gemm(
         self,
@@ -195,7 +199,7 @@ class Bf16Backend(EmulateBackend):
         scaled = a.scale is not None or b.scale is not None
         # A scale is divided out, and a bias added, before a result is rounded.
         how = None if scaled else self.how
-        total = None if how is None else how.total
+        total = None if how is None else self.total
         result = torch.empty((*a_codes.shape[:-1], columns)) if total is None else total
         a_codes, b_codes = _walkable(a_codes), _walkable(b_codes)
         sizes = _gemm_sizes(tuple(a_codes.shape), a_codes.stride(), tuple(b_codes.shape), b_codes.stride())
