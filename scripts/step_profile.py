@@ -1,8 +1,8 @@
 """Where an FP8 step's time goes on a CPU: `python scripts/step_profile.py transformer [--backend auto] [--out FILE]`.
 
 Prints, as Markdown, the roundings of a step by kind, with what they would take at the quantizer's own best speed, the
-products if not FP32 ones (with the roundings of results that they make on the way), and what the step's Python takes: the same layers on two tokens or pixels, where there is
-nothing to compute.
+products if not FP32 ones (with the roundings of results that they make on the way), and what the step's Python takes:
+the same layers on two tokens or pixels, where there is nothing to compute.
 """
 
 from __future__ import annotations
