@@ -73,6 +73,8 @@ class Site:
         if spec.is_identity:
             return Operand(x, values=x)
         fmt = spec.float_format
+        if x.dtype == fmt.dtype and fmt.is_fp8:
+            return Operand(x, fmt)
         offered = getattr(x, "offered_codes", None)
         # Who rounded it already has counted nothing.
         if offered is not None and offered[:2] == (x._version, spec) and not self.context.telemetry.active:
@@ -102,6 +104,20 @@ class Site:
             offer(x, spec, codes, turned)
         return Operand(codes, fmt, scale, values, turned)
 
+    def codes(self, x: Tensor, training: bool) -> Tensor:
+        """The codes of an activation that many calls will take, or `x` itself where each call has to round it.
+
+        So it is with random bits, scales, statistics and gradients; and on a GPU, which no cache of codes was made for.
+        """
+        # A compiler cannot look into a rounding.
+        if torch.compiler.is_compiling():
+            return x
+        spec = self.spec("activation", training)
+        alike = spec.rounding != "stochastic" and spec.scaling == "none" and not self.context.telemetry.active
+        if not alike or x.requires_grad or x.device.type != "cpu" or not spec.float_format.is_fp8:
+            return x
+        return self.operand(x, "activation", "input_b", 0, training).codes
+
     def weight(self, weight: Tensor, training: bool, turn: bool = False) -> Operand:
         """The rounded weight; rounded once per update, whatever the number of calls and micro-steps."""
         context = self.context
@@ -116,12 +132,21 @@ class Site:
         self._weight = None
 
     def product(
-        self, multiply: Callable[[Backend], Tensor], role: str | None, name: str, call: int, training: bool = True
+        self,
+        multiply: Callable[[Backend], Tensor],
+        role: str | None,
+        name: str,
+        call: int,
+        training: bool = True,
+        total: Tensor | None = None,
     ) -> Tensor:
-        """A product's result, rounded on the way where the backend can do that, else in place; no role: not rounded."""
+        """A product's result, rounded on the way where the backend can do that, else in place; no role: not rounded.
+
+        With `total`, an FP32 tensor on a CPU, the rounded result is added to it, and it is the result.
+        """
         spec = None if role is None else self.spec(role, training)
         if role is None or spec is None or spec.is_identity:
-            return multiply(self.backend)
+            return multiply(self.backend) if total is None else total.add_(multiply(self.backend))
         backend = None
         stream = self._stream(spec, role, name, call)
         # A scale and statistics need the result first.
@@ -131,10 +156,17 @@ class Site:
                 Rounding(fmt, spec.rounding, spec.overflow, spec.subnormal_rounding, seed, stream)
             )
         if backend is not None:
-            return multiply(backend)
+            if total is None:
+                return multiply(backend)
+            adding = getattr(backend, "adding", None)
+            return total.add_(multiply(backend)) if adding is None else multiply(adding(total))
         result = multiply(self.backend)
+        if total is not None and spec.scaling == "none":
+            self._round(result, spec, role, name, stream, values=total, add=True)
+            return total
         scale = self._round(result, spec, role, name, stream, values=result)
-        return result if scale is None else result.div_(scale)
+        result = result if scale is None else result.div_(scale)
+        return result if total is None else total.add_(result)
 
     def _stream(self, spec: RoleSpec, role: str, name: str, call: int) -> Stream:
         return self.context.stream(self.name, call, name, role) if spec.rounding == "stochastic" else 0
@@ -149,6 +181,7 @@ class Site:
         values: Tensor | None = None,
         codes: Tensor | None = None,
         turned: Tensor | None = None,
+        add: bool = False,
     ) -> float | None:
         scale = tensor_scale(x, spec.float_format) if spec.scaling == "tensor" else None
         x = x if scale is None else x * scale
@@ -166,6 +199,7 @@ class Site:
             codes=codes,
             turned=turned,
             stats=self.context.telemetry.buffer(self.name, role, name, x.device),
+            add=add,
         )
         return scale
 
@@ -253,11 +287,11 @@ class GatheredGradient:
     call: int = 0
     formats: tuple[FloatFormat, FloatFormat] | None = None
 
-    def add(self, x: Tensor, error: Operand, x_format: FloatFormat, call: int) -> None:
+    def add(self, x: Operand, error: Operand, call: int, needs_weight: bool, needs_bias: bool) -> None:
         """Note one use."""
-        self.inputs.append(x.flatten(0, -2))
+        self.inputs.append(x.codes.flatten(0, -2))
         self.errors.append(error.codes.flatten(0, -2))
-        self.call, self.formats = call, (x_format, error.fmt)
+        self.call, self.formats = call, (x.fmt, error.fmt)
 
     def products(self, needs_weight: bool, needs_bias: bool) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of weight and bias over all uses, which are then forgotten."""
@@ -267,12 +301,49 @@ class GatheredGradient:
             Operand(_join(codes), fmt) for codes, fmt in zip((self.inputs, self.errors), self.formats, strict=True)
         )
         self.inputs, self.errors, self.formats = [], [], None
-        weight = None
-        if needs_weight:
-            products.announce(self.site.name, "gradient", error, x)
-            multiply = lambda backend: backend.linear_gradient(error, x)  # noqa: E731
-            weight = self.site.product(multiply, "gradient", "weight_gradient", self.call, self.training)
+        weight = _weight_gradient(self.site, x, error, self.call, self.training) if needs_weight else None
         return weight, error.decoded().sum(0) if needs_bias else None
+
+
+@dataclass
+class SummedGradient:
+    """The same, but a product for each use, rounded and added to those before it while the cache has it.
+
+    Autograd would add them up in this very order, each from memory. Attributes are the sums so far.
+    """
+
+    site: Site
+    training: bool
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def add(self, x: Operand, error: Operand, call: int, needs_weight: bool, needs_bias: bool) -> None:
+        """Add one use."""
+        if needs_weight:
+            self.weight = _weight_gradient(self.site, x, error, call, self.training, self.weight)
+        if needs_bias:
+            bias = _bias_gradient(error)
+            self.bias = bias if self.bias is None else self.bias.add_(bias)
+
+    def products(self, needs_weight: bool, needs_bias: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The sums, which are then forgotten."""
+        sums = self.weight if needs_weight else None, self.bias if needs_bias else None
+        self.weight = self.bias = None
+        return sums
+
+
+def _weight_gradient(
+    site: Site, x: Operand, error: Operand, call: int, training: bool, total: Tensor | None = None
+) -> Tensor:
+    products.announce(site.name, "gradient", error, x)
+    multiply = lambda backend: backend.linear_gradient(error, x)  # noqa: E731
+    return site.product(multiply, "gradient", "weight_gradient", call, training, total)
+
+
+def _bias_gradient(error: Operand, dims: tuple[int, ...] | None = None) -> Tensor:
+    """Summed over `dims`; None: all but the last."""
+    values = error.decoded() if error.values is None else error.values
+    return values.sum(dims or tuple(range(values.dim() - 1)), dtype=torch.float32)
 
 
 def _join(codes: list[Tensor]) -> Tensor:
@@ -284,16 +355,20 @@ def _join(codes: list[Tensor]) -> Tensor:
 @torch.compiler.disable(reason="what it gathers lives outside of the graph")
 def gather_gradient(
     weight: Tensor, bias: Tensor | None, site: Site, training: bool
-) -> tuple[Tensor, Tensor | None, GatheredGradient] | None:
+) -> tuple[Tensor, Tensor | None, GatheredGradient | SummedGradient] | None:
     """Weight and bias for all uses of one forward pass, and what makes their gradients.
 
-    None where each use has a gradient (or a scale) of its own.
+    None where nobody asks for a gradient, and on a GPU where each use has one (or a scale) of its own.
     """
-    scaled = any(site.spec(role, training).scaling != "none" for role in ("activation", "error"))
-    wanted = site.recurrent_gradients == "sequence" and torch.is_grad_enabled() and weight.requires_grad
-    if scaled or not wanted:
+    if not (torch.is_grad_enabled() and weight.requires_grad):
         return None
-    gathered = GatheredGradient(site, training)
+    scaled = any(site.spec(role, training).scaling != "none" for role in ("activation", "error"))
+    if site.recurrent_gradients == "sequence" and not scaled:
+        gathered: GatheredGradient | SummedGradient = GatheredGradient(site, training)
+    elif weight.device.type == "cpu":
+        gathered = SummedGradient(site, training)
+    else:
+        return None
     return *_Gather.apply(weight, bias, gathered), gathered
 
 
@@ -302,7 +377,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, bias: Tensor | None, gathered: GatheredGradient
+        ctx: Any, weight: Tensor, bias: Tensor | None, gathered: GatheredGradient | SummedGradient
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         ctx.gathered = gathered
@@ -323,7 +398,7 @@ def quantized_product(
     site: Site,
     op: Op,
     training: bool,
-    gathered: GatheredGradient | None = None,
+    gathered: GatheredGradient | SummedGradient | None = None,
 ) -> Tensor:
     """Multiply under a recipe (paper, section 3 and figure 1).
 
@@ -353,7 +428,7 @@ class _QuantizedProduct(torch.autograd.Function):
         site: Site,
         op: Op,
         training: bool,
-        gathered: GatheredGradient | None,
+        gathered: GatheredGradient | SummedGradient | None,
     ) -> Tensor:
         call = site.next_call()
         # The layout that backward multiplies; a weight is kept for the whole step.
@@ -385,7 +460,7 @@ class _QuantizedProduct(torch.autograd.Function):
         codes_a, codes_b = ctx.saved_tensors
         (format_a, scale_a), (format_b, scale_b) = ctx.formats
         needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
-        gathered: GatheredGradient | None = ctx.gathered
+        gathered: GatheredGradient | SummedGradient | None = ctx.gathered
         qb = ctx.weight or Operand(codes_b, format_b, scale_b)
         turned = codes_a if ctx.turned else None
         codes_a = codes_a if turned is None else turned.t()
@@ -398,7 +473,7 @@ class _QuantizedProduct(torch.autograd.Function):
             role = "error" if site.round_input_errors else None
             grad_a = site.product(lambda b: op.grad_a(b, error, qb, codes_a), role, "input_error", call, training)
         if gathered is not None:
-            gathered.add(codes_a, error, format_a, call)
+            gathered.add(Operand(codes_a, format_a, scale_a, turned=turned), error, call, needs_b, needs_bias)
             return grad_a, *[None] * 7
         if needs_b:
             qa = Operand(codes_a, format_a, scale_a, turned=turned)
@@ -407,7 +482,5 @@ class _QuantizedProduct(torch.autograd.Function):
             wanted = role if op.b_is_weight or site.round_input_errors else None
             grad_b = site.product(lambda b: op.grad_b(b, error, qa, qb.codes), wanted, name, call, training)
         if needs_bias:
-            values = error.decoded() if error.values is None else error.values
-            dims = op.bias_dims or tuple(range(values.dim() - 1))
-            grad_bias = values.sum(dims, dtype=torch.float32)
+            grad_bias = _bias_gradient(error, op.bias_dims)
         return grad_a, grad_b, grad_bias, *[None] * 5

@@ -16,6 +16,7 @@ from fp8repro.functional import (
     GatheredGradient,
     Op,
     Site,
+    SummedGradient,
     conv2d_op,
     gather_gradient,
     quantized_product,
@@ -44,7 +45,9 @@ class FP8RepeatedLinear(FP8Linear):
         shared = gather_gradient(self.weight, self.bias, self.site, self.training)
         return self if shared is None else partial(self, shared=shared)
 
-    def forward(self, input: Tensor, shared: tuple[Tensor, Tensor | None, GatheredGradient] | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, shared: tuple[Tensor, Tensor | None, GatheredGradient | SummedGradient] | None = None
+    ) -> Tensor:
         """[..., in_features] -> [..., out_features], FP32; `shared`: see `gather_gradient`."""
         if shared is None:
             return super().forward(input)
@@ -86,6 +89,10 @@ class FP8MatMul(MatMul):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """[..., M, K] @ [..., K, N] -> [..., M, N], FP32; leading dimensions must agree."""
         return quantized_product(a, b, None, self.site, MATMUL, self.training)
+
+    def keep(self, b: Tensor) -> Tensor:
+        """The codes of `b`, where they are all that later products take."""
+        return self.site.codes(b, self.training)
 
 
 class MasterEmbedding(nn.Embedding):

@@ -88,6 +88,7 @@ def round_into(
     codes: Tensor | None = None,
     turned: Tensor | None = None,
     stats: Tensor | None = None,
+    add: bool = False,
 ) -> None:
     """Round `x` in one pass into preallocated outputs; the arguments are those of `quantize`.
 
@@ -97,9 +98,17 @@ def round_into(
         turned: for a matrix x, codes and no values: tensor that receives the codes of its transpose.
         stats: float64 tensor of 4 values (`STATISTICS`) that is added to (absmax: raised).
         stream: may lie in device memory where Triton kernels round (`fp8repro.streams`).
+        add: add the rounded values to `values`, a tensor of its own.
     """
     if x.numel() == 0:
         return
+    options = (format, rounding, overflow, seed, stream, subnormal_rounding)
+    if add and values is not None:
+        fast = x.device.type == "cpu" and native.available() and x.is_contiguous() and values.is_contiguous()
+        if fast and values.dtype == torch.float32 and format.mantissa_bits < FP32.mantissa_bits:
+            native.round_into(x, *options, values, codes, stats, add=True)
+            return
+        total, values = values, torch.empty_like(x, dtype=values.dtype)
     if turned is not None and codes is not None:
         _round_turned(x, format, rounding, overflow, seed, stream, subnormal_rounding, codes, turned, stats)
         return
@@ -113,7 +122,9 @@ def round_into(
         engine = native.round_into
     else:
         engine = _torch_round_into
-    engine(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
+    engine(x, *options, values, codes, stats)
+    if add and values is not None:
+        total.add_(values)
 
 
 def _round_turned(

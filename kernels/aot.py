@@ -178,7 +178,17 @@ def _bulk_cases(tile: configs.Tile, promoted: int, plain: dict[str, Any]) -> Ite
         types = {argument: "i32" for argument in kernel.arg_names if argument not in constants}
         types |= {argument: f"tensordesc<fp8e5{block}>" for argument, block in blocks.items()}
         types |= {result: "*fp32", "inverse_scale": "fp32"}
-        return Case(name, kernel, types, constants, tile.warps, tile.stages, 90, "product", ("channels", "outputs", "M", "N", "K"))
+        return Case(
+            name,
+            kernel,
+            types,
+            constants,
+            tile.warps,
+            tile.stages,
+            90,
+            "product",
+            ("channels", "outputs", "M", "N", "K"),
+        )
 
     m, n, k = tile.m, tile.n, tile.k
     nothing = {"bias_ptr": None, "overflow_ptr": None}
@@ -252,7 +262,7 @@ def _norm_cases() -> Iterator[Case]:
         BLOCK=block,
         WIDE=False,
     )
-    yield norm("batch norm gradient sums", normalizations.batch_gradient_sums, x, ROWS=32, BLOCK=64)
+    yield norm("batch norm gradient sums", normalizations.batch_gradient_sums, x, WHOLE_BYTES=True, ROWS=32, BLOCK=64)
     yield norm("batch norm gradient", normalizations.batch_gradient_apply, x, **plain, BLOCK=block, WIDE=False)
     yield norm("layer norm", normalizations.layer_forward, **rounded, ROWS=2, BLOCK=1024)
     yield norm("layer norm gradient", normalizations.layer_backward, **plain, ROWS=2, BLOCK=1024)

@@ -150,7 +150,7 @@ def batch_norm_backward(
     dense, dense_grad = _rows(x), _rows(grad)
     mean, inverse = forward.mean, forward.inverse_deviation
     tensors = (dense_grad, forward.flags, dense, mean, inverse)
-    partial, _ = _sums(kernels.batch_gradient_sums, tensors, rows, channels)
+    partial, _ = _sums(kernels.batch_gradient_sums, tensors, rows, channels, WHOLE_BYTES=channels % 8 == 0)
     sums = partial.sum(0)
     grad_x = epilogue.empty((batch, height, width, channels), x.device).permute(0, 3, 1, 2)
     residual = torch.empty_like(grad_x, dtype=torch.float32) if needs_residual else None
@@ -269,7 +269,9 @@ def _rows(t: Tensor) -> Tensor:
     return t.permute(0, 2, 3, 1).contiguous()
 
 
-def _sums(kernel: object, tensors: tuple[Tensor | None, ...], rows: int, channels: int) -> tuple[Tensor, Tensor]:
+def _sums(
+    kernel: object, tensors: tuple[Tensor | None, ...], rows: int, channels: int, **options: bool
+) -> tuple[Tensor, Tensor]:
     """Partial sums [chunks, 2, channels] over chunks of rows, and the number of rows of each chunk."""
     device = next(t for t in tensors if t is not None).device
     block = block_size(64, channels, 512)
@@ -280,7 +282,7 @@ def _sums(kernel: object, tensors: tuple[Tensor | None, ...], rows: int, channel
     chunks = cdiv(rows, chunk)
     partial = torch.empty((chunks, 2, channels), dtype=torch.float32, device=device)
     grid = (cdiv(channels, block), chunks)
-    launch(kernel, grid, device, *tensors, partial, rows, channels, chunk, ROWS=height, BLOCK=block)
+    launch(kernel, grid, device, *tensors, partial, rows, channels, chunk, **options, ROWS=height, BLOCK=block)
     counts = (rows - torch.arange(chunks, device=device) * chunk).clamp(max=chunk)
     return partial, counts
 

@@ -158,6 +158,7 @@ def batch_gradient_sums(
     rows,
     channels,
     chunk,
+    WHOLE_BYTES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -174,7 +175,16 @@ def batch_gradient_sums(
         row = first + tl.arange(0, ROWS)[:, None]
         mask = (row < end) & inside[None, :]
         offset = row * channels + channel[None, :]
-        gradient = _masked_gradient(grad_ptr, flags_ptr, offset, mask)
+        if flags_ptr is not None and WHOLE_BYTES:
+            # One load for the bits of eight channels, where each element loading its own would take most of the time.
+            gradient = to_fp32(tl.load(grad_ptr + offset, mask=mask, other=0.0))
+            eighth = tl.program_id(0) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+            place = row * (channels // 8) + eighth[None, :]
+            byte = tl.load(flags_ptr + place, mask=(row < end) & (eighth * 8 < channels)[None, :], other=0)
+            bits = (byte.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+            gradient = tl.where(tl.reshape(bits, [ROWS, BLOCK]) != 0, gradient, 0.0)
+        else:
+            gradient = _masked_gradient(grad_ptr, flags_ptr, offset, mask)
         x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
         totals += gradient
         products += tl.where(mask, gradient * ((x - mean) * inverse), 0.0)

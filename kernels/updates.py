@@ -127,7 +127,8 @@ def update(
         chunk = tl.program_id(0).to(tl.int64)
         row = table + tl.load(chunks + 2 * chunk) * COLUMNS
         first = tl.load(chunks + 2 * chunk + 1) * BLOCK
-        offset = first + tl.arange(0, BLOCK)
+        # Four elements a thread, as in `rounding.round_flat`.
+        offset = first + tl.max_contiguous(tl.arange(0, BLOCK), 4)
         mask = offset < tl.load(row + COUNT)
         gradient = _load_gradient(row, offset, mask, FP8_GRADIENT, ALIGNED) * inverse_scale
         gradient *= tl.load(control_ptr + 1).to(tl.float32)

@@ -1,8 +1,8 @@
 """Where an FP8 step's time goes on a CPU: `python scripts/step_profile.py transformer [--backend auto] [--out FILE]`.
 
 Prints, as Markdown, the roundings of a step by kind, with what they would take at the quantizer's own best speed, the
-products if not FP32 ones, and what the step's Python takes: the same layers on two tokens or pixels, where there is
-nothing to compute.
+products if not FP32 ones (with the roundings of results that they make on the way), and what the step's Python takes:
+the same layers on two tokens or pixels, where there is nothing to compute.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def roundings(step: Callable[[], object]) -> dict[tuple[str, str, str], list[flo
     kinds: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0, 0.0])
     real = native.round_into
 
-    def timed(x: Any, fmt: Any, rounding: str, *rest: Any) -> None:
+    def timed(x: Any, fmt: Any, rounding: str, *rest: Any, add: bool = False) -> None:
         start = time.perf_counter()
-        real(x, fmt, rounding, *rest)
+        real(x, fmt, rounding, *rest, add=add)
         seconds = time.perf_counter() - start
         values, codes = rest[4:6]
-        outputs = [] if values is None else ["in place" if values is x else "values"]
+        outputs = [] if values is None else ["in place" if values is x else "added" if add else "values"]
         entry = kinds[fmt.name, rounding, " and ".join(outputs + ([] if codes is None else ["codes"]))]
         for index, amount in enumerate((1, x.numel(), seconds)):
             entry[index] += amount / STEPS

@@ -135,3 +135,29 @@ print(without, sum(faults() for _ in range(5)), kept)
     if kept == "False":
         pytest.skip("not glibc")
     assert int(with_it) * 10 < int(without)
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("format", [E5M2, E4M3, FP16, BF16])
+@pytest.mark.parametrize("subnormal_rounding", ["same", "nearest"])
+def test_values_that_need_no_random_bits_change_no_others(format, subnormal_rounding):
+    """Blocks of values of the format among others, and the other way round: what draws nothing must move nothing."""
+    x = torch.randn(40_000, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.linspace(-30, 20, 40_000)
+    rounded = reference.round_to_format(x, format, "nearest", "inf", 0, 0)
+    rows = torch.arange(x.numel()) // 64
+    x = torch.where((rows % 3 == 0) ^ (rows // 64 % 2 == 0), rounded, x)
+    got = torch.empty_like(x)
+    native.round_into(x, format, "stochastic", "inf", 1, 2, subnormal_rounding, got, None, None)
+    expected = reference.round_to_format(x, format, "stochastic", "inf", 1, 2, subnormal_rounding)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+def test_runs_that_are_visited_as_they_lie_in_memory_draw_by_their_logical_place():
+    heads = torch.randn(7, 3, 5 * 24).unflatten(-1, (5, 24)).permute(1, 2, 0, 3)
+    for x in (heads, heads.transpose(0, 1), heads[:, 1:, ::2]):
+        got, codes = torch.empty_like(x), torch.empty(x.shape, dtype=E5M2.dtype)
+        native.round_into(x, E5M2, "stochastic", "inf", 1, 2, "same", got, codes, None)
+        expected = reference.round_to_format(x, E5M2, "stochastic", "inf", 1, 2)
+        assert torch.equal(got, expected)
+        assert torch.equal(codes.float(), expected)

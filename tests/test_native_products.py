@@ -13,7 +13,8 @@ import fp8repro
 from fp8repro.backends import select_backend
 from fp8repro.formats import E4M3, E5M2, FP16, FloatFormat
 from fp8repro.native import products
-from fp8repro.products import Conv2dGeometry, EmulateBackend, Operand
+from fp8repro.products import Conv2dGeometry, EmulateBackend, Operand, Rounding
+from fp8repro.quantizer import round_into
 
 if products.library() is None:
     pytest.skip("no BF16 instructions or no compiler", allow_module_level=True)
@@ -250,3 +251,41 @@ def test_auto_takes_fp32_products_where_the_cpu_multiplies_bf16_no_faster(kernel
     monkeypatch.setattr(products, "_cpu", lambda: {"vendor_id": ["GenuineIntel"], "flags": []})
     expected = "emulate-amx" if kernel == "tiles" else "emulate"
     assert select_backend("auto", torch.device("cpu"), "promoted")[0].name == expected
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "toward_zero"])
+@pytest.mark.parametrize("scale", [None, 4.0])
+def test_results_rounded_on_the_way_are_those_of_a_pass_of_its_own(rounding, scale):
+    fmt = E4M3 if scale else E5M2
+    how = Rounding(fmt, rounding, "saturate", "same", 5, 6)
+    bias = torch.randn(70)
+    geometry = Conv2dGeometry((2, 2), (1, 1))
+    pairs = {
+        # Many panels and blocks of rows, a width that is no multiple of 4, and few rows, whose columns are shared out.
+        "linear": (operand(3, 67, 100, scale=scale), operand(70, 100)),
+        "linear_error": (operand(300, 64), operand(64, 203)),
+        "linear_gradient": (operand(32, 200, scale=scale), operand(32, 515)),
+        "matmul": (operand(2, 3, 65, 40), operand(2, 3, 40, 130)),
+        "matmul_error_a": (operand(2, 3, 65, 40), operand(2, 3, 130, 40)),
+        "matmul_error_b": (operand(2, 3, 40, 65), operand(2, 3, 40, 130)),
+        "conv2d": (operand(2, 16, 9, 9), operand(8, 16, 3, 3)),
+        "other operands": (operand(5, 8, format=FP16), operand(9, 8, format=FP16)),
+    }
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for name, (a, b) in pairs.items():
+                method = "linear" if name == "other operands" else name
+                extra = {"linear": (bias if name == "linear" else None,), "conv2d": (None, geometry)}.get(method, ())
+                expected = getattr(products.Bf16Backend(), method)(a, b, *extra)
+                round_into(expected, fmt, rounding, "saturate", seed=5, stream=6, values=expected)
+                assert torch.equal(getattr(products.Bf16Backend().rounding(how), method)(a, b, *extra), expected), name
+                if method == "linear_gradient":
+                    total = torch.randn(expected.shape)
+                    summed = total + expected
+                    backend = products.Bf16Backend().rounding(how).adding(total)
+                    assert backend.linear_gradient(a, b) is total
+                    assert torch.equal(total, summed)
+    finally:
+        torch.set_num_threads(threads)

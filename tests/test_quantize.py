@@ -335,3 +335,14 @@ def test_a_wrong_option_is_named(arguments, message):
 def test_a_wrong_input_is_named(x):
     with pytest.raises(TypeError, match=r"expected a torch\.float32"):
         fp8repro.quantize(x)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (40, 64), (64, 33)])
+@pytest.mark.parametrize("rounding", reference.ROUNDINGS)
+@pytest.mark.parametrize("strided", [False, True])
+def test_rounded_values_are_added_to_a_total(shape, rounding, strided):
+    x, total = torch.randn(shape), torch.randn(shape)
+    x = x.t().contiguous().t() if strided else x
+    expected = total + fp8repro.quantize(x, "e5m2", rounding, seed=1, stream=2, out="float32")
+    quantizer.round_into(x, E5M2, rounding, "inf", seed=1, stream=2, values=total, add=True)
+    assert torch.equal(total, expected)

@@ -14,13 +14,16 @@ from recording import DTYPES, Recorder, in_set
 from torch import Tensor, nn
 
 from fp8repro import products
+from fp8repro.config import DecodeConfig
 from fp8repro.context import StepContext
+from fp8repro.functional import Site
 from fp8repro.injection import inject, sites
 from fp8repro.master import MasterWeights
 from fp8repro.models.gnmt import LSTMLayer, gnmt
 from fp8repro.models.layers import RepeatedLinear
 from fp8repro.models.transformer import transformer
 from fp8repro.recipe import ROLES, Recipe, RoleSpec, load_recipe
+from fp8repro.training.decode import beam_search
 from fp8repro.training.translation import smoothed_loss
 
 IDENTITY = RoleSpec(format="fp32")
@@ -251,6 +254,32 @@ def test_each_sequence_has_a_recurrent_gradient_of_its_own() -> None:
     assert (layer.hidden_gates.weight.grad.double() - exact).norm() < 0.2 * exact.norm()
 
 
+@pytest.mark.parametrize("backend", ["emulate", "auto"])
+@pytest.mark.parametrize("change", [{}, {"gradient": IDENTITY}, {"gradient": RoleSpec("e5m2", scaling="tensor")}])
+def test_gradients_added_as_they_are_rounded_are_those_that_autograd_adds(
+    backend: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(load_recipe("fp8"), exempt=(), **change)
+
+    def gradients(telemetry: bool = False) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(LSTMLayer(8, 24, init_range=0.4))
+        inject(model, recipe, StepContext(seed=1), backend=backend)
+        MasterWeights(model, torch.optim.SGD(model.parameters(), 0.1), recipe)
+        model.fp8_context.telemetry.active = telemetry  # type: ignore[union-attr]
+        x = torch.randn(7, 3, 8)
+        for micro_step in range(2):
+            model.fp8_context.begin(0, micro_step)  # type: ignore[union-attr,operator]
+            model(x)[0].sin().sum().mul(64.0).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    summed = [gradients(), gradients(telemetry=True)]
+    monkeypatch.setattr("fp8repro.layers.gather_gradient", lambda *_: None)
+    by_autograd = gradients()
+    for found in summed:
+        assert all(torch.equal(a, b) for a, b in zip(found, by_autograd, strict=True))
+
+
 def test_scaled_operands_keep_a_gradient_for_every_time_step() -> None:
     scaled = replace(load_recipe("fp8_sequence"), error=RoleSpec("e5m2", scaling="tensor"))
     layer, seen = recurrent_step(scaled)
@@ -302,6 +331,40 @@ def test_incremental_decoding_in_fp8_gives_the_logits_of_the_whole_sequence(name
             logits, _ = model.step(target[:, step], state)  # type: ignore[operator]
             # Sums of other shapes may differ in the last bit and then round to the neighbouring value.
             assert (logits - whole[:, step]).norm() < 0.1 * whole[:, step].norm()
+
+
+@pytest.mark.parametrize("backend", ["emulate", "auto"])
+def test_a_decoder_keeps_the_codes_of_what_it_has_rounded(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same translations and scores as when every step rounds all of the cache, from far fewer roundings."""
+    torch.manual_seed(0)
+    model = transformer(VOCABULARY, width=16, ffn_width=32, heads=2, encoder_layers=1, decoder_layers=2)
+    inject(model, load_recipe("fp8"), StepContext(seed=3), backend=backend)
+    model.eval()
+    config = DecodeConfig(beam=3, alpha=1.0, max_length_a=0.0, max_length_b=12)
+    rounded: list[int] = []
+    operand = Site.operand
+
+    def count(self: Site, x: Tensor, *rest: Any) -> products.Operand:
+        rounded.append(x.numel() if x.dtype == torch.float32 else 0)
+        return operand(self, x, *rest)
+
+    monkeypatch.setattr(Site, "operand", count)
+    kept = beam_search(model, SOURCE, config)
+    few = sum(rounded)
+    with torch.no_grad():
+        assert model.begin(SOURCE).layers[0].cross_key.dtype == torch.float8_e5m2
+    rounded.clear()
+    monkeypatch.setattr(Site, "codes", lambda self, x, training: x)
+    assert beam_search(model, SOURCE, config) == kept
+    assert sum(rounded) > 1.3 * few
+
+
+def test_training_and_measured_steps_keep_the_values_themselves() -> None:
+    model, _ = build("transformer", load_recipe("fp8"))
+    assert model.begin(SOURCE).layers[0].cross_key.dtype == torch.float32  # type: ignore[operator]
+    model.fp8_context.telemetry.active = True  # type: ignore[union-attr]
+    with torch.no_grad():
+        assert model.begin(SOURCE).layers[0].cross_key.dtype == torch.float32  # type: ignore[operator]
 
 
 @pytest.mark.long

@@ -20,6 +20,10 @@ class MatMul(nn.Module):
         """[..., M, K] @ [..., K, N] -> [..., M, N]."""
         return torch.matmul(a, b)
 
+    def keep(self, b: Tensor) -> Tensor:
+        """What may stand for `b`, and for rows and pieces of it, in products to come; for caches of decoders."""
+        return b
+
 
 class RepeatedLinear(nn.Linear):
     """`nn.Linear` that a forward pass calls many times, as a recurrent product is once a time step.
@@ -52,8 +56,8 @@ class AttentionProduct(nn.Module):
 
         Args:
             query: [B, heads, T, d], already divided by sqrt(d).
-            key: [B, heads, S, d].
-            value: [B, heads, S, d].
+            key: [B, heads, S, d], or what `keep` gave for it.
+            value: [B, heads, S, d], likewise.
             mask: broadcastable to [B, heads, T, S]; 0, or -inf where attention is forbidden.
 
         Returns:
@@ -62,8 +66,12 @@ class AttentionProduct(nn.Module):
         scores = self.scores(query, key.transpose(-1, -2))
         if mask is not None:
             scores = scores + mask
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(value)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(query)
         return self.context(self.dropout(weights), value)
+
+    def keep(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """See `MatMul.keep`."""
+        return self.scores.keep(key), self.context.keep(value)
 
 
 class SinusoidalPositions(nn.Module):

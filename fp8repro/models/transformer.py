@@ -50,7 +50,7 @@ class TransformerConfig:
 
 @dataclass
 class LayerCache:
-    """Keys and values [R, heads, length, d] of one decoder layer."""
+    """Keys and values [R, heads, length, d] of one decoder layer, as its products keep them."""
 
     cross_key: Tensor
     cross_value: Tensor
@@ -98,8 +98,8 @@ class MultiheadAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3)
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Project [S, B, width] to keys and values, each [B, heads, S, d]."""
-        return self.split(self.k_proj(x)), self.split(self.v_proj(x))
+        """Project [S, B, width] to keys and values, each [B, heads, S, d], as the products keep them."""
+        return self.product.keep(self.split(self.k_proj(x)), self.split(self.v_proj(x)))
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Queries from x [T, B, width]; keys and values [B, heads, S, d]; result [T, B, width]."""

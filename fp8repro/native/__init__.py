@@ -75,8 +75,12 @@ def round_into(
     codes: Tensor | None,
     stats: Tensor | None,
     engine: Any = None,
+    add: bool = False,
 ) -> None:
-    """See `fp8repro.quantize.round_into`; `engine` is another build of the library."""
+    """See `fp8repro.quantize.round_into`; `engine` is another build of the library.
+
+    With `add`, what is rounded is added to `values`, an FP32 tensor that lies as `x` does.
+    """
     if x.numel() == 0:
         return
     engine = engine or library()
@@ -91,7 +95,7 @@ def round_into(
             return
     types = _TYPES[x.dtype]
     if values is not None:
-        types |= _TYPES[values.dtype] << 4
+        types |= _TYPES[values.dtype] << 4 | add << 12
     if codes is not None:
         types |= (4 if codes.element_size() == 1 else 5) << 8
     getattr(engine, "fp8repro_" + kernel)(

@@ -75,5 +75,8 @@ def _runs(sizes: list[int], strides: list[list[int]], has_values: bool) -> tuple
     x, *outputs = [each[:-1] for each in strides]
     values = outputs.pop(0) if has_values else absent
     codes = outputs.pop(0) if outputs else absent
-    layout = [*sizes[:-1], *x, *values, *codes, sizes[-1]]
+    logical = [math.prod(sizes[dimension + 1 :]) for dimension in range(outer)]
+    # As they lie in memory: runs that are pages apart (attention heads) would miss every cache.
+    order = sorted(range(outer), key=lambda dimension: -x[dimension])
+    layout = [each[d] for each in (sizes, x, values, codes, logical) for d in order] + sizes[-1:]
     return outer, (ctypes.c_int64 * len(layout))(*layout)

@@ -3,6 +3,7 @@
 
 #include "gradient.h"
 #include "products.h"
+#include "walks.h"
 
 namespace {
 
@@ -122,8 +123,28 @@ void pack_right(const Gemm& g, const uint8_t* b, char* out, int threads, const D
     });
 }
 
+// How a result is rounded as it is stored; format: null where it is not. `add`: to what the result's memory holds.
+struct Rounded {
+    const Format* format;
+    Random random;
+    bool add;
+
+    // Some rows of products, `step` values apart, to rows of the result from `first` on, which is their logical index.
+    void operator()(float* products, int64_t step, float* out, int64_t first, int64_t out_step, int64_t rows,
+                    int64_t columns) const {
+        if (columns == step && columns == out_step) columns *= rows, rows = 1;
+        const Tensors tensors = {products, out, nullptr, FLOAT32, FLOAT32, NONE, false, add};
+        const auto kernel = format->rounding == NEAREST ? run<float, false, false> : run<float, true, false>;
+        Counts counts;
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t to = first + row * out_step;
+            kernel(tensors, row * step, to, 0, columns, (uint64_t)to, random, *format, counts);
+        }
+    }
+};
+
 void gemm(const Gemm& g, const uint8_t* a, const char* panels, const float* bias, float* out, int threads,
-          const Decoder& decode) {
+          const Decoder& decode, const Rounded& rounded) {
     const int64_t unit = tile_rows(blocks_on);
     const int64_t block = std::clamp(CACHE / (g.pairs() * 4) / unit * unit, round_up(48, unit), MOST_PACKED_ROWS);
     const int64_t blocks = divide_up(g.rows, block), batches = g.batches[0] * g.batches[1];
@@ -143,6 +164,11 @@ void gemm(const Gemm& g, const uint8_t* a, const char* panels, const float* bias
         const Stretch whole = {0, 0};
         const Terms terms = {&whole, 1, g.pairs(), packed.pair_step, PANEL_STEP};
         const int64_t from = item % stripes * stripe, to = std::min(from + stripe, g.panels());
+        const int64_t left = from * TILE_COLUMNS, width = std::min(to * TILE_COLUMNS, g.columns) - left;
+        const int64_t corner = (batch * g.rows + first) * g.columns + left;
+        // What is added to a result must not be there before.
+        float* products = rounded.add ? (float*)second_buffer.reserve(rows * width * 4) : out + corner;
+        const int64_t step = rounded.add ? width : g.columns;
         for (int64_t panel = from; panel < to; ++panel) {
             const int64_t column = panel * TILE_COLUMNS;
             Tile tile;
@@ -155,11 +181,13 @@ void gemm(const Gemm& g, const uint8_t* a, const char* panels, const float* bias
                 tile.rows = (int)std::min(tile_rows(blocks_on), rows - i);
                 for (int r = 0; r < tile.rows; ++r) {
                     tile.a[r] = packed.data + (i + r) * packed.row_step;
-                    tile.out[r] = out + (batch * g.rows + first + i + r) * g.columns + column;
+                    tile.out[r] = products + (i + r) * step + column - left;
                 }
                 multiply(tile, terms, blocks_on);
             }
         }
+        // While the second-level cache has it; straight behind a tile, its stores would still be under way.
+        if (rounded.format) rounded(products, step, out, corner, g.columns, rows, width);
     });
 }
 
@@ -313,16 +341,17 @@ EXPORT void fp8repro_pack_right(const Gemm* g, const uint8_t* b, const uint16_t*
     pack_right(*g, b, panels, threads, Decoder(decoder));
 }
 
-// out [batches, rows, columns]. `b`: codes, or null where `panels` hold them already.
+// out [batches, rows, columns]. `b`: codes, or null where `panels` hold them already. `format`: see `Rounded`.
 EXPORT void fp8repro_gemm(const Gemm* g, const uint8_t* a, const uint16_t* a_decoder, const uint8_t* b,
                           const uint16_t* b_decoder, const char* panels, const float* bias, float* out,
-                          int32_t threads) {
+                          const Format* format, uint64_t seed, uint64_t stream, int32_t add, int32_t threads) {
     if (b) {
         char* fresh = first_buffer.reserve(g->batches[0] * g->batches[1] * g->panels() * g->panel_bytes());
         pack_right(*g, b, fresh, threads, Decoder(b_decoder));
         panels = fresh;
     }
-    gemm(*g, a, panels, bias, out, threads, Decoder(a_decoder));
+    const Rounded rounded = {format, {Key(seed), stream, format && format->rounding == STOCHASTIC}, add != 0};
+    gemm(*g, a, panels, bias, out, threads, Decoder(a_decoder), rounded);
 }
 
 EXPORT void fp8repro_pack_weight(const Convolution* c, const uint8_t* weight, const uint16_t* decoder,

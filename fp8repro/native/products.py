@@ -1,6 +1,6 @@
 """FP8 products on CPUs with BF16 instructions: exact operands, FP32 accumulation and results.
 
-Other operands (16 bit, FP32) take the FP32 products of the base class. Nothing here may round.
+Other operands (16 bit, FP32) take the FP32 products of the base class. Nothing here may round unless it is told how.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fp8repro.formats import FloatFormat
-from fp8repro.native import build
-from fp8repro.products import Conv2dGeometry, EmulateBackend, Operand
+from fp8repro.native import build, format_address
+from fp8repro.products import Conv2dGeometry, EmulateBackend, Operand, Rounding
+from fp8repro.quantizer import round_into
 
 # What products.cpp needs: BF16 dot products, and byte permutations to decode.
 INSTRUCTIONS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_bf16"})
@@ -43,10 +44,10 @@ def library() -> Any:
         return None
     found = build.load("products")
     if found is not None:
-        pointer, int32 = ctypes.c_void_p, ctypes.c_int32
+        pointer, int32, uint64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint64
         found.fp8repro_use_blocks.argtypes = [int32]
         found.fp8repro_pack_right.argtypes = [pointer] * 4 + [int32]
-        found.fp8repro_gemm.argtypes = [pointer] * 8 + [int32]
+        found.fp8repro_gemm.argtypes = [pointer] * 9 + [uint64, uint64, int32, int32]
         found.fp8repro_pack_weight.argtypes = [pointer, pointer, pointer, int32, pointer, int32]
         found.fp8repro_convolve.argtypes = [pointer] * 6 + [int32]
         found.fp8repro_convolution_gradient.argtypes = [pointer] * 6 + [int32]
@@ -81,10 +82,19 @@ def _cpu() -> dict[str, list[str]]:
 class Bf16Backend(EmulateBackend):
     """Products of FP8 bytes through BF16 dot products; see `fp8repro.products.Backend`."""
 
-    def __init__(self) -> None:
-        """As the CPU has it now: see `use_tiles`."""
+    def __init__(self, how: Rounding | None = None, total: Tensor | None = None) -> None:
+        """As the CPU has it now (see `use_tiles`); `how`: see `rounding`; `total`: see `adding`."""
+        self.how, self.total = how, total
         # Tiles add in another order than dot products, so records tell them apart.
         self.name = "emulate-amx" if library().tiles else "emulate-bf16"
+
+    def rounding(self, how: Rounding) -> Bf16Backend:
+        """Matrix products round a tile while the cache has it, other products in a pass behind."""
+        return Bf16Backend(how)
+
+    def adding(self, total: Tensor) -> Bf16Backend:
+        """The same, and rounded results are added to a contiguous FP32 tensor, which then is the result."""
+        return Bf16Backend(self.how, total)
 
     def value_dtype(self, fmt: FloatFormat) -> torch.dtype | None:
         """None for 8-bit formats: their bytes are all that is needed."""
@@ -93,62 +103,63 @@ class Bf16Backend(EmulateBackend):
     def linear(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
         """See `Backend`."""
         if not _multiplies(x, weight):
-            return super().linear(x, weight, bias)
-        return _gemm(x, x.codes.flatten(0, -2), weight, weight.codes.t(), bias, keep=True).unflatten(
-            0, x.codes.shape[:-1]
-        )
+            return self._rounded(super().linear(x, weight, bias))
+        result = self._gemm(x, x.codes.flatten(0, -2), weight, weight.codes.t(), bias, keep=True)
+        return result.view(*x.codes.shape[:-1], result.shape[-1])
 
     def linear_error(self, error: Operand, weight: Operand) -> Tensor:
         """See `Backend`."""
         if not _multiplies(error, weight):
-            return super().linear_error(error, weight)
-        result = _gemm(error, error.codes.flatten(0, -2), weight, weight.codes, None, keep=True)
-        return result.unflatten(0, error.codes.shape[:-1])
+            return self._rounded(super().linear_error(error, weight))
+        result = self._gemm(error, error.codes.flatten(0, -2), weight, weight.codes, keep=True)
+        return result.view(*error.codes.shape[:-1], result.shape[-1])
 
     def linear_gradient(self, error: Operand, x: Operand) -> Tensor:
         """See `Backend`."""
         if not _multiplies(error, x):
-            return super().linear_gradient(error, x)
-        return _gemm(error, error.codes.flatten(0, -2).t(), x, x.codes.flatten(0, -2), None)
+            return self._rounded(super().linear_gradient(error, x))
+        return self._gemm(error, error.codes.flatten(0, -2).t(), x, x.codes.flatten(0, -2))
 
     def matmul(self, a: Operand, b: Operand) -> Tensor:
         """See `Backend`."""
-        return _gemm(a, a.codes, b, b.codes, None) if _multiplies(a, b) else super().matmul(a, b)
+        if not _multiplies(a, b):
+            return self._rounded(super().matmul(a, b))
+        return self._gemm(a, a.codes, b, b.codes)
 
     def matmul_error_a(self, error: Operand, b: Operand) -> Tensor:
         """See `Backend`."""
         if not _multiplies(error, b):
-            return super().matmul_error_a(error, b)
-        return _gemm(error, error.codes, b, b.codes.transpose(-1, -2), None)
+            return self._rounded(super().matmul_error_a(error, b))
+        return self._gemm(error, error.codes, b, b.codes.transpose(-1, -2))
 
     def matmul_error_b(self, error: Operand, a: Operand) -> Tensor:
         """See `Backend`."""
         if not _multiplies(error, a):
-            return super().matmul_error_b(error, a)
-        return _gemm(a, a.codes.transpose(-1, -2), error, error.codes, None)
+            return self._rounded(super().matmul_error_b(error, a))
+        return self._gemm(a, a.codes.transpose(-1, -2), error, error.codes)
 
     def conv2d(self, x: Operand, weight: Operand, bias: Tensor | None, geometry: Conv2dGeometry) -> Tensor:
         """See `Backend`."""
         if not (_multiplies(x, weight) and _convolves(x.codes.shape[1], weight, geometry)):
-            return super().conv2d(x, weight, bias, geometry)
+            return self._rounded(super().conv2d(x, weight, bias, geometry))
         convolution = _forward(geometry, tuple(x.codes.shape), tuple(weight.codes.shape))
         result = torch.empty(convolution.shape, memory_format=torch.channels_last)
-        return _convolve(convolution, x, weight, bias, result)
+        return self._rounded(_convolve(convolution, x, weight, bias, result))
 
     def conv2d_error(self, error: Operand, weight: Operand, geometry: Conv2dGeometry, like: Tensor) -> Tensor:
         """See `Backend`."""
         if not (_multiplies(error, weight) and _convolves(error.codes.shape[1], weight, geometry)):
-            return super().conv2d_error(error, weight, geometry, like)
+            return self._rounded(super().conv2d_error(error, weight, geometry, like))
         convolution = _backward(geometry, tuple(error.codes.shape), tuple(weight.codes.shape), tuple(like.shape))
         result = _empty(like)
         if not convolution.complete:
             result.zero_()
-        return _like(_convolve(convolution, error, weight, None, result), like)
+        return self._rounded(_like(_convolve(convolution, error, weight, None, result), like))
 
     def conv2d_gradient(self, error: Operand, x: Operand, geometry: Conv2dGeometry, like: Tensor) -> Tensor:
         """See `Backend`."""
         if not _multiplies(error, x):
-            return super().conv2d_gradient(error, x, geometry, like)
+            return self._rounded(super().conv2d_gradient(error, x, geometry, like))
         source, target = _channels_last(x.codes), _channels_last(error.codes)
         shapes = (source.shape[0], geometry.groups, *source.shape[2:], source.shape[1], *target.shape[2:])
         steps = (*geometry.stride, *geometry.padding, *geometry.dilation)
@@ -163,7 +174,53 @@ class Bf16Backend(EmulateBackend):
             result.data_ptr(),
             torch.get_num_threads(),
         )
-        return _like(_unscaled(result, error, x), like)
+        return self._rounded(_like(_unscaled(result, error, x), like))
+
+    def _rounded(self, result: Tensor) -> Tensor:
+        """A result that no kernel has rounded, rounded in place."""
+        h = self.how
+        if h is None:
+            return result
+        options = {"seed": h.seed, "stream": h.stream, "subnormal_rounding": h.subnormal_rounding}
+        round_into(result, h.format, h.rounding, h.overflow, **options, values=result)  # type: ignore[arg-type]
+        return result if self.total is None else self.total.add_(result)
+
+    def _gemm(
+        self,
+        a: Operand,
+        a_codes: Tensor,
+        b: Operand,
+        b_codes: Tensor,
+        bias: Tensor | None = None,
+        keep: bool = False,
+    ) -> Tensor:
+        """The product of two batches of matrices, given as views of the operands' codes; `keep`: b comes again."""
+        columns = b_codes.shape[-1]
+        scaled = a.scale is not None or b.scale is not None
+        # A scale is divided out, and a bias added, before a result is rounded.
+        how = None if scaled else self.how
+        total = None if how is None else self.total
+        result = torch.empty((*a_codes.shape[:-1], columns)) if total is None else total
+        a_codes, b_codes = _walkable(a_codes), _walkable(b_codes)
+        sizes = _gemm_sizes(tuple(a_codes.shape), a_codes.stride(), tuple(b_codes.shape), b_codes.stride())
+        threads = torch.get_num_threads() if result.numel() * a_codes.shape[-1] > _GRAIN else 1
+        panels = _panels(sizes, b, b_codes, threads) if keep else None
+        library().fp8repro_gemm(
+            sizes,
+            a_codes.data_ptr(),
+            _decoder(a_codes.dtype),
+            None if panels is not None else b_codes.data_ptr(),
+            _decoder(b_codes.dtype),
+            None if panels is None else panels.data_ptr(),
+            None if bias is None or scaled else bias.data_ptr(),
+            result.data_ptr(),
+            None if how is None else format_address(how.format, how.rounding, how.overflow, how.subnormal_rounding),
+            0 if how is None else how.seed,
+            0 if how is None else how.stream,
+            total is not None,
+            threads,
+        )
+        return self._rounded(_unscaled(result, a, b, bias)) if scaled else result
 
 
 def _multiplies(a: Operand, b: Operand) -> bool:
@@ -192,38 +249,17 @@ def _decoder(dtype: torch.dtype) -> Any:
 # ---- Matrix products ----
 
 
-def _gemm(a: Operand, a_codes: Tensor, b: Operand, b_codes: Tensor, bias: Tensor | None, keep: bool = False) -> Tensor:
-    """The product of two batches of matrices, given as views of the operands' codes; `keep`: b comes again."""
-    columns = b_codes.shape[-1]
-    result = torch.empty((*a_codes.shape[:-1], columns))
-    a_codes, b_codes = _walkable(a_codes), _walkable(b_codes)
-    sizes = _gemm_sizes(tuple(a_codes.shape), a_codes.stride(), tuple(b_codes.shape), b_codes.stride())
-    threads = torch.get_num_threads() if result.numel() * a_codes.shape[-1] > _GRAIN else 1
-    scaled = a.scale is not None or b.scale is not None
-    panels = None
-    if keep:
-        panels = b.packed.get(b_codes.stride())
-        if panels is None:
-            # Whole blocks, which matrix tiles take.
-            pairs = -(-b_codes.shape[0] // (2 * _BLOCK_PAIRS)) * _BLOCK_PAIRS
-            groups = -(-columns // _PANEL_COLUMNS)
-            panels = torch.empty(pairs * groups * _PANEL_COLUMNS, dtype=torch.int32)
-            library().fp8repro_pack_right(
-                sizes, b_codes.data_ptr(), _decoder(b_codes.dtype), panels.data_ptr(), threads
-            )
-            b.packed[b_codes.stride()] = panels
-    library().fp8repro_gemm(
-        sizes,
-        a_codes.data_ptr(),
-        _decoder(a_codes.dtype),
-        None if panels is not None else b_codes.data_ptr(),
-        _decoder(b_codes.dtype),
-        None if panels is None else panels.data_ptr(),
-        None if bias is None or scaled else bias.data_ptr(),
-        result.data_ptr(),
-        threads,
-    )
-    return _unscaled(result, a, b, bias) if scaled else result
+def _panels(sizes: Any, b: Operand, codes: Tensor, threads: int) -> Tensor:
+    """The right operand as the kernel reads it; kept with the operand."""
+    panels = b.packed.get(codes.stride())
+    if panels is None:
+        # Whole blocks, which matrix tiles take.
+        pairs = -(-codes.shape[0] // (2 * _BLOCK_PAIRS)) * _BLOCK_PAIRS
+        groups = -(-codes.shape[1] // _PANEL_COLUMNS)
+        panels = torch.empty(pairs * groups * _PANEL_COLUMNS, dtype=torch.int32)
+        library().fp8repro_pack_right(sizes, codes.data_ptr(), _decoder(codes.dtype), panels.data_ptr(), threads)
+        b.packed[codes.stride()] = panels
+    return panels
 
 
 def _walkable(codes: Tensor) -> Tensor:

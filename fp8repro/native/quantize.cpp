@@ -48,7 +48,7 @@ struct Kernels {
     static void linear(const Call& call, int64_t count) {
         Tensors tensors = call.tensors;
         // Past this many bytes no cache holds the output, and writing around them saves reading it first.
-        tensors.stream = tensors.values_type == FLOAT32 && tensors.values != tensors.x && count >= (int64_t)1 << 23 &&
+        tensors.stream = tensors.values_type == FLOAT32 && tensors.values != tensors.x && !tensors.add && count >= (int64_t)1 << 23 &&
                          (uintptr_t)tensors.values % 64 == 0;
         counted<COUNT>(call, [&](int part, int parts, Counts& counts) {
             const Share s = share(count, BLOCK, part, parts);
@@ -57,22 +57,23 @@ struct Kernels {
         });
     }
 
-    // layout: sizes of `outer` dimensions, then the strides of x, values and codes in them, then the run length.
+    // layout: sizes of `outer` dimensions, then the strides of x, values, codes and logical order in them, then the
+    // run length. Items are visited in the order of the dimensions.
     static void runs(const Call& call, int outer, const int64_t* layout) {
-        const int64_t *sizes = layout, *strides = layout + outer, length = layout[4 * outer];
+        const int64_t *sizes = layout, *strides = layout + outer, length = layout[5 * outer];
         int64_t count = 1;
         for (int d = 0; d < outer; ++d) count *= sizes[d];
         counted<COUNT>(call, [&](int part, int parts, Counts& counts) {
             const Share s = share(count, 1, part, parts);
             for (int64_t item = s.begin; item < s.end; ++item) {
-                int64_t at[3] = {0, 0, 0}, rest = item;
+                int64_t at[4] = {0, 0, 0, 0}, rest = item;
                 for (int d = outer - 1; d >= 0; --d) {
                     const int64_t position = rest % sizes[d];
                     rest /= sizes[d];
-                    for (int k = 0; k < 3; ++k) at[k] += position * strides[k * outer + d];
+                    for (int k = 0; k < 4; ++k) at[k] += position * strides[k * outer + d];
                 }
-                run<T, RANDOM, COUNT>(call.tensors, at[0], at[1], at[2], length, (uint64_t)(item * length),
-                                             call.random, call.format, counts);
+                run<T, RANDOM, COUNT>(call.tensors, at[0], at[1], at[2], length, (uint64_t)at[3], call.random,
+                                      call.format, counts);
             }
         });
     }
@@ -112,12 +113,13 @@ void dispatch(const Call& call, const Launch& launch) {
 
 }  // namespace
 
-// The arguments every entry point shares; `types` packs those of x, values and codes, four bits each.
+// The arguments every entry point shares; `types` packs those of x, values and codes, four bits each, and whether to
+// add to the values.
 #define COMMON                                                                                            \
     const void *x, void *values, void *codes, int32_t types, const Format *format, uint64_t seed, uint64_t stream, \
         double *stats, int32_t threads
 #define CALL                                                                                              \
-    const Call call = {{x, values, codes, types & 15, (types >> 4) & 15, types >> 8, false},                     \
+    const Call call = {{x, values, codes, types & 15, (types >> 4) & 15, (types >> 8) & 15, false, types >> 12},                     \
                        *format,                                                                           \
                        {Key(seed), stream, format->rounding == STOCHASTIC},                               \
                        stats,                                                                             \

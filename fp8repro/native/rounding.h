@@ -34,7 +34,8 @@ struct Tensors {
     void* values;
     void* codes;
     int32_t x_type, values_type, codes_type;
-    bool stream;  // write FP32 values around the caches
+    bool stream;      // write FP32 values around the caches
+    bool add = false;  // add to the FP32 values that are there
 };
 
 struct Counts {
@@ -189,7 +190,10 @@ INLINE void store_block(U32 bits[N], const Tensors& t, int64_t at_values, int64_
     if (t.values_type == FLOAT32) {
         float* out = (float*)t.values + at_values;
 #pragma GCC unroll 4
-        for (int k = 0; k < N; ++k) t.stream ? store_streaming(out + k * step, bits[k]) : store(out + k * step, bits[k]);
+        for (int k = 0; k < N; ++k) {
+            if (t.add) bits[k] = (U32)((F32)load(out + k * step) + (F32)bits[k]);
+            t.stream ? store_streaming(out + k * step, bits[k]) : store(out + k * step, bits[k]);
+        }
     } else if (t.values_type == BFLOAT16) {
         uint16_t* out = (uint16_t*)t.values + at_values;
 #pragma GCC unroll 4

@@ -18,7 +18,8 @@ void partial(const Tensors& t, int64_t at_x, int64_t at_values, int64_t at_codes
     unsigned char values[4 * LANES], codes[2 * LANES];
     std::memcpy(x, (const T*)t.x + at_x, count * sizeof(T));
     if (RANDOM) std::memcpy(padded_draws, draws, count * sizeof(uint32_t));
-    const Tensors buffers = {x, values, codes, t.x_type, t.values_type, t.codes_type, false};
+    const Tensors buffers = {x, values, codes, t.x_type, t.values_type, t.codes_type, false, t.add};
+    if (t.add) std::memcpy(values, (const float*)t.values + at_values, count * sizeof(float));
     U32 bits[1] = {load(x)};
     const U32 draw[1] = {unaligned<U32>(padded_draws)};
     round_block<RANDOM, COUNT, 1>(bits, draw, f, counts);
@@ -43,22 +44,57 @@ struct Random {
 
 constexpr int BLOCK = 4 * LANES;
 
+template <typename T>
+INLINE void load_block(const Tensors& t, int64_t at_x, U32 bits[4]) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) bits[k] = load((const T*)t.x + at_x + k * LANES);
+}
+
+// Whether every value lies in the format's set already: random bits cannot move it then.
+INLINE bool exact(const U32 bits[4], const Format& f) {
+    U32 moved{};
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) moved |= (bits[k] & MAGNITUDE) ^ nearest(bits[k] & MAGNITUDE, f);
+    return !any_above(moved, U32{});
+}
+
 // The blocks of a run whose index is a multiple of 4; all arguments by value, so that they stay in registers.
-template <typename T, bool RANDOM, bool COUNT, bool LOW>
-void run_blocks(Tensors t, int64_t at_x, int64_t at_values, int64_t at_codes, int64_t blocks, uint64_t index,
+// EXACT: most blocks are expected to be, and those that are draw nothing.
+template <typename T, bool RANDOM, bool COUNT, bool LOW, bool EXACT>
+__attribute__((noinline)) void run_blocks(Tensors t, int64_t at_x, int64_t at_values, int64_t at_codes, int64_t blocks, uint64_t index,
                 Random random, Format f, Counts& total) {
     Counts counts;
     U32 draws[4] = {splat(~0u), splat(~0u), splat(~0u), splat(~0u)};
     for (int64_t b = 0; b < blocks; ++b) {
-        if (RANDOM && random.draws) philox_consecutive<LOW>(index / 4 + b * LANES, random.stream, random.key, draws);
         U32 bits[4];
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) bits[k] = load((const T*)t.x + at_x + b * BLOCK + k * LANES);
+        if (EXACT) load_block<T>(t, at_x + b * BLOCK, bits);
+        if (RANDOM && random.draws && !(EXACT && exact(bits, f))) {
+            philox_consecutive<LOW>(index / 4 + b * LANES, random.stream, random.key, draws);
+        }
+        if (!EXACT) load_block<T>(t, at_x + b * BLOCK, bits);
         round_block<RANDOM, COUNT, 4>(bits, draws, f, counts);
         store_block<4>(bits, t, at_values + b * BLOCK, at_codes + b * BLOCK, LANES, f);
     }
     if (t.stream) fence_streaming();
     if (COUNT) total.add(counts);
+}
+
+// The same in stretches of blocks, each as its first one is: errors that another layer has rounded need no random bits.
+template <typename T, bool RANDOM, bool COUNT, bool LOW>
+void run_stretches(const Tensors& t, int64_t at_x, int64_t at_values, int64_t at_codes, int64_t blocks, uint64_t index,
+                   const Random& random, const Format& f, Counts& counts) {
+    constexpr int64_t STRETCH = RANDOM ? 64 : INT64_MAX;
+    for (int64_t b = 0; b < blocks; b += std::min(STRETCH, blocks - b)) {
+        bool is_exact = false;
+        if (RANDOM && random.draws) {
+            U32 bits[4];
+            load_block<T>(t, at_x + b * BLOCK, bits);
+            is_exact = exact(bits, f);
+        }
+        const auto piece = is_exact ? run_blocks<T, RANDOM, COUNT, LOW, RANDOM> : run_blocks<T, RANDOM, COUNT, LOW, false>;
+        piece(t, at_x + b * BLOCK, at_values + b * BLOCK, at_codes + b * BLOCK, std::min(STRETCH, blocks - b),
+              index + b * BLOCK, random, f, counts);
+    }
 }
 
 template <typename T, bool RANDOM, bool COUNT>
@@ -71,7 +107,7 @@ void run(const Tensors& t, int64_t at_x, int64_t at_values, int64_t at_codes, in
         const int64_t blocks = skip == 0 ? (count - i) / BLOCK : 0;
         if (blocks > 0) {
             const bool low = !RANDOM || (at + count) >> 34 == 0;
-            const auto piece = low ? run_blocks<T, RANDOM, COUNT, true> : run_blocks<T, RANDOM, COUNT, !RANDOM>;
+            const auto piece = low ? run_stretches<T, RANDOM, COUNT, true> : run_stretches<T, RANDOM, COUNT, !RANDOM>;
             piece(t, at_x + i, at_values + i, at_codes + i, blocks, at, random, f, counts);
             i += blocks * BLOCK;
         } else {
