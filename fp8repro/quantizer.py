@@ -102,17 +102,18 @@ def round_into(
     """
     if x.numel() == 0:
         return
+    engine: Any
     options = (format, rounding, overflow, seed, stream, subnormal_rounding)
     if add and values is not None:
         fast = x.device.type == "cpu" and native.available() and x.is_contiguous() and values.is_contiguous()
         if fast and values.dtype == torch.float32 and format.mantissa_bits < FP32.mantissa_bits:
-            native.round_into(x, *options, values, codes, stats, add=True)
+            engine = native.round_into
+            engine(x, *options, values, codes, stats, add=True)
             return
         total, values = values, torch.empty_like(x, dtype=values.dtype)
     if turned is not None and codes is not None:
         _round_turned(x, format, rounding, overflow, seed, stream, subnormal_rounding, codes, turned, stats)
         return
-    engine: Any
     if x.device.type == "cuda":
         # Imported here, because Triton is only needed on a GPU and is missing on many laptops.
         from fp8repro.kernels.ops import round_engine
