@@ -34,6 +34,7 @@ from fp8repro.kernels import (
 )
 from fp8repro.kernels import norm as norms
 from fp8repro.kernels.launch import INTERPRETED
+from fp8repro.kernels.matmul import promoted_by_steps
 from fp8repro.kernels.tiles import FP16_MMA, UNPROMOTED
 
 
@@ -168,46 +169,44 @@ def _product_cases(capability: int) -> Iterator[Case]:
     for label, tile in (("", large), (" small", little)):
         yield convolution(f"conv2d weight gradient{label}", convolutions.weight_gradient, tile, summed, "*fp32")
     if generation in configs.BULK_TILES:
-        yield from _bulk_cases(configs.BULK_TILES[generation][0], promoted, plain)
+        yield from _bulk_cases(generation, promoted, plain)
 
 
-def _bulk_cases(tile: configs.Tile, promoted: int, plain: dict[str, Any]) -> Iterator[Case]:
-    """Products by the bulk copy engine; results are FP32."""
+def _bulk_cases(generation: str, promoted: int, plain: dict[str, Any]) -> Iterator[Case]:
+    """Products by the bulk copy engine, in every tile; results are FP32."""
 
-    def case(name: str, kernel: Any, blocks: dict[str, list[int]], result: str, constants: dict[str, Any]) -> Case:
+    def case(
+        name: str, kernel: Any, blocks: dict[str, list[int]], result: str, tile: configs.Tile, constants: dict[str, Any]
+    ) -> Case:
         types = {argument: "i32" for argument in kernel.arg_names if argument not in constants}
         types |= {argument: f"tensordesc<fp8e5{block}>" for argument, block in blocks.items()}
         types |= {result: "*fp32", "inverse_scale": "fp32"}
-        return Case(
-            name,
-            kernel,
-            types,
-            constants,
-            tile.warps,
-            tile.stages,
-            90,
-            "product",
-            ("channels", "outputs", "M", "N", "K"),
-        )
+        aligned = ("channels", "outputs", "M", "N", "K")
+        return Case(name, kernel, types, constants, tile.warps, tile.stages, 90, "product", aligned)
 
-    m, n, k = tile.m, tile.n, tile.k
     nothing = {"bias_ptr": None, "overflow_ptr": None}
-    constants = {**nothing, **plain, "ACCUMULATE": promoted, "SPLITS": 1, "BM": m, "BN": n, "BK": k, "HALVES": 1}
-    constants |= {"GROUP": 8, "EVEN_K": True, "BULK": True}
-    blocks = {"a_ptr": [1, m, k], "b_ptr": [1, n, k]}
-    yield case("matmul e5m2 x e5m2, bulk copies", products.multiply, blocks, "c_ptr", constants)
-    boxes = {"IMAGES": 8, "ROWS": 4, "COLUMNS": 4}
+    for tile in configs.BULK_TILES[generation]:
+        m, n, k = tile.m, tile.n, tile.k
+        constants = {**nothing, **plain, "ACCUMULATE": promoted, "SPLITS": 1, "BM": m, "BN": n, "BK": k, "HALVES": 1}
+        constants |= {"GROUP": 8, "EVEN_K": True, "BULK": True}
+        blocks = {"a_ptr": [1, m, k], "b_ptr": [1, n, k]}
+        yield case(f"matmul e5m2 x e5m2, bulk copies, {m} x {n}", products.multiply, blocks, "c_ptr", tile, constants)
     gather = bulk_convolutions.bulk_gather_product
-    for step in (1, 2):
-        constants = {**nothing, **plain, **boxes, "ACCUMULATE": promoted, "STEP": step, "BN": n, "BK": k}
-        blocks = {"x_desc": [8, 4, 1, 4, k], "weight_desc": [n, 1, k]}
-        name = f"conv2d forward and error, bulk copies, stride {step}"
-        yield case(name, gather, blocks, "y_ptr", constants)
+    for tile in configs.BULK_CONVOLUTION_TILES[generation]:
+        m, n, k = tile.m, tile.n, tile.k
+        boxes = {"IMAGES": m // 16, "ROWS": 4, "COLUMNS": 4}
+        code = promoted_by_steps(promoted)
+        constants = {**nothing, **plain, **boxes, "ACCUMULATE": code, "STEP": 1, "BN": n, "BK": k}
+        blocks = {"x_desc": [m // 16, 4, 1, 4, k], "weight_desc": [n, 1, k]}
+        name = f"conv2d forward and error, bulk copies, {m} x {n}"
+        yield case(name, gather, blocks, "y_ptr", tile, constants)
+        yield case(f"{name}, stride 2", gather, blocks, "y_ptr", tile, constants | {"STEP": 2})
+    tile = configs.Tile(128, 64, 64, 4, 3)
     boxes = {"IMAGES": 4, "ROWS": 4, "COLUMNS": 4}
-    constants = {**boxes, "ACCUMULATE": FP16_MMA.value, "STEP": 1, "BM": m, "BN": n}
-    blocks = {"error_desc": [4, 4, 4, m], "x_desc": [4, 4, 1, 4, n]}
+    constants = {**boxes, "ACCUMULATE": FP16_MMA.value, "STEP": 1, "BM": tile.m, "BN": tile.n}
+    blocks = {"error_desc": [4, 4, 4, tile.m], "x_desc": [4, 4, 1, 4, tile.n]}
     gradient = bulk_convolutions.bulk_weight_gradient
-    yield case("conv2d weight gradient, bulk copies", gradient, blocks, "partial_ptr", constants)
+    yield case("conv2d weight gradient, bulk copies, fp16_mma", gradient, blocks, "partial_ptr", tile, constants)
 
 
 def _update_cases() -> Iterator[Case]:

@@ -54,6 +54,15 @@ BULK_TILES: dict[str, tuple[Tile, ...]] = {
     ),
 }
 
+# Boxes of pixels pass through registers to become a matrix, which leaves none for the sums of a larger tile.
+BULK_CONVOLUTION_TILES: dict[str, tuple[Tile, ...]] = {
+    "sm_90": (
+        Tile(64, 128, 128, 4, 3, resident=2),
+        Tile(128, 64, 128, 4, 3, resident=2),
+        Tile(64, 64, 128, 4, 4, resident=3),
+    ),
+}
+
 
 def generation(capability: tuple[int, int]) -> str:
     """The newest entry of `TILES` that is not newer than the GPU."""
@@ -96,7 +105,7 @@ def choose(
     splittable: bool,
     halves: bool,
     small: bool = False,
-    bulk: bool = False,
+    bulk: dict[str, tuple[Tile, ...]] | None = None,
 ) -> tuple[Tile, int, int]:
     """Tile, number of splits of the summed dimension, and number of resident programs.
 
@@ -106,7 +115,7 @@ def choose(
         splittable: partial sums over parts of k may be added afterwards (FP32 results only).
         halves: the kernel can compute two tiles side by side.
         small: the epilogue needs registers, so that larger tiles would spill.
-        bulk: the bulk copy engine brings the operands.
+        bulk: the table to use where the bulk copy engine brings the operands.
     """
     if INTERPRETED:
         # The interpreter's cost is per operation, whatever the tile.
@@ -114,7 +123,7 @@ def choose(
         return Tile(*sides, 4, 1), 1, 1
     properties = torch.cuda.get_device_properties(device)
     processors = properties.multi_processor_count
-    table = (BULK_TILES if bulk else TILES)[generation((properties.major, properties.minor))]
+    table = (bulk or TILES)[generation((properties.major, properties.minor))]
     little = table[-1]
     fitting = [
         t for t in table if (t.halves == 1 or halves) and n > t.n // 2 and _tiles(t, m, n, batches) >= processors
@@ -150,8 +159,9 @@ def takes_epilogue(device: torch.device, tile: Tile, splits: int, rounding: str)
     if INTERPRETED or splits > 1:
         return splits == 1
     name = generation(torch.cuda.get_device_capability(device))
-    if tile in BULK_TILES.get(name, ()):
-        return rounding != "stochastic" or tile == BULK_TILES[name][-1]
+    for table in (BULK_TILES, BULK_CONVOLUTION_TILES):
+        if tile in table.get(name, ()):
+            return rounding != "stochastic" or tile == table[name][-1]
     return tile == TILES[name][-1] or name in ("sm_80", "sm_89")
 
 

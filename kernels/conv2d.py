@@ -23,6 +23,7 @@ from fp8repro.kernels.matmul import (
     check_bias,
     check_operands,
     matmul,
+    promoted_by_steps,
     raw_result,
     summed_step,
 )
@@ -227,12 +228,11 @@ def _gather(
     outputs, channels, height, width = weight.shape
     pixels = [shape[0] * rows[0] * columns[0] for rows, columns in phases]
     small = not (epilogue.plain or epilogue.values) and (viewed is None or epilogue.rounding == "stochastic")
+    table = None if viewed is None else configs.BULK_CONVOLUTION_TILES
     # The axes' sixth number is the count of taps.
     summed = [rows[5] * columns[5] * channels for rows, columns in phases]
     choices = [
-        configs.choose(
-            x.device, count, outputs, k, 1, splittable=False, halves=False, small=small, bulk=viewed is not None
-        )
+        configs.choose(x.device, count, outputs, k, 1, splittable=False, halves=False, small=small, bulk=table)
         for count, k in zip(pixels, summed, strict=True)
     ]
     room = all(configs.takes_epilogue(x.device, tile, 1, epilogue.rounding) for tile, _, _ in choices)
@@ -259,7 +259,7 @@ def _gather(
                 *(*start, *stride, *first, *taps, *apart_by, *tap, *tap_step, width),
                 *stored.words(),
                 **options,
-                ACCUMULATE=accumulation_of(x, accumulate, block),
+                ACCUMULATE=promoted_by_steps(accumulation_of(x, accumulate)),
                 STEP=step[0],
                 IMAGES=images,
                 ROWS=rows,

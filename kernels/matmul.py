@@ -17,6 +17,7 @@ from fp8repro.kernels.bulk import ALIGNMENT, describe, fits
 from fp8repro.kernels.launch import INTERPRETED, cdiv, check_device, launch, signed_words
 from fp8repro.kernels.products import multiply, turn
 from fp8repro.kernels.quantize import raw_codes, round_into, rounding_options
+from fp8repro.kernels.tiles import PROMOTED_FMA
 from fp8repro.streams import Stream
 
 FP8_DTYPES = (torch.float8_e5m2, torch.float8_e4m3fn)
@@ -137,7 +138,15 @@ def matmul(
     described = _described(a3, b3) if bulk and k > 0 else None
     small = not fp32 and (described is None or epilogue.rounding == "stochastic")
     chosen, chosen_splits, programs = configs.choose(
-        a.device, m, n, k, batches, splittable=fp32, halves=True, small=small, bulk=described is not None
+        a.device,
+        m,
+        n,
+        k,
+        batches,
+        splittable=fp32,
+        halves=True,
+        small=small,
+        bulk=configs.BULK_TILES if described else None,
     )
     tile = tile or chosen
     splits = chosen_splits if splits is None else splits
@@ -228,6 +237,14 @@ def accumulation_of(operand: Tensor, accumulate: str, step: int = 128) -> int:
     code = configs.accumulation(accumulate, capability)
     # Sums cannot be promoted less often than once a step.
     return min(code, step) if code >= PROMOTE_MOST_OFTEN else code
+
+
+def promoted_by_steps(code: int) -> int:
+    """The accumulation code where an operand reaches the tensor core from registers.
+
+    Triton (3.6 to 3.8) splits such products along K and forgets their promotion; adding each step's product does not.
+    """
+    return PROMOTED_FMA.value if code >= PROMOTE_MOST_OFTEN else code
 
 
 def check_operands(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:

@@ -15,7 +15,7 @@ from fp8repro.kernels.codec import STOCHASTIC
 FP16_MMA = tl.constexpr(1)  # operands decoded to FP16, FP16 instructions with FP32 accumulation
 UNPROMOTED = tl.constexpr(2)  # native FP8 instructions alone: on sm_90 about 14 bits; for measurements only
 EXACT = tl.constexpr(3)  # operands decoded to FP32: the interpreter's way
-PROMOTED_FMA = tl.constexpr(4)  # PROMOTED for GPUs whose compiler knows no promotion
+PROMOTED_FMA = tl.constexpr(4)  # PROMOTED where the compiler knows or keeps no promotion
 PROMOTED = tl.constexpr(128)  # native FP8 instructions; on sm_90 partial sums of so many are added in FP32
 # 32 and 64 promote more often; for measurements only.
 

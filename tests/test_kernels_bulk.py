@@ -126,6 +126,13 @@ def test_rounded_results(case, rounding, values):
         assert torch.equal(result.float(), other.float())
 
 
+def test_long_sums_are_promoted():
+    # 4,608 products a sum: a sum left in the tensor core's 14 bits is wrong by 5e-4 or more.
+    x, weight, error, geometry, exact = problem((2, 512, 64, 20, 20, 3, 1, 1, 1))
+    for result, expected in zip(all_products(x, weight, error, geometry, True), exact, strict=True):
+        assert float((result - expected).norm() / expected.norm()) <= 2e-4
+
+
 def test_gradient_in_splits():
     x, weight, error, geometry, exact = problem((9, 32, 16, 14, 14, 3, 1, 1, 1))
     for splits in (1, 2, 5, 1000):
