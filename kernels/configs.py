@@ -153,15 +153,15 @@ def gradient_tile(device: torch.device, outputs: int, channels: int, taps: int) 
 def takes_epilogue(device: torch.device, tile: Tile, splits: int, rounding: str) -> bool:
     """True when a product that was to be stored as it is can be rounded on the way without spilling registers.
 
-    From sm_90 on only the small tiles have registers left, and where the bulk copy engine leaves more, stochastic
-    rounding still costs four times the random numbers of a pass of its own. A sum in parts is rounded when complete.
+    From sm_90 on only the small tiles have registers left. Where the bulk copy engine leaves more, stochastic rounding
+    would still draw four times the random words of a pass of its own, in code that ptxas takes most of a minute for. A
+    sum in parts is rounded when complete.
     """
     if INTERPRETED or splits > 1:
         return splits == 1
     name = generation(torch.cuda.get_device_capability(device))
-    for table in (BULK_TILES, BULK_CONVOLUTION_TILES):
-        if tile in table.get(name, ()):
-            return rounding != "stochastic" or tile == table[name][-1]
+    if any(tile in table.get(name, ()) for table in (BULK_TILES, BULK_CONVOLUTION_TILES)):
+        return rounding != "stochastic"
     return tile == TILES[name][-1] or name in ("sm_80", "sm_89")
 
 
