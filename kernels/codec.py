@@ -126,9 +126,7 @@ def encode(
                 # An integer draw is under a real threshold exactly when it is under the threshold's ceiling.
                 threshold = tl.ceil((steps - lower) * 4294967296.0).to(tl.uint32)
                 small_code += (draw < threshold).to(tl.int32)
-        # From the smallest normal value on the clamped code is the smaller one. Under it, the other counts on a finer
-        # grid: where it carries past a value of this one, so does this one.
-        code = tl.maximum(code, small_code)
+        code = tl.where(magnitude < SMALLEST_NORMAL, small_code, code)
 
     if SATURATE or ROUNDING == TOWARD_ZERO:
         code = tl.minimum(code, MAX_CODE)

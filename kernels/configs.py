@@ -1,7 +1,7 @@
 """The table of tile sizes, per GPU generation. Checked in, small, and not tuned at run time.
 
-Written without a GPU at hand: no entry spills registers (sm_100: 8 bytes in one kernel); which is the fastest is to be
-measured with `fp8repro bench kernels`.
+No entry spills registers (sm_100: 8 bytes in one or two kernels). Those of sm_90 were measured on an H200
+(results/gpu/nvidia-h200.md); which are the fastest elsewhere is to be measured with `fp8repro bench kernels`.
 """
 
 from __future__ import annotations

@@ -78,11 +78,13 @@ def multiply(
         if not BULK:
             # Rows beyond the end are read from the start instead and not stored: no mask in the loop.
             a_rows = a_ptr + batch * a_batch + (m % M).to(tl.int64)[:, None] * a_row
-            b_plane = b_ptr + batch * b_batch + (start + k).to(tl.int64)[:, None] * b_row
+            b_plane = b_ptr + batch * b_batch
+            b_columns = b_plane + (n % N).to(tl.int64)[None, :] * b_column
             a = a_rows + (start + k).to(tl.int64)[None, :] * a_column
-            b = b_plane + (n % N).to(tl.int64)[None, :] * b_column
+            b = b_columns + (start + k).to(tl.int64)[:, None] * b_row
             if HALVES == 2:
                 b2 = b_plane + ((n + BN) % N).to(tl.int64)[None, :] * b_column
+                b2 += (start + k).to(tl.int64)[:, None] * b_row
         accumulator = tl.zeros((BM, BN), dtype=tl.float32)
         if HALVES == 2:
             accumulator2 = tl.zeros((BM, BN), dtype=tl.float32)
@@ -116,10 +118,14 @@ def multiply(
                 result += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
             index = (plane.to(tl.int64) * M + m[:, None]) * N + n[None, :]
             mask = (m[:, None] < M) & (n[None, :] < N)
-            # 64 bits up to the tile's first row; 32 bits from there on save registers.
-            rows = c_ptr + (plane.to(tl.int64) * M + tile_m * BM) * N
+            if BULK:
+                # 64 bits up to the tile's first row; 32 bits from there on save registers.
+                rows = c_ptr + (plane.to(tl.int64) * M + tile_m * BM) * N
+                place = rows + (tl.arange(0, BM)[:, None] * N + n[None, :])
+            else:
+                place = c_ptr + index
             store_rounded(
-                rows + (tl.arange(0, BM)[:, None] * N + n[None, :]),
+                place,
                 result,
                 index,
                 mask,
