@@ -12,6 +12,8 @@ import triton.language as tl
 from fp8repro.kernels.rounding import RANDOM_WORDS
 from fp8repro.kernels.tiles import multiply_add, store_rounded
 
+FARTHEST = tl.constexpr(1024)  # padding, in steps, that positions may lie in
+
 
 @triton.jit
 def _load_pixels(
@@ -26,8 +28,8 @@ def _load_pixels(
         box = x_desc.load([image, row, 0, column, channel])
     else:
         # Division rounds toward zero; positions in the padding are negative.
-        i = (row + STEP * 1024) // STEP - 1024
-        j = (column + STEP * 1024) // STEP - 1024
+        i = (row + STEP * FARTHEST) // STEP - FARTHEST
+        j = (column + STEP * FARTHEST) // STEP - FARTHEST
         box = x_desc.load([image, i, row - i * STEP, j, (column - j * STEP) * channels + channel])
     return box.reshape(PIXELS, BLOCK)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fp8repro.kernels import configs
 from fp8repro.kernels.bulk import box, describe, fits, pixel_view
-from fp8repro.kernels.bulk_convolutions import bulk_gather_product, bulk_weight_gradient
+from fp8repro.kernels.bulk_convolutions import FARTHEST, bulk_gather_product, bulk_weight_gradient
 from fp8repro.kernels.convolutions import gather_product, weight_gradient
 from fp8repro.kernels.launch import cdiv, launch
 from fp8repro.kernels.matmul import (
@@ -224,7 +224,11 @@ def _gather(
     source, rows_of_weight = _channels_last(x), _channels_last(weight)
     if bulk is None:
         bulk = configs.bulk_available(x.device)
-    viewed = _bulk_view(source, phases) if bulk and fits(rows_of_weight.flatten(1, 2)) else None
+    viewed = None
+    if bulk and fits(rows_of_weight.flatten(1, 2)):
+        # The axes' fourth and fifth numbers are the step and the first position.
+        steps, first = zip(*((axis[3], axis[4]) for axes in phases for axis in axes), strict=True)
+        viewed = _bulk_view(source, steps, first)
     outputs, channels, height, width = weight.shape
     pixels = [shape[0] * rows[0] * columns[0] for rows, columns in phases]
     small = not (epilogue.plain or epilogue.values) and (viewed is None or epilogue.rounding == "stochastic")
@@ -321,15 +325,20 @@ def _pixel_product(
     return result
 
 
-def _bulk_view(source: Tensor, phases: list[list[Axis]]) -> Tensor | None:
-    """The source image as boxes of pixels are read from it; None where the bulk copy engine cannot read it."""
-    steps = {axis[3] for axes in phases for axis in axes}
-    if len(steps) > 1:
+def _bulk_view(source: Tensor, steps: tuple[int, ...], first: tuple[int, ...]) -> Tensor | None:
+    """The source image as boxes of pixels are read from it; None where the bulk copy engine cannot read it.
+
+    Args:
+        source: [B, H, W, C].
+        steps: pixels between those that neighbours of a box read, along each axis.
+        first: position of the first of them; negative in the padding.
+    """
+    step, channels = steps[0], source.shape[3]
+    if set(steps) != {step}:
         return None
-    step = steps.pop()
-    channels = source.shape[3]
     # With pixels apart, a block of channels that is not whole would go on in the pixel beside.
-    if step > 1 and channels % min(CHANNELS, triton.next_power_of_2(channels)):
+    whole = channels % min(CHANNELS, triton.next_power_of_2(channels)) == 0
+    if step > 1 and (not whole or min(first) < -step * FARTHEST.value):
         return None
     viewed = pixel_view(source, step)
     return viewed if viewed is not None and fits(viewed) else None
@@ -352,9 +361,9 @@ def _bulk_gradient(
     """`conv2d_gradient` by the bulk copy engine; None where it cannot."""
     outputs, channels, height, width = weight_shape
     source, errors = _channels_last(x), _channels_last(error)
-    if g.stride[0] != g.stride[1] or not fits(errors):
+    if not fits(errors):
         return None
-    viewed = _bulk_view(source, [[(0, 0, 0, g.stride[0], 0, 0, 0, 0, 0)]])
+    viewed = _bulk_view(source, g.stride, (-g.padding[0], -g.padding[1]))
     if viewed is None:
         return None
     batch, _, grid_h, grid_w = output

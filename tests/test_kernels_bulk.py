@@ -105,7 +105,7 @@ def test_convolutions(case, taken):
     LAUNCHES.clear()
     given = all_products(x, weight, error, geometry, True)
     assert ("weight_gradient" not in LAUNCHES) == taken
-    assert ("gather_product" not in LAUNCHES) == taken or taken is False
+    assert ("gather_product" not in LAUNCHES) == taken
     sizes = all_products(*(t.float().abs().to(t.dtype) for t in (x, weight, error)), geometry, False)
     for result, expected, size in zip(given, exact, sizes, strict=True):
         assert_close(result, expected, size)
@@ -127,7 +127,7 @@ def test_rounded_results(case, rounding, values):
 
 
 def test_long_sums_are_promoted():
-    # 4,608 products a sum: a sum left in the tensor core's 14 bits is wrong by 5e-4 or more.
+    # 4,608 products a sum. What is left in a GPU's tensor core has some 14 bits: 2e-3 wrong at 16,384 products.
     x, weight, error, geometry, exact = problem((2, 512, 64, 20, 20, 3, 1, 1, 1))
     for result, expected in zip(all_products(x, weight, error, geometry, True), exact, strict=True):
         assert float((result - expected).norm() / expected.norm()) <= 2e-4
