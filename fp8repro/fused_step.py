@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as global_hooks
 
 from fp8repro.context import StepContext
 from fp8repro.recipe import RoleSpec
@@ -109,8 +110,12 @@ def unsupported(optimizer: torch.optim.Optimizer) -> str | None:
             return "decoupled_weight_decay has no fused form"
         if any(isinstance(group.get(option), Tensor) for option in ("lr", "betas")):
             return "a learning rate in a tensor has no fused form"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    if any(hooks) or global_hooks._global_optimizer_pre_hooks or global_hooks._global_optimizer_post_hooks:
         return "hooks around step() have no fused form"
+    # torch's schedulers wrap it to count calls, which `_opt_called` tells them.
+    if "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        return "a step() that was replaced has no fused form"
     return None
 
 
@@ -146,7 +151,7 @@ def fused_step(
     groups: list[tuple[dict[str, Any], list[tuple[nn.Parameter, Parameter]]]] = []
     for group in optimizer.param_groups:
         members = [p for p in group["params"] if id(p) in names and p.grad is not None]
-        streams = [context.stream_number(names[id(p)], 0, "master", "master") for p in members]
+        streams = [context.stream_number(names[id(p)], context.updates, "master", "master") for p in members]
         made = [
             Parameter(
                 p.data, _like_master(p), (), stream, updated=torch.empty_like(p.data).float() if measuring else None

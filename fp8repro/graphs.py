@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8repro.context import StepContext
-from fp8repro.injection import sites
+from fp8repro.injection import context_of, sites
 from fp8repro.streams import StreamTable
 
 WARM_UPS = 3
@@ -27,7 +27,8 @@ def why_not_graphed(model: nn.Module) -> str | None:
     places = sites(model)
     if not places:
         return "no layer of the model is converted by a recipe"
-    if model.fp8_context.telemetry.active:  # type: ignore[union-attr]
+    context = context_of(model)
+    if context is not None and context.telemetry.active:
         return "telemetry measures the step"
     for name, site in places.items():
         if site.backend.name != "triton":
@@ -72,7 +73,8 @@ class GraphedStep:
         if reason is not None:
             raise ValueError(f"model: got one whose step cannot be graphed ({reason})")
         self.model, self.loss_of = model, loss_of
-        context: Any = model.fp8_context
+        context = context_of(model)
+        assert context is not None  # It has converted layers.
         self.context: StepContext = context
         self._sites = list(sites(model).values())
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -149,7 +151,7 @@ class GraphedStep:
         for parameter in self._parameters:
             parameter.grad = None
         self.context.begin(self.context.step, self.context.micro_step)
-        with self.context.streams_in_memory(self.streams):
+        with self.context.streams_in_memory(self.streams), self.context.fixed_weights():
             # New aliases: codes of an input that were offered with it in an earlier pass are no part of this one.
             loss, figures = self.loss_of(*(t.detach() for t in self._inputs))
             (loss * self._scale).backward()

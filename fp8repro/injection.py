@@ -5,6 +5,8 @@ It must never change a model's mathematics in any other way.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,13 +15,21 @@ import torch
 from torch import nn
 
 from fp8repro.backends import select_backend
+from fp8repro.bypass import watch_first_pass
 from fp8repro.context import StepContext
 from fp8repro.errors import UserError
-from fp8repro.functional import Site
-from fp8repro.layers import FP8Conv2d, FP8Linear, FP8MatMul, FP8RepeatedLinear, MasterEmbedding
+from fp8repro.layers import (
+    FP8Conv2d,
+    FP8Linear,
+    FP8MatMul,
+    FP8RepeatedLinear,
+    MasterEmbedding,
+    SteadyMultiheadAttention,
+)
 from fp8repro.models.layers import MatMul, RepeatedLinear
 from fp8repro.normalization import FusedBatchNorm2d, fuse_normalizations, use_kernels
 from fp8repro.recipe import AUTO, ROLES, Recipe, RoleSpec, load_recipe
+from fp8repro.site import Site
 
 CONVERTED = {
     nn.Linear: FP8Linear,
@@ -83,58 +93,121 @@ class InjectionReport:
 
 
 def inject(
-    model: nn.Module, recipe: Recipe | str, context: StepContext | None = None, backend: str = "auto"
+    model: nn.Module,
+    recipe: Recipe | str,
+    context: StepContext | None = None,
+    backend: str = "auto",
+    *,
+    leave: Sequence[str] = (),
+    prefix: str = "",
 ) -> InjectionReport:
     """Convert a model's layers to a recipe, in place (paper, section 3 and figure 1).
 
     `Conv2d`, `Linear` and `MatMul` multiply rounded operands from then on; parameters, names and hooks stay the same.
-    `model.fp8_context` is set to the context.
+    `model.fp8_context` is set to the context. Evaluation mode rounds everything to nearest, in a backward pass too. The
+    first forward pass is watched for functions that multiply by a layer's weight without calling the layer.
 
     Args:
-        model: any module.
+        model: any module with FP32 parameters, on the device where it will stay.
         recipe: a `Recipe`, or the name of one in `conf/precision/`.
-        context: where the run stands (seed, step, rank); a new one by default.
+        context: where the run stands (seed, step, rank); a new one by default. Models that share one need names that
+            differ: see `prefix`.
         backend: "auto", "emulate" or "triton".
+        leave: patterns (fnmatch on qualified names) of layers that stay what they are, in FP32.
+        prefix: put before the layers' names, which name their random streams.
 
     Returns:
         A report whose `table()` can be printed.
 
     Raises:
-        UserError: an exempt pattern matches no layer, the backend cannot be had, or the model is converted already.
+        UserError: a pattern matches no layer, the backend cannot be had, parameters that are not FP32 or have no shape
+            yet, a model of which a part is converted already, or names that the context has already. The model is then
+            what it was before.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    if hasattr(model, "fp8_context"):
-        raise UserError("model: got a model that is converted already, expected a fresh one")
-    context = context or StepContext()
-    model.fp8_context = context  # type: ignore[assignment]
+    modules = dict(model.named_modules())
+    candidates = [name for name, module in modules.items() if type(module) in CONVERTED]
+    left = _matching(leave, [*candidates, *_embeddings(modules)], "leave")
+    candidates = [name for name in candidates if name not in left]
+    _check_fresh(modules)
+    if recipe.converts:
+        _check_parameters(modules, [name for name in (*candidates, *_embeddings(modules)) if name not in left])
+    exempt = exempt_layers(recipe, modules, candidates) if recipe.converts else set()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     products, why = select_backend(backend, device, recipe.accumulate)
+    context = context or StepContext()
+    if recipe.converts:
+        context.claim(prefix + name for name in candidates)
+    # From here on nothing is refused.
+    model.fp8_context = context  # type: ignore[assignment]
     # A recipe that rounds nothing leaves every product to torch, and the record must say so.
     report = InjectionReport(recipe.name, products.name if recipe.converts else "torch", why)
-    modules = dict(model.named_modules())
     kinds = {name: type(module).__name__ for name, module in modules.items()}
-    candidates = [name for name, module in modules.items() if type(module) in CONVERTED]
-    exempt: set[str] = set()
     if recipe.converts:
-        exempt = exempt_layers(recipe, modules, candidates)
         for name in candidates:
             if recipe.attention_products or type(modules[name]) is not MatMul:
                 roles = _roles(recipe, name in exempt)
                 options = (recipe.round_outputs, recipe.round_input_errors, recipe.recurrent_gradients)
-                _convert(modules[name], Site(name, roles, context, products, *options))
-        for module in modules.values():
-            if type(module) is nn.Embedding:
-                module.__class__ = MasterEmbedding
+                _convert(modules[name], Site(prefix + name, roles, context, products, *options))
+        for name in _embeddings(modules):
+            if name not in left:
+                modules[name].__class__ = MasterEmbedding
+        _leave_fast_paths(modules)
         if recipe.fuse_normalization:
             fuse_normalizations(model)
             if products.name == "triton":
                 use_kernels(model, recipe.activation)
+        watch_first_pass(model)
     for name, module in modules.items():
-        described = _describe(module, recipe, name in exempt, name in candidates)
+        described = ("left", "asked for") if name in left else None
+        described = described or _describe(module, recipe, name in exempt, name in candidates)
         if described is not None:
             parameters = sum(p.numel() for p in module.parameters(recurse=False))
             report.rows.append(InjectionRow(name, kinds[name], *described, parameters))
     return report
+
+
+def _embeddings(modules: dict[str, nn.Module]) -> list[str]:
+    return [name for name, module in modules.items() if type(module) is nn.Embedding]
+
+
+def _check_fresh(modules: dict[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        if isinstance(getattr(module, "site", None), Site):
+            raise UserError(
+                f"model: got one whose layer {name!r} is converted already, expected a fresh one (parts of a model "
+                "may be converted apart, with one context= and a prefix= each)"
+            )
+
+
+def _check_parameters(modules: dict[str, nn.Module], names: list[str]) -> None:
+    for name, module in modules.items():
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise UserError(
+                f"model: {name} ({type(module).__name__}) has no shape yet, expected one forward pass before inject"
+            )
+    for name in names:
+        for parameter, value in modules[name].named_parameters(recurse=False):
+            if value.dtype != torch.float32:
+                raise UserError(
+                    f"model: {name}.{parameter} is {value.dtype}, expected torch.float32 (model.float(): the recipe "
+                    "rounds, and MasterWeights stores 16 bit)"
+                )
+
+
+def _leave_fast_paths(modules: dict[str, nn.Module]) -> None:
+    """Let torch's Transformer layers evaluate through their modules, as they train.
+
+    Their fast path multiplies by the weights of their layers without calling them.
+    """
+    for module in modules.values():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # "Neither": the fast path is for ReLU and GELU. What is computed is another attribute's.
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        elif type(module) is nn.MultiheadAttention:
+            module.__class__ = SteadyMultiheadAttention
 
 
 def _describe(module: nn.Module, recipe: Recipe, exempt: bool, candidate: bool) -> tuple[str, str] | None:
@@ -177,12 +250,21 @@ def exempt_layers(recipe: Recipe, modules: dict[str, nn.Module], candidates: lis
         convolutions = [name for name in candidates if isinstance(modules[name], nn.Conv2d)]
         linears = [name for name in candidates if isinstance(modules[name], nn.Linear)]
         return set(convolutions[:1] + linears[-1:])
+    return _matching(recipe.exempt, candidates, "precision.exempt")
+
+
+def _matching(patterns: Sequence[str], names: Sequence[str], setting: str) -> set[str]:
+    """The names that match any of the patterns.
+
+    Raises:
+        UserError: a pattern that matches none.
+    """
     matched: set[str] = set()
-    for pattern in recipe.exempt:
-        hits = [name for name in candidates if fnmatchcase(name, pattern)]
+    for pattern in patterns:
+        hits = [name for name in names if fnmatchcase(name, pattern)]
         if not hits:
-            some = ", ".join(candidates[:4]) + (", ..." if len(candidates) > 4 else "")
-            raise UserError(f"precision.exempt: got {pattern!r}, which matches none of the layers ({some})")
+            some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+            raise UserError(f"{setting}: got {pattern!r}, which matches none of the layers ({some})")
         matched.update(hits)
     return matched
 
@@ -195,3 +277,37 @@ def sites(model: nn.Module) -> dict[str, Site]:
     """The injected layers' places in the recipe, by qualified name."""
     found: dict[str, Any] = {name: getattr(module, "site", None) for name, module in model.named_modules()}
     return {name: site for name, site in found.items() if isinstance(site, Site)}
+
+
+def context_of(model: nn.Module) -> StepContext | None:
+    """The context of a model's converted layers, wherever in the model `inject` was called; None where there is none.
+
+    Raises:
+        UserError: its parts have contexts of their own.
+    """
+    found = _contexts(model)
+    if len(found) > 1:
+        raise UserError(f"model: got parts with {len(found)} contexts, expected inject(part, recipe, context) with one")
+    return found[0] if found else None
+
+
+def _contexts(model: object) -> list[StepContext]:
+    found: dict[int, StepContext] = {}
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        site = getattr(module, "site", None)
+        for context in (getattr(module, "fp8_context", None), site.context if isinstance(site, Site) else None):
+            if isinstance(context, StepContext):
+                found[id(context)] = context
+    return list(found.values())
+
+
+@contextmanager
+def fixed_weights(model: object) -> Iterator[None]:
+    """Promise that no weight of the model changes inside (`StepContext.fixed_weights`): each is rounded once.
+
+    What is no module has no weights of ours.
+    """
+    with ExitStack() as stack:
+        for context in _contexts(model):
+            stack.enter_context(context.fixed_weights())
+        yield

@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from fp8repro.functional import (
     LINEAR,
     MATMUL,
-    GatheredGradient,
     Op,
-    Site,
-    SummedGradient,
+    SharedWeight,
     conv2d_op,
-    gather_gradient,
     quantized_product,
+    share_weight,
 )
 from fp8repro.models.layers import MatMul
 from fp8repro.products import Conv2dGeometry
+from fp8repro.site import Site
 
 
 class FP8Linear(nn.Linear):
@@ -42,17 +41,13 @@ class FP8RepeatedLinear(FP8Linear):
 
     def repeated(self) -> Callable[[Tensor], Tensor]:
         """The layer for one forward pass; call what is returned as the layer itself."""
-        shared = gather_gradient(self.weight, self.bias, self.site, self.training)
-        return self if shared is None else partial(self, shared=shared)
+        return partial(self, shared=share_weight(self.weight, self.bias, self.site, self.training))
 
-    def forward(
-        self, input: Tensor, shared: tuple[Tensor, Tensor | None, GatheredGradient | SummedGradient] | None = None
-    ) -> Tensor:
-        """[..., in_features] -> [..., out_features], FP32; `shared`: see `gather_gradient`."""
+    def forward(self, input: Tensor, shared: SharedWeight | None = None) -> Tensor:
+        """[..., in_features] -> [..., out_features], FP32; `shared`: see `share_weight`."""
         if shared is None:
             return super().forward(input)
-        weight, bias, gathered = shared
-        return quantized_product(input, weight, bias, self.site, LINEAR, self.training, gathered)
+        return quantized_product(input, self.weight, self.bias, self.site, LINEAR, self.training, shared)
 
 
 class FP8Conv2d(nn.Conv2d):
@@ -96,26 +91,51 @@ class FP8MatMul(MatMul):
 
 
 class MasterEmbedding(nn.Embedding):
-    """`nn.Embedding` that looks up in a master of any dtype and gives FP32 values; nothing is rounded here."""
+    """`nn.Embedding` that looks up in a master of any dtype and gives FP32 values; nothing is rounded here.
+
+    Masters of embeddings that write to their weight (`max_norm`) or give sparse gradients stay in FP32 tensors.
+    """
+
+    @property
+    def reads_any_dtype(self) -> bool:
+        """Whether the weight may be stored in 16 bit."""
+        return self.max_norm is None and not self.sparse
 
     def forward(self, input: Tensor) -> Tensor:
         """Indices [...] -> [..., embedding_dim], FP32."""
         if self.weight.dtype == torch.float32:
             return super().forward(input)
-        result: Tensor = _Lookup.apply(input, self.weight, self.padding_idx)
+        result: Tensor = _Lookup.apply(input, self.weight, self.padding_idx, self.scale_grad_by_freq)
         return result
 
 
 class _Lookup(torch.autograd.Function):
     # torch's own lookup would round the scaled gradient to the master's FP16.
     @staticmethod
-    def forward(ctx: Any, indices: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
+    def forward(ctx: Any, indices: Tensor, weight: Tensor, padding_idx: int | None, by_frequency: bool) -> Tensor:
         ctx.save_for_backward(indices)
-        ctx.rows, ctx.padding_idx = weight.shape[0], padding_idx
+        ctx.rows, ctx.padding_idx, ctx.by_frequency = weight.shape[0], padding_idx, by_frequency
         return F.embedding(indices, weight).float()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         (indices,) = ctx.saved_tensors
         padding = -1 if ctx.padding_idx is None else ctx.padding_idx
-        return None, torch.ops.aten.embedding_dense_backward(grad, indices, ctx.rows, padding, False), None
+        gradient = torch.ops.aten.embedding_dense_backward(grad, indices, ctx.rows, padding, ctx.by_frequency)
+        return None, gradient, None, None
+
+
+class SteadyMultiheadAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` that evaluates by the operations that it trains by.
+
+    torch's fast path adds in another order: a last bit that differs may fall on the other side of the next rounding.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """See `nn.MultiheadAttention`."""
+        enabled = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(enabled)

@@ -62,11 +62,13 @@ class ConstantScale:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
-        return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return {"scale": self.scale, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        # States of before had none.
+        self.scale = state.get("scale", self.scale)
 
 
 class DynamicScale(ConstantScale):
@@ -116,12 +118,12 @@ class DynamicScale(ConstantScale):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
-        return super().state_dict() | {"scale": self.scale, "step": self.step, "good_steps": self.good_steps}
+        return super().state_dict() | {"step": self.step, "good_steps": self.good_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         super().load_state_dict(state)
-        self.scale, self.step, self.good_steps = state["scale"], state["step"], state["good_steps"]
+        self.step, self.good_steps = state["step"], state["good_steps"]
         self._raise_floor()
 
 

@@ -5,16 +5,20 @@ Which format and rounding is the recipe's choice, never this module's.
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from fp8repro.bypass import watch_first_pass
 from fp8repro.context import StepContext
+from fp8repro.errors import UserError
 from fp8repro.fused_step import Engine, fused_step, unsupported
-from fp8repro.injection import sites
+from fp8repro.injection import context_of, sites
 from fp8repro.layers import FP8Conv2d, FP8Linear, MasterEmbedding
 from fp8repro.native import update as native_update
 from fp8repro.quantizer import round_into
@@ -22,108 +26,200 @@ from fp8repro.recipe import Recipe, RoleSpec
 
 
 class MasterWeights:
-    """Keeps a model's parameters in the recipe's master format (paper, section 3 and claim C7).
+    """Keeps what an optimizer moves in the recipe's master format (paper, section 3 and claim C7).
 
     Weights of injected layers and embeddings are stored in the format's dtype between steps, half the size of FP32.
-    The other parameters (normalization, biases) are kept in FP32 tensors, rounded to the same set of values, because
-    torch's own layers compute with them. Gradients stay FP32, and the optimizer's state is made from FP32 parameters.
+    The other parameters (normalization, biases, and those outside of the model) are kept in FP32 tensors, rounded to
+    the same set of values, because torch's own layers compute with them. Gradients stay FP32, and the optimizer's state
+    is made from FP32 parameters.
+
+    What counts is what the optimizer holds when `step` is called: parameters that are unfrozen or added later are kept
+    from then on, those of another optimizer are left to a `MasterWeights` of its own.
 
     Attributes:
         grad_norm: norm of the unscaled gradient in the last step, before clipping; NaN or inf if it was skipped.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, context: StepContext | None = None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        recipe: Recipe,
+        context: StepContext | None = None,
+        *,
+        narrow: bool | None = None,
     ) -> None:
-        """Round all parameters to the master format, to nearest.
+        """Round the optimizer's parameters to the master format, to nearest.
 
         Args:
-            model: the model, after `inject`.
-            optimizer: any optimizer over the model's parameters.
+            model: the model, after `inject`; its names name the random bits.
+            optimizer: any optimizer whose step needs no closure.
             recipe: whose master role to follow.
             context: the one of the model by default.
+            narrow: store weights in 16 bit where their layers can read them. By default where no process group is
+                there: `DistributedDataParallel` takes gradients in a parameter's own dtype only.
+
+        Raises:
+            UserError: parameters that are not FP32 or no plain tensors, an optimizer that needs a closure, or a context
+                that is not the model's.
         """
         self.model, self.optimizer = model, optimizer
         self.spec: RoleSpec = recipe.master
-        self.context = context or getattr(model, "fp8_context", None) or StepContext()
+        own = context_of(model)
+        if context is not None and own is not None and context is not own:
+            raise UserError("context: got another than the model's, expected the one that inject was given, or none")
+        self.context = context or own or StepContext()
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise UserError(f"optimizer: got {type(optimizer).__name__}, whose step needs a closure, expected another")
         self.grad_norm = math.nan
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._names: dict[int, str] = {}
         self._real_products = any(site.backend.name == "triton" for site in sites(model).values())
-        stored = _stored_parameters(model) if self.spec.float_format.dtype is not None else set()
-        for name, parameter in self._parameters.items():
-            if self.spec.is_identity:
-                continue
-            values = parameter.data
-            if id(parameter) in stored and not self.spec.is_identity:
-                parameter.data = torch.empty_like(values, dtype=self.spec.float_format.dtype)
-                parameter.grad_dtype = torch.float32
-            self._round(name, parameter, values, "nearest")
-        self.context.weight_version += 1
+        fresh = [(name, p) for name, p in self._held() if p.requires_grad]
+        for name, parameter in fresh:
+            self._check(name, parameter)
+        if narrow is None:
+            narrow = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        stored = _stored_parameters(model) if narrow and self.spec.float_format.dtype is not None else set()
+        for name, parameter in fresh:
+            self._keep(name, parameter)
+            if not self.spec.is_identity:
+                self._convert(name, parameter, narrow=id(parameter) in stored)
+        if stored:
+            watch_first_pass(model)
+
+    def _held(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What the optimizer holds now, by name; the model's names where it is the model's."""
+        names: dict[int, str] | None = None
+        for g, group in enumerate(self.optimizer.param_groups):
+            for i, parameter in enumerate(group["params"]):
+                if id(parameter) not in self._names and names is None:
+                    names = {id(p): name for name, p in self.model.named_parameters()}
+                name = self._names.get(id(parameter)) or (names or {}).get(id(parameter))
+                name = name or f"param_groups.{g}.params.{i}"
+                while self._parameters.get(name, parameter) is not parameter:
+                    # Its place was another's, which left the optimizer.
+                    name += "'"
+                yield name, parameter
+
+    def _keep(self, name: str, parameter: nn.Parameter) -> None:
+        # Held, so that its address is never another's.
+        self._parameters[name], self._names[id(parameter)] = parameter, name
+
+    def _check(self, name: str, parameter: nn.Parameter) -> None:
+        """Raise UserError for a parameter whose values could not be kept."""
+        if self.spec.is_identity:
+            return
+        if type(parameter.data) is not Tensor or parameter.layout != torch.strided:
+            given = f"{type(parameter.data).__name__} ({parameter.layout})"
+            raise UserError(f"optimizer: {name} is a {given}, expected a plain dense tensor")
+        if parameter.dtype != torch.float32 and id(parameter) not in _stored_parameters(self.model):
+            raise UserError(f"optimizer: {name} is {parameter.dtype}, expected torch.float32")
+
+    def _convert(self, name: str, parameter: nn.Parameter, narrow: bool) -> None:
+        """Round a parameter to nearest into the storage that it will have."""
+        values, dtype = parameter.data, self.spec.float_format.dtype if narrow else torch.float32
+        if values.dtype != dtype:
+            parameter.data = torch.empty_like(values, dtype=dtype)
+        if narrow:
+            parameter.grad_dtype = torch.float32
+        self._round(name, parameter, values, "nearest")
+
+    def _moving(self) -> dict[str, nn.Parameter]:
+        """What the next step of the optimizer moves, by name."""
+        moving = {name: p for name, p in self._held() if p.grad is not None}
+        for name, parameter in moving.items():
+            if id(parameter) not in self._names:
+                # Unfrozen or added since: it keeps its tensor, which others may have seen, and is rounded by its first
+                # update.
+                self._check(name, parameter)
+                self._keep(name, parameter)
+        return moving
 
     @torch.no_grad()
     def step(self, scale: float = 1.0, clip_norm: float | None = None) -> bool:
-        """Update the masters from the gradients of `scale` times the loss.
+        """Update the masters from the gradients of `scale` times the loss, which stay as they are.
 
         Args:
-            scale: what the loss was multiplied by; gradients may be divided by it in place.
+            scale: what the loss was multiplied by.
             clip_norm: largest norm of the unscaled gradient, or None.
 
         Returns:
             False, with nothing changed, when a gradient is not finite.
-        """
-        engine = self._engine()
-        if engine is not None:
-            norm = fused_step(engine, self._parameters, self.optimizer, self.spec, self.context, scale, clip_norm)
-            self.grad_norm = math.inf if norm is None else norm
-            self.context.weight_version += 1
-            return norm is not None
-        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
-        if not all_finite(grads):
-            self.grad_norm = math.inf
-            return False
-        if scale != 1.0:
-            torch._foreach_div_(grads, scale)
-        self.grad_norm = float(get_total_norm(grads))
-        if clip_norm is not None and self.grad_norm > clip_norm:
-            torch._foreach_mul_(grads, clip_norm / (self.grad_norm + 1e-6))
-        self._update()
-        return True
 
-    def _engine(self) -> Engine | None:
+        Raises:
+            UserError: a scale or a norm that is no number over 0, or a parameter that cannot be kept.
+        """
+        for name, value in (("scale", scale), ("clip_norm", 1.0 if clip_norm is None else clip_norm)):
+            if not value > 0 or (name == "scale" and math.isinf(value)):
+                raise UserError(f"{name}: got {value}, expected a number over 0")
+        moving = self._moving()
+        engine = self._engine(moving)
+        if engine is not None:
+            norm = fused_step(engine, moving, self.optimizer, self.spec, self.context, scale, clip_norm)
+            applied, self.grad_norm = norm is not None, math.inf if norm is None else norm
+        else:
+            applied = self._step_of_torch(moving, scale, clip_norm)
+        self.context.updates += applied
+        return applied
+
+    def _engine(self, moving: dict[str, nn.Parameter]) -> Engine | None:
         """What does the optimizer's step in one pass, where that can be had."""
         if self.spec.is_identity or unsupported(self.optimizer) is not None:
             return None
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
-        if not held <= {id(p) for p in self._parameters.values()}:
+        if any(p.grad.layout != torch.strided for p in moving.values()):  # type: ignore[union-attr]
             return None
         if self._real_products:
             # Telemetry compares masters before and after, which the kernels do not keep.
             if self.spec.format != "fp16" or self.context.telemetry.active:
                 return None
+            if len({p.device for p in moving.values()}) > 1:
+                return None
             from fp8repro.kernels import update
 
             return update
-        return native_update if native_update.takes([p.data for p in self._parameters.values()]) else None
+        return native_update if native_update.takes([p.data for p in moving.values()]) else None
 
-    def _update(self) -> None:
+    def _step_of_torch(self, moving: dict[str, nn.Parameter], scale: float, clip_norm: float | None) -> bool:
+        kept = [p.grad for p in moving.values()]
+        grads = [grad.coalesce() if grad.is_sparse else grad for grad in kept if grad is not None]
+        if not all_finite([_values(grad) for grad in grads]):
+            self.grad_norm = math.inf
+            return False
+        unscaled = grads if scale == 1.0 else [grad / scale for grad in grads]
+        self.grad_norm = float(get_total_norm([_values(grad) for grad in unscaled]))
+        if clip_norm is not None and self.grad_norm > clip_norm:
+            factor = clip_norm / (self.grad_norm + 1e-6)
+            unscaled = [grad * factor for grad in unscaled]
+        # Other optimizers may hold the same parameters, and find their gradients scaled as they left the backward pass.
+        for parameter, grad in zip(moving.values(), unscaled, strict=True):
+            parameter.grad = grad
+        try:
+            self._update(moving)
+        finally:
+            for parameter, own in zip(moving.values(), kept, strict=True):
+                parameter.grad = own
+        return True
+
+    def _update(self, moving: dict[str, nn.Parameter]) -> None:
         if self.spec.is_identity:
             self.optimizer.step()
             return
-        masters = {name: p.data for name, p in self._parameters.items() if p.grad is not None}
+        masters = {name: p.data for name, p in moving.items()}
         measuring = self.context.telemetry.active
         for name, master in masters.items():
             if master.dtype != torch.float32 or measuring:
-                self._parameters[name].data = master.to(torch.float32, copy=True)
+                moving[name].data = master.to(torch.float32, copy=True)
         self.optimizer.step()
         for name, master in masters.items():
-            parameter = self._parameters[name]
+            parameter = moving[name]
             updated = parameter.data
             before = master.clone() if measuring else None
             parameter.data = master
             self._round(name, parameter, updated, self.spec.rounding)
             if before is not None:
                 self.context.telemetry.record_update(name, before, updated, master)
-        self.context.weight_version += 1
 
     def _round(self, name: str, parameter: nn.Parameter, values: Tensor, rounding: str) -> None:
         """Round FP32 values once into a parameter's storage."""
@@ -134,7 +230,7 @@ class MasterWeights:
             rounding,
             self.spec.overflow,
             seed=self.context.seed,
-            stream=self.context.stream_number(name, 0, "master", "master"),
+            stream=self.context.stream_number(name, self.context.updates, "master", "master"),
             subnormal_rounding=self.spec.subnormal_rounding,
             values=target if target.dtype == torch.float32 else None,
             codes=None if target.dtype == torch.float32 else target,
@@ -161,18 +257,23 @@ class MasterWeights:
         self.optimizer.load_state_dict(state)
         for name, master in masters.items():
             self._parameters[name].data = master
-        self.context.weight_version += 1
 
 
 def _stored_parameters(model: nn.Module) -> set[int]:
     """Ids of the parameters that may be stored in 16 bit: every module that uses them reads such a master."""
-    readers = (FP8Linear, FP8Conv2d, MasterEmbedding)
     able: set[int] = set()
     unable: set[int] = set()
     for module in model.modules():
+        reads = isinstance(module, (FP8Linear, FP8Conv2d))
+        reads = reads or (isinstance(module, MasterEmbedding) and module.reads_any_dtype)
         for name, parameter in module.named_parameters(recurse=False):
-            (able if isinstance(module, readers) and name == "weight" else unable).add(id(parameter))
+            (able if reads and name == "weight" else unable).add(id(parameter))
     return able - unable
+
+
+def _values(grad: Tensor) -> Tensor:
+    """What a gradient holds, of a coalesced sparse one too."""
+    return grad.values() if grad.is_sparse else grad
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
@@ -183,6 +284,6 @@ def all_finite(tensors: list[Tensor]) -> bool:
     # Of a tensor with NaN or infinity no norm is finite. The Euclidean one is the faster, but may overflow by itself.
     for order in (2.0, math.inf):
         norms = torch._foreach_norm(tensors, order)
-        if bool(torch.stack([norm.isfinite() for norm in norms]).all()):
+        if bool(torch.stack([norm.isfinite().to(norms[0].device) for norm in norms]).all()):
             return True
     return False

@@ -15,10 +15,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fp8repro import native
 from fp8repro.formats import BF16, FP32, FloatFormat
-from fp8repro.functional import Site, offer
 from fp8repro.products import decode
 from fp8repro.quantizer import round_into
 from fp8repro.recipe import RoleSpec
+from fp8repro.site import Site, offer
 
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 

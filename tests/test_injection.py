@@ -178,11 +178,11 @@ def test_reused_layers_micro_steps_steps_and_ranks_never_share_random_bits() -> 
     moving = [stream for _, role, stream in streams if role != "weight"]
     assert len(moving) == 2 * 2 * 2 * 3 * 5
     assert len(set(moving)) == len(moving)
-    # Weights are rounded once a step, with the same bits on both ranks.
+    # All calls and micro-steps of a step round its weights with the same bits, on both ranks.
     weights = [stream for _, role, stream in streams if role == "weight"]
-    assert len(weights) == 4
-    assert weights[:2] == weights[2:]
-    assert weights[0] != weights[1]
+    assert len(weights) == 2 * 2 * 2 * 3
+    assert weights[:12] == weights[12:]
+    assert [len(set(weights[:6])), len(set(weights[6:12])), len(set(weights[:12]))] == [1, 1, 2]
 
 
 def test_evaluation_always_rounds_to_nearest() -> None:

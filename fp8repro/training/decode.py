@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fp8repro.config import DecodeConfig
 from fp8repro.errors import UserError
+from fp8repro.injection import fixed_weights
 from fp8repro.models.layers import DecoderState, TranslationModel
 
 # Normalization of a hypothesis' log probability by its length in tokens, EOS counted.
@@ -62,9 +63,10 @@ def beam_search(model: TranslationModel[Any], source: Tensor, config: DecodeConf
     sentences = [_Sentence(index, limit) for index, limit in enumerate(limits)]
     results: list[list[Hypothesis]] = [[] for _ in sentences]
     search = _Search(model, state, source, config, sentences)
-    while search.sentences:
-        for sentence in search.advance():
-            results[sentence.index] = sorted(sentence.finished, reverse=True)[: config.beam]
+    with fixed_weights(model):
+        while search.sentences:
+            for sentence in search.advance():
+                results[sentence.index] = sorted(sentence.finished, reverse=True)[: config.beam]
     return results
 
 

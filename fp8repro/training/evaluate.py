@@ -11,7 +11,7 @@ from torch import nn
 from fp8repro.config import RunConfig, run_config
 from fp8repro.context import StepContext
 from fp8repro.errors import UserError
-from fp8repro.injection import inject
+from fp8repro.injection import fixed_weights, inject
 from fp8repro.training.checkpoint import FORMAT, read_checkpoint, read_tensors
 from fp8repro.training.distributed import World, choose_device
 from fp8repro.training.task import Poll, Task, autocast, make_task, no_poll
@@ -27,7 +27,7 @@ def measure(
     # Telemetry counts training steps only.
     model.fp8_context.telemetry.active = False  # type: ignore[union-attr]
     try:
-        with autocast(config, world.device):
+        with autocast(config, world.device), fixed_weights(model):
             return task.evaluate(model, split, poll)
     finally:
         model.train(training)

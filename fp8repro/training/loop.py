@@ -229,20 +229,21 @@ def accumulate_gradients(run: Run, step: int, batches: list[Any], factor: float)
     """
     config, device = run.config, run.world.device
     total, sums = torch.zeros((), device=device), dict[str, Tensor]()
-    for micro_step, batch in enumerate(batches):
-        run.context.begin(step, micro_step)
-        # Dropout draws from the global generator: it must draw the same after a resume.
-        seed_torch(derived_seed("forward", config.seed, step, micro_step, run.world.rank), device)
-        replayed = run.replays.take(batch, factor)
-        if replayed is None:
-            with autocast(config, device):
-                loss, figures = run.task.loss(run.model, batch)
-            (loss * factor).backward()
-        else:
-            loss, figures = replayed
-        total += loss.detach()
-        for name, value in figures.items():
-            sums[name] = sums[name] + value if name in sums else value
+    with run.context.fixed_weights():
+        for micro_step, batch in enumerate(batches):
+            run.context.begin(step, micro_step)
+            # Dropout draws from the global generator: it must draw the same after a resume.
+            seed_torch(derived_seed("forward", config.seed, step, micro_step, run.world.rank), device)
+            replayed = run.replays.take(batch, factor)
+            if replayed is None:
+                with autocast(config, device):
+                    loss, figures = run.task.loss(run.model, batch)
+                (loss * factor).backward()
+            else:
+                loss, figures = replayed
+            total += loss.detach()
+            for name, value in figures.items():
+                sums[name] = sums[name] + value if name in sums else value
     return total, sums
 
 

@@ -55,4 +55,4 @@ def working_weight_bytes(model: nn.Module) -> int:
 
 def _working_weights(model: nn.Module) -> list[Tensor]:
     """Encodings of the weights that were rounded in this step."""
-    return [site._weight.codes for site in sites(model).values() if site._weight is not None]
+    return [site.working_weight for site in sites(model).values() if site.working_weight is not None]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8repro.config import RunConfig
+from fp8repro.context import StepContext
 from fp8repro.data.image_batches import ImageBatch
 from fp8repro.graphs import GraphedStep, why_not_graphed
 from fp8repro.training.distributed import World
@@ -42,10 +43,10 @@ class Replays:
         """
         if self.why_not is not None:
             return None
-        context = self._model.fp8_context
+        context: StepContext = self._model.fp8_context  # type: ignore[assignment]
         if self._first_step is None:
-            self._first_step = context.step  # type: ignore[union-attr, assignment]
-        if context.telemetry.active or context.step == self._first_step:  # type: ignore[union-attr]
+            self._first_step = context.step
+        if context.telemetry.active or context.step == self._first_step:
             return None
         tensors = (batch.images, batch.labels)
         graph = self._graphs.get(batch.images.shape)

@@ -130,7 +130,8 @@ def build(config: RunConfig, world: World) -> Run:
     context = StepContext(config.seed, world.rank, telemetry=Telemetry(config.trainer.telemetry_every))
     report = inject(model, config.precision, context, config.backend)
     optimizer = make_optimizer(model, config.optimizer)
-    masters = MasterWeights(model, optimizer, config.precision, context)
+    # The loop sums the gradients of several processes itself, in FP32.
+    masters = MasterWeights(model, optimizer, config.precision, context, narrow=True)
     scaler = make_scaler(config.loss_scaling, total_steps)
     statistics = NormalizationStatistics(model)
     replays = Replays(config, world, task, model)
