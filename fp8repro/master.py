@@ -106,6 +106,13 @@ class MasterWeights:
     def _keep(self, name: str, parameter: nn.Parameter) -> None:
         # Held, so that its address is never another's.
         self._parameters[name], self._names[id(parameter)] = parameter, name
+        if self.spec.is_identity or parameter not in self.optimizer.state:
+            return
+        state = self.optimizer.state[parameter]
+        for key, value in state.items():
+            # Made by an optimizer that found the parameter in 16 bit already.
+            if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+                state[key] = value.float()
 
     def _check(self, name: str, parameter: nn.Parameter) -> None:
         """Raise UserError for a parameter whose values could not be kept."""
