@@ -95,7 +95,7 @@ class MasterWeights:
         for g, group in enumerate(self.optimizer.param_groups):
             for i, parameter in enumerate(group["params"]):
                 if id(parameter) not in self._names and names is None:
-                    names = {id(p): name for name, p in self.model.named_parameters()}
+                    names = {id(p): name for name, p in _unwrapped(self.model).named_parameters()}
                 name = self._names.get(id(parameter)) or (names or {}).get(id(parameter))
                 name = name or f"param_groups.{g}.params.{i}"
                 while self._parameters.get(name, parameter) is not parameter:
@@ -276,6 +276,17 @@ def _stored_parameters(model: nn.Module) -> set[int]:
         for name, parameter in module.named_parameters(recurse=False):
             (able if reads and name == "weight" else unable).add(id(parameter))
     return able - unable
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model that a compiler or `DistributedDataParallel` wraps: its names, and random bits, are those without."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _values(grad: Tensor) -> Tensor:
