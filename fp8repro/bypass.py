@@ -115,9 +115,7 @@ class _Watch(TorchFunctionMode):
         """The argument; a weight that is found is noted, and FP32, so that the pass goes on and finds all."""
         if isinstance(arg, (list, tuple)):
             return type(arg)(self._seen(part) for part in arg) if type(arg) in (list, tuple) else arg
-        if not isinstance(arg, Tensor) or arg.is_meta or arg.layout != torch.strided:
-            return arg
-        name = self.storages.get(arg.untyped_storage().data_ptr())
+        name = self.storages.get(_address(arg)) if isinstance(arg, Tensor) else None
         if name is None:
             return arg
         self.found.add(name)
@@ -140,13 +138,22 @@ def _watched(module: nn.Module) -> bool:
 
 def _storages(model: nn.Module) -> dict[int, str]:
     """Where the weights lie whose layers alone may multiply by them, and the names of those."""
-    return {weight.untyped_storage().data_ptr(): name for name, weight in _weights(model) if weight.numel()}
+    found = {_address(weight): name for name, weight in _weights(model)}
+    return {address: name for address, name in found.items() if address}
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; 0 where it has none of its own (meta, fake and wrapped tensors)."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return 0
 
 
 def _weights(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if weight is None or weight.is_meta:
+        if weight is None:
             continue
         site = getattr(module, "site", None)
         # A weight that no recipe rounds reaches products as it is, its own layer's too.

@@ -5,7 +5,8 @@ The optimizer's state dictionary stays what torch writes and reads, so checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as global_hooks
 
 from fp8repro.context import StepContext
+from fp8repro.errors import UserError
 from fp8repro.recipe import RoleSpec
 
 
@@ -93,6 +95,40 @@ class Engine(Protocol):
         """
 
 
+class StepGuard:
+    """A hook of an optimizer over master weights: its own `step` would move them in 16 bit, by the loss scale."""
+
+    def __init__(self) -> None:
+        """Closed."""
+        self._is_open = False
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Let `step` through inside."""
+        self._is_open = True
+        try:
+            yield
+        finally:
+            self._is_open = False
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Raise UserError while closed."""
+        if not self._is_open:
+            raise UserError(
+                f"{type(optimizer).__name__}.step: got a call on master weights, expected MasterWeights.step(scale)"
+            )
+
+
+def guard_step(optimizer: torch.optim.Optimizer) -> StepGuard:
+    """The guard of an optimizer over master weights, which it gets where it has none."""
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        if isinstance(hook, StepGuard):
+            return hook
+    guard = StepGuard()
+    optimizer.register_step_pre_hook(guard)
+    return guard
+
+
 _STATES = {torch.optim.SGD: ("momentum_buffer",)} | dict.fromkeys(
     (torch.optim.Adam, torch.optim.AdamW), ("exp_avg", "exp_avg_sq")
 )
@@ -110,8 +146,9 @@ def unsupported(optimizer: torch.optim.Optimizer) -> str | None:
             return "decoupled_weight_decay has no fused form"
         if any(isinstance(group.get(option), Tensor) for option in ("lr", "betas")):
             return "a learning rate in a tensor has no fused form"
-    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    if any(hooks) or global_hooks._global_optimizer_pre_hooks or global_hooks._global_optimizer_post_hooks:
+    hooks = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+    hooks += [*global_hooks._global_optimizer_pre_hooks.values(), *global_hooks._global_optimizer_post_hooks.values()]
+    if not all(isinstance(hook, StepGuard) for hook in hooks):
         return "hooks around step() have no fused form"
     # torch's schedulers wrap it to count calls, which `_opt_called` tells them.
     if "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):

@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 from fp8repro.bypass import watch_first_pass
 from fp8repro.context import StepContext
 from fp8repro.errors import UserError
-from fp8repro.fused_step import Engine, fused_step, unsupported
+from fp8repro.fused_step import Engine, fused_step, guard_step, unsupported
 from fp8repro.injection import context_of, sites
 from fp8repro.layers import FP8Conv2d, FP8Linear, MasterEmbedding
 from fp8repro.native import update as native_update
@@ -88,6 +88,8 @@ class MasterWeights:
                 self._convert(name, parameter, narrow=id(parameter) in stored)
         if stored:
             watch_first_pass(model)
+        if not self.spec.is_identity:
+            guard_step(optimizer)
 
     def _held(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the optimizer holds now, by name; the model's names where it is the model's."""
@@ -162,6 +164,8 @@ class MasterWeights:
             if not value > 0 or (name == "scale" and math.isinf(value)):
                 raise UserError(f"{name}: got {value}, expected a number over 0")
         moving = self._moving()
+        if not moving:
+            self._check_gradients()
         engine = self._engine(moving)
         if engine is not None:
             norm = fused_step(engine, moving, self.optimizer, self.spec, self.context, scale, clip_norm)
@@ -170,6 +174,17 @@ class MasterWeights:
             applied = self._step_of_torch(moving, scale, clip_norm)
         self.context.updates += applied
         return applied
+
+    def _check_gradients(self) -> None:
+        """Raise UserError where nothing would move although the model has gradients."""
+        held = {id(p) for _, p in self._held()}
+        lost = [name for name, p in self.model.named_parameters() if p.grad is not None and id(p) not in held]
+        known = [name for name in lost if name in self._parameters]
+        if known:
+            raise UserError(
+                f"optimizer: it holds another {known[0]} than the model, expected the model's own parameters "
+                "(load_state_dict(assign=True) replaces them)"
+            )
 
     def _engine(self, moving: dict[str, nn.Parameter]) -> Engine | None:
         """What does the optimizer's step in one pass, where that can be had."""
@@ -213,12 +228,14 @@ class MasterWeights:
         if self.spec.is_identity:
             self.optimizer.step()
             return
+        guard = guard_step(self.optimizer)
         masters = {name: p.data for name, p in moving.items()}
         measuring = self.context.telemetry.active
         for name, master in masters.items():
             if master.dtype != torch.float32 or measuring:
                 moving[name].data = master.to(torch.float32, copy=True)
-        self.optimizer.step()
+        with guard.open():
+            self.optimizer.step()
         for name, master in masters.items():
             parameter = moving[name]
             updated = parameter.data

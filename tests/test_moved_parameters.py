@@ -172,6 +172,31 @@ def test_hooks_of_all_optimizers_and_a_step_that_was_replaced_are_honoured() -> 
     assert calls == ["mine"]
 
 
+@pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
+def test_a_step_past_the_masters_is_refused(kind: str) -> None:
+    model = converted()
+    masters = MasterWeights(model, OPTIMIZERS[kind](model.parameters()), FP8)
+    scaler = torch.amp.GradScaler("cpu")
+    F.cross_entropy(model(X), Y).backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=r"step: got a call on master weights, expected MasterWeights.step\(scale\)"):
+        masters.optimizer.step()
+    scaler.scale(torch.zeros(()))
+    with pytest.raises(UserError, match="step: got a call on master weights"):
+        scaler.step(masters.optimizer)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert masters.step()
+
+
+def test_parameters_that_were_replaced_under_the_optimizer_are_named() -> None:
+    model = converted()
+    masters = MasterWeights(model, torch.optim.SGD(model.parameters(), lr=0.1), FP8)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    F.cross_entropy(model(X), Y).backward()
+    with pytest.raises(UserError, match=r"optimizer: it holds another 0.weight than the model"):
+        masters.step()
+
+
 def test_every_update_draws_its_own_bits_where_no_step_is_begun() -> None:
     count, updates = 20_000, 64
     layer = nn.Linear(count, 1, bias=False)
