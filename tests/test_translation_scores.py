@@ -344,7 +344,7 @@ def test_byte_order_marks_in_codes_and_dictionaries(tmp_path: Path) -> None:
     plain = Subwords(tmp_path / "codes").segment("kislus delkis")
     for ending in (b"\n", b"\r\n"):
         content = (tmp_path / "codes").read_bytes().replace(b"\n", ending)
-        (tmp_path / "marked").write_bytes(b"\xef\xbb\xbf" + content)
+        (tmp_path / "marked").write_bytes(b"\xef\xbb\xbf" + content + ending)
         assert Subwords(tmp_path / "marked").segment("kislus delkis") == plain
         (tmp_path / "dict").write_bytes(b"\xef\xbb\xbf" + b"a 3" + ending + b"b 2" + ending)
         assert Vocabulary.load(tmp_path / "dict").tokens[4:] == ["a", "b"]
@@ -361,15 +361,25 @@ def test_other_codes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "codes").write_text("#version: 0.2\n\u0120 u\ne d</w>\n", encoding="utf-8")
     assert Subwords(tmp_path / "codes").segment("\u0120ued") == ["\u0120u@@", "ed"]
     (tmp_path / "codes").write_text("a b 7\n")
-    with pytest.raises(UserError, match="is no codes file of subword-nmt"):
-        Subwords(tmp_path / "codes")
+    with pytest.raises(UserError, match=rf"bpe_codes: '{tmp_path}/codes' is no codes file of subword-nmt"):
+        load(write_text(tmp_path / "text"), bpe_codes=str(tmp_path / "codes"))
+
+
+def test_text_without_merges_is_characters(tmp_path: Path) -> None:
+    data = load(write_text(tmp_path / "text"), bpe_merges=0)
+    assert data.vocabulary.decode(ids(data)[0])[:3] == ["l@@", "u@@", "s"]
+    assert load(write_text(tmp_path / "text", "x y z"), bpe_merges=9).test.references == ["x y z"] * 8
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_utf16_is_refused_in_one_line(tmp_path: Path, encoding: str) -> None:
+def test_utf16_and_carriage_returns_alone_are_refused_in_one_line(tmp_path: Path, encoding: str) -> None:
     for language in ("en", "de"):
         (tmp_path / f"x.{language}").write_bytes("Ja, ein Haus.\nNein.\n".encode(encoding))
     with pytest.raises(UserError, match=r"x\.en' line 1 looks like UTF-16, expected UTF-8"):
+        list(read_pairs((tmp_path / "x.en", tmp_path / "x.de")))
+    for language in ("en", "de"):
+        (tmp_path / f"x.{language}").write_bytes(b"Ja.\rNein.\r")
+    with pytest.raises(UserError, match=r"x\.en' ends its lines with carriage returns alone"):
         list(read_pairs((tmp_path / "x.en", tmp_path / "x.de")))
     # A NUL is a character of the text.
     for language in ("en", "de"):

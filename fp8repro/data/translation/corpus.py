@@ -25,7 +25,7 @@ def read_lines(path: Path) -> Iterator[str]:
     """Lines of a UTF-8 file, without their ends and without a byte order mark at their start.
 
     Raises:
-        UserError: the file cannot be read, or a line is not UTF-8.
+        UserError: the file cannot be read, a line is not UTF-8, or there are carriage returns and no line feed.
     """
     try:
         # A file opened in binary mode ends its lines at b"\n" alone.
@@ -33,6 +33,10 @@ def read_lines(path: Path) -> Iterator[str]:
             for number, line in enumerate(file, start=1):
                 if line.startswith(UTF16_MARKS) or 3 * line.count(0) > len(line):
                     raise UserError(f"data.root: {str(path)!r} line {number} looks like UTF-16, expected UTF-8")
+                if number == 1 and not line.endswith(b"\n") and b"\r" in line.rstrip():
+                    raise UserError(
+                        f"data.root: {str(path)!r} ends its lines with carriage returns alone, expected line feeds"
+                    )
                 try:
                     yield without_mark(line.removesuffix(b"\n").decode("utf-8"))
                 except UnicodeDecodeError as error:

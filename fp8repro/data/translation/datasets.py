@@ -355,10 +355,12 @@ def _segmentation(folder: Path, settings: TextSettings) -> Callable[[str], list[
         return str.split
     codes = folder / CODES_FILE
     if settings.bpe_codes:
-        codes.write_bytes(Path(settings.bpe_codes).read_bytes().removeprefix(BOM_UTF8))
-    else:
-        paths = _files(folder, "train", "tok", (settings.source, settings.target))
-        text.learn_bpe((line for path in paths for line in corpus.read_lines(path)), settings.bpe_merges, codes)
+        given = Path(settings.bpe_codes)
+        segmenter = text.Subwords(given)
+        codes.write_bytes(given.read_bytes().removeprefix(BOM_UTF8))
+        return segmenter.segment
+    paths = _files(folder, "train", "tok", (settings.source, settings.target))
+    text.learn_bpe((line for path in paths for line in corpus.read_lines(path)), settings.bpe_merges, codes)
     return text.Subwords(codes).segment
 
 

@@ -19,6 +19,7 @@ from fp8repro.data.translation.subwords import DEFAULT_SCHEME, SEPARATOR, Subwor
 from fp8repro.errors import UserError
 
 BYTE_LEVEL_SPACE = "\u0120"
+VERSION_ALONE = re.compile(r"#version: [\d.]+\n")
 CODES_VERSIONS = ((0, 1), (0, 2))
 UNSPACED = ("zh", "yue", "ja")
 # They put no space beside their punctuation; Moses leaves one there.
@@ -97,9 +98,11 @@ class Subwords:
         from subword_nmt.apply_bpe import BPE
 
         try:
-            text = without_mark(path.read_bytes().decode("utf-8"))
+            text = without_mark(path.read_bytes().decode("utf-8")).rstrip() + "\n"
+            # subword-nmt takes the end of a file without merges for a damaged line.
+            merges = 0 if VERSION_ALONE.fullmatch(text) else -1
             with contextlib.redirect_stderr(io.StringIO()):
-                self._bpe = BPE(io.StringIO(text), separator=SEPARATOR)
+                self._bpe = BPE(io.StringIO(text), merges, SEPARATOR)
             if self._bpe.version not in CODES_VERSIONS:
                 raise ValueError(f"version {self._bpe.version}")
         except OSError as error:
