@@ -21,6 +21,7 @@ from fp8repro.data.translation.subwords import find_scheme
 from fp8repro.data.translation.text import Subwords, detokenize, learn_bpe, tokenize
 from fp8repro.data.translation.vocabulary import Vocabulary
 from fp8repro.errors import UserError
+from fp8repro.training import translation
 from fp8repro.training.bleu import chrf_score, sacrebleu_score, tokenized_bleu
 from fp8repro.training.distributed import World
 from fp8repro.training.loop import train
@@ -440,7 +441,9 @@ def test_a_runs_summary_says_how_it_was_scored(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_test_sentences_may_be_longer_than_all_of_training(tmp_path: Path) -> None:
+def test_sentences_of_the_test_may_be_empty_or_longer_than_all_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long = " ".join(["lus"] * 900)
     text = write_text(tmp_path / "text", en=[long, ""], de=["lus", ""])
     work = TranslationTask(config(text, tmp_path / "run", "parallel_text", bpe_merges=5, max_length=10), World())
@@ -448,3 +451,6 @@ def test_test_sentences_may_be_longer_than_all_of_training(tmp_path: Path) -> No
     found = work.translate(model, work.data.test)
     assert (len(found), found[1]) == (2, [])
     assert work.evaluate(model, "test")["bleu"] >= 0
+    # A model that has an answer to everything is not asked for an empty line.
+    monkeypatch.setattr(translation, "translate", lambda model, batches, config: [[4]] * len(batches[0]))
+    assert work.translate(model, work.data.test) == [[4], []]
