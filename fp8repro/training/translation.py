@@ -26,12 +26,13 @@ from fp8repro.data.translation.batching import (
     pair_lengths,
 )
 from fp8repro.data.translation.datasets import CODES_FILE, Split, load_translation
+from fp8repro.data.translation.languages import CUT_BY_SCRIPT, scoring_language
 from fp8repro.data.translation.vocabulary import EOS, PAD
 from fp8repro.errors import UserError
 from fp8repro.models.fairseq_model import fairseq_transformer
 from fp8repro.models.gnmt import gnmt
 from fp8repro.models.transformer import transformer
-from fp8repro.training.bleu import chrf_score, sacrebleu_score, tokenized_bleu
+from fp8repro.training.bleu import Score, chrf_score, sacrebleu_score, tokenized_bleu
 from fp8repro.training.decode import translate
 from fp8repro.training.distributed import World
 from fp8repro.training.task import Poll, no_poll, polled
@@ -59,6 +60,7 @@ class TranslationTask:
         self.config, self.world = config, world
         options = config.data
         self.data = load_translation(options.name, options.root, options.options, options.workers)
+        self.scored_as = scoring_language(self.data.languages[1], self.data.test.references)
         budget = config.trainer.batch_size // (config.trainer.micro_steps * world.size)
         self.batches = TranslationBatches(self.data.train, budget, config.seed, world.rank, world.size)
 
@@ -114,7 +116,7 @@ class TranslationTask:
         metrics = {"loss": loss, "perplexity": perplexity(loss)}
         if split == "test":
             hypotheses = [self.data.detokenize(ids) for ids in self.translate(model, pairs, poll)]
-            metrics["bleu"] = sacrebleu_score(hypotheses, pairs.references).value
+            metrics["bleu"] = sacrebleu_score(hypotheses, pairs.references, self.scored_as).value
             metrics["chrf"] = chrf_score(hypotheses, pairs.references).value
         return metrics
 
@@ -124,25 +126,29 @@ class TranslationTask:
 
     def finish(self, model: nn.Module, metrics: dict[str, float], folder: Path, poll: Poll = no_poll) -> dict[str, Any]:
         """See `Task`: translates the test split; writes translations, references and samples."""
-        test, language = self.data.test, self.data.languages[1]
+        test = self.data.test
         started = time.monotonic()
         found = self.translate(model, test, poll)
         seconds = time.monotonic() - started
         hypotheses, references = [self.data.detokenize(ids) for ids in found], test.references
-        bleu, chrf = sacrebleu_score(hypotheses, references), chrf_score(hypotheses, references)
-        words = [" ".join(self.data.tokens(ids)) for ids in found]
-        on_words = tokenized_bleu(words, [text.tokenize(line, language) for line in references])
+        bleu = sacrebleu_score(hypotheses, references, self.scored_as)
+        chrf = chrf_score(hypotheses, references)
+        on_words = bleu if self.scored_as in CUT_BY_SCRIPT else self._score_on_words(found)
+        # A score against references without their unknown words is comparable to none against the text.
+        suffix = "|refs:ids" if self.data.references_from == "ids" else ""
         if self.world.is_main:
             _write_lines(folder / HYPOTHESES, hypotheses)
             _write_lines(folder / REFERENCES, references)
             _write_lines(folder / SAMPLES, self._samples(hypotheses))
         return {
             "bleu": bleu.value,
-            "bleu_signature": bleu.signature,
+            "bleu_signature": bleu.signature + suffix,
             "chrf": chrf.value,
-            "chrf_signature": chrf.signature,
+            "chrf_signature": chrf.signature + suffix,
             "bleu_tokenized": on_words.value,
-            "bleu_tokenized_signature": on_words.signature,
+            "bleu_tokenized_signature": on_words.signature + suffix,
+            "references_from": self.data.references_from,
+            "subwords": self.data.scheme.name,
             "brevity_penalty": bleu.brevity_penalty,
             "perplexity": metrics["perplexity"],
             "decode_seconds": seconds,
@@ -151,33 +157,43 @@ class TranslationTask:
         }
 
     def translate(self, model: nn.Module, split: Split, poll: Poll = no_poll) -> list[list[int]]:
-        """Best translation (ids without EOS) of each sentence of a split, in its order; the same on every rank."""
+        """Best translation (ids without EOS) of each sentence of a split, in its order; the same on every rank.
+
+        That of an empty line is empty.
+        """
         decode = self.config.decode
         found: dict[int, list[int]] = {}
+        filled = np.flatnonzero(split.source.sizes > 1)
         # A sentence takes `beam` rows.
-        for indices in self._eval_batches(split.source.sizes, decode.beam, poll):
+        for batch in self._eval_batches(split.source.sizes[filled], decode.beam, poll):
+            indices = filled[batch]
             source = pad_sequences(split.source, indices.tolist()).to(self.world.device)
             found |= dict(zip(indices.tolist(), translate(model, [source], decode), strict=True))  # type: ignore[arg-type]
         if self.world.size > 1:
             shares: list[Any] = [None] * self.world.size
             dist.all_gather_object(shares, found)
             found = {index: ids for share in shares for index, ids in share.items()}
-        return [found[index] for index in range(len(split.source))]
+        return [found.get(index, []) for index in range(len(split.source))]
+
+    def _score_on_words(self, found: list[list[int]]) -> Score:
+        """BLEU on Moses tokens."""
+        words = [" ".join(self.data.tokens(ids)) for ids in found]
+        language = self.data.languages[1]
+        return tokenized_bleu(words, [text.tokenize(line, language) for line in self.data.test.references])
 
     def _eval_batches(
         self, lengths: np.ndarray[Any, np.dtype[np.int64]], rows: int, poll: Poll
     ) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
         """This rank's batches of `trainer.eval_batch_size` tokens with `rows` rows a sentence; the longest first."""
-        budget = max(self.config.trainer.eval_batch_size // rows, int(lengths.max()))
+        budget = max(self.config.trainer.eval_batch_size // rows, int(lengths.max(initial=0)))
         batches = bucket_batches(lengths, budget)[::-1]
         return polled(batches[self.world.rank :: self.world.size], -(-len(batches) // self.world.size), poll)
 
     def _samples(self, hypotheses: list[str]) -> list[str]:
         test, lines = self.data.test, []
         for index in range(0, len(hypotheses), -(-len(hypotheses) // SAMPLE_COUNT)):
-            source = self.data.vocabulary.decode(test.source[index].tolist())
             lines += [
-                f"source      {text.detokenize(source, self.data.languages[0])}",
+                f"source      {self.data.detokenize(test.source[index].tolist(), side=0)}",
                 f"reference   {test.references[index]}",
                 f"translation {hypotheses[index]}",
                 "",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,9 +19,22 @@ from typing import Any
 import numpy as np
 
 from fp8repro.config import build_dataclass
-from fp8repro.data.translation import corpus, fairseq_binary, grammar, lexicon, synthetic, text, vocabulary
+from fp8repro.data.translation import (
+    corpus,
+    fairseq_binary,
+    grammar,
+    languages,
+    lexicon,
+    references,
+    subwords,
+    synthetic,
+    text,
+    vocabulary,
+)
 from fp8repro.data.translation.cache import cached_folder, content_key
 from fp8repro.data.translation.fairseq_binary import TokenSequences, read_binary, write_binary
+from fp8repro.data.translation.references import read_references, reference_line
+from fp8repro.data.translation.subwords import DEFAULT_SCHEME, SEPARATOR, SubwordScheme, find_scheme
 from fp8repro.data.translation.vocabulary import EOS, SPECIAL, Vocabulary
 from fp8repro.errors import UserError
 
@@ -48,6 +62,9 @@ class TranslationData:
         train: has no references. valid, test: have them.
         skipped: training pairs left out, by reason.
         folder: where the files lie, in fairseq's layout.
+        scheme: how tokens join to words.
+        references_from: "lines", or "ids" where the folder has no text: their unknown words are lost, and written as
+            a mark that equals nothing in a translation.
     """
 
     vocabulary: Vocabulary
@@ -57,14 +74,17 @@ class TranslationData:
     test: Split
     skipped: Mapping[str, int]
     folder: Path
+    scheme: SubwordScheme
+    references_from: str
 
     def tokens(self, ids: list[int]) -> list[str]:
-        """Words as Moses tokenizes them, subwords joined."""
-        return text.join_subwords(self.vocabulary.decode(ids)).split()
+        """Words of target ids as Moses tokenizes them, subwords joined."""
+        words = self.scheme.join(self.vocabulary.decode(ids))
+        return (text.tokenize(words, self.languages[1]) if self.scheme.gives_plain_text else words).split()
 
-    def detokenize(self, ids: list[int]) -> str:
-        """Target ids to plain text."""
-        return text.detokenize(self.vocabulary.decode(ids), self.languages[1])
+    def detokenize(self, ids: list[int], side: int = 1) -> str:
+        """Ids of the source (side 0) or the target (1) to plain text."""
+        return text.detokenize(self.vocabulary.decode(ids), self.languages[side], self.scheme)
 
 
 @dataclass(frozen=True)
@@ -75,6 +95,8 @@ class TextSettings:
         source, target: languages, as Moses and file names call them.
         bpe_merges: joint merges to learn, where `bpe_codes` (a subword-nmt file) is not given.
         tokenized: lines are Moses tokens and subwords already; nothing is normalized, tokenized or segmented.
+        subwords: how tokens of `tokenized` lines join to words: auto | bpe | sentencepiece | none; see `find_scheme`.
+        separator: what ends a token within a word, of "bpe".
         max_length: longest training sentence in subwords, on either side.
     """
 
@@ -83,6 +105,8 @@ class TextSettings:
     bpe_merges: int = 4000
     bpe_codes: str | None = None
     tokenized: bool = False
+    subwords: str = "auto"
+    separator: str = SEPARATOR
     max_length: int = 100
 
 
@@ -109,10 +133,12 @@ class SyntheticSettings:
 
 @dataclass(frozen=True)
 class BinarySettings:
-    """Languages of a folder that fairseq-preprocess wrote."""
+    """Languages of a folder that fairseq-preprocess wrote, and how its tokens join to words (see `find_scheme`)."""
 
     source: str = "en"
     target: str = "de"
+    subwords: str = "auto"
+    separator: str = SEPARATOR
 
 
 Pairs = Iterator[tuple[str, str]]
@@ -153,28 +179,70 @@ def _load_synthetic(settings: SyntheticSettings, workers: int) -> TranslationDat
 
     text_settings = TextSettings(bpe_merges=settings.bpe_merges)
     key = _key(settings, [Path(inspect.getfile(part)) for part in (grammar, lexicon, synthetic)])
-    return _open(cached_folder("synthetic_translation", key, build), ("en", "de"))
+    return _open(cached_folder("synthetic_translation", key, build), text_settings)
 
 
 def _load_text(settings: ParallelSettings, root: Path, workers: int) -> TranslationData:
-    languages = (settings.source, settings.target)
+    _check_text_settings(settings)
+    pair = _languages(settings)
     names = {"train": settings.train, "valid": settings.valid, "test": settings.test}
-    files = {split: corpus.corpus_files(root, names[split], languages) for split in SPLITS}
+    files = {split: corpus.corpus_files(root, names[split], pair) for split in SPLITS}
     inputs = [path for split in SPLITS for path in files[split]]
     inputs += [Path(settings.bpe_codes)] if settings.bpe_codes else []
     for path in inputs:
         if not path.is_file():
             raise UserError(f"data.root: {str(path)!r} is missing, expected a text file")
+    for split in SPLITS:
+        if next(corpus.read_pairs(files[split]), None) is None:
+            raise UserError(f"data.root: {str(files[split][0])!r} has no line, expected at least one")
 
     def build(folder: Path) -> None:
         splits = {split: partial(corpus.read_pairs, files[split]) for split in SPLITS}
         _prepare(folder, splits, settings, workers)
 
-    return _open(cached_folder("parallel_text", _key(settings, inputs), build), languages)
+    return _open(cached_folder("parallel_text", _key(settings, inputs), build), settings)
 
 
 def _load_binary(settings: BinarySettings, root: Path, workers: int) -> TranslationData:
-    return _open(root, (settings.source, settings.target))
+    return _open(root, settings)
+
+
+def _languages(settings: TextSettings | BinarySettings) -> tuple[str, str]:
+    """Source and target; files are named by them.
+
+    Raises:
+        UserError: they are the same, or no names of files.
+    """
+    for side in ("source", "target"):
+        code = getattr(settings, side)
+        if not code or "/" in code or code != code.strip():
+            raise UserError(f"data.options.{side}: got {code!r}, expected a language as in the names of the files")
+    if settings.source == settings.target:
+        raise UserError(f"data.options.target: got {settings.target!r}, expected another language than the source's")
+    return settings.source, settings.target
+
+
+def _check_text_settings(settings: TextSettings) -> None:
+    """Raises a UserError where a setting would say nothing: other text is segmented here, tokenized text is not."""
+    if settings.tokenized:
+        if settings.bpe_codes:
+            raise UserError(
+                f"data.options.bpe_codes: got {settings.bpe_codes!r}, expected none with data.options.tokenized=true "
+                "(lines are subwords already)"
+            )
+    elif settings.subwords not in ("auto", "bpe") or settings.separator != SEPARATOR:
+        name = "subwords" if settings.subwords not in ("auto", "bpe") else "separator"
+        raise UserError(
+            f"data.options.{name}: got {getattr(settings, name)!r}, expected it with data.options.tokenized=true alone "
+            "(other text is segmented here)"
+        )
+
+
+def _scheme(settings: TextSettings | BinarySettings, words: Vocabulary) -> SubwordScheme:
+    if isinstance(settings, TextSettings) and not settings.tokenized:
+        return DEFAULT_SCHEME
+    counts = dict(zip(words.tokens[len(SPECIAL) :], words.counts, strict=True))
+    return find_scheme(settings.subwords, settings.separator, counts)
 
 
 LOADERS: dict[str, tuple[type[Any], dict[str, Any], Callable[..., TranslationData]]] = {
@@ -188,7 +256,8 @@ LOADERS: dict[str, tuple[type[Any], dict[str, Any], Callable[..., TranslationDat
 
 def _key(settings: Any, inputs: list[Path]) -> str:
     """Hash of all that decides the prepared files: settings, inputs' contents, this code, the tokenizers' versions."""
-    code = [Path(inspect.getfile(part)) for part in (corpus, fairseq_binary, text, vocabulary, _key)]
+    parts = (corpus, fairseq_binary, languages, references, subwords, text, vocabulary, _key)
+    code = [Path(inspect.getfile(part)) for part in parts]
     plain = {name: value for name, value in vars(settings).items() if name != "bpe_codes"}
     versions = {package: version(package) for package in ("sacremoses", "subword-nmt")}
     return content_key({"settings": plain, "versions": versions}, [*inputs, *code])
@@ -196,17 +265,17 @@ def _key(settings: Any, inputs: list[Path]) -> str:
 
 def _prepare(folder: Path, splits: Mapping[str, Callable[[], Pairs]], settings: TextSettings, workers: int) -> None:
     """Fill a folder with dictionaries, codes, binarized splits, references and the report of what was skipped."""
-    languages = (settings.source, settings.target)
+    pair = (settings.source, settings.target)
     for split in SPLITS:
         _write_tokenized(folder, split, splits[split](), settings, workers)
     segment = _segmentation(folder, settings)
     skipped = {"empty": 0, "too_long": 0}
     counter: Counter[str] = Counter()
     for split in SPLITS:
-        rows: Rows = ((segment(s), segment(t)) for s, t in corpus.read_pairs(_files(folder, split, "tok", languages)))
+        rows: Rows = ((segment(s), segment(t)) for s, t in corpus.read_pairs(_files(folder, split, "tok", pair)))
         if split == "train":
             rows = _usable(rows, settings.max_length, skipped)
-        with _Writers(_files(folder, split, "bpe", languages)) as write:
+        with _Writers(_files(folder, split, "bpe", pair)) as write:
             for source, target in rows:
                 write(" ".join(source), " ".join(target))
                 if split == "train":
@@ -215,20 +284,31 @@ def _prepare(folder: Path, splits: Mapping[str, Callable[[], Pairs]], settings: 
     if not counter:
         raise UserError(f"data.root: all training pairs are empty or over max_length={settings.max_length} subwords")
     words = Vocabulary.build(counter)
-    for side, language in enumerate(languages):
+    for side, language in enumerate(pair):
         words.save(folder / f"dict.{language}.txt")
         for split in SPLITS:
-            lines = corpus.read_lines(_files(folder, split, "bpe", languages)[side])
+            lines = corpus.read_lines(_files(folder, split, "bpe", pair)[side])
             encoded = (words.encode(line.split()) for line in lines)
-            write_binary(folder / f"{split}.{'-'.join(languages)}.{language}", encoded, len(words))
+            write_binary(folder / f"{split}.{'-'.join(pair)}.{language}", encoded, len(words))
+    if settings.tokenized:
+        _write_references(folder, settings, words)
     for split in SPLITS:
-        for path in _files(folder, split, "tok", languages) + _files(folder, split, "bpe", languages):
+        for path in _files(folder, split, "tok", pair) + _files(folder, split, "bpe", pair):
             path.unlink()
     (folder / REPORT_FILE).write_text(json.dumps(skipped) + "\n", encoding="utf-8")
 
 
-def _files(folder: Path, split: str, stage: str, languages: tuple[str, str]) -> tuple[Path, ...]:
-    return corpus.corpus_files(folder, f"{split}.{stage}", languages)
+def _write_references(folder: Path, settings: TextSettings, words: Vocabulary) -> None:
+    """The plain text of the tokenized valid and test targets, with the words that the dictionary lacks."""
+    scheme = _scheme(settings, words)
+    for split in SPLITS[1:]:
+        path = _files(folder, split, "tok", (settings.source, settings.target))[1]
+        lines = (reference_line(line.split(), settings.target, words, scheme) for line in corpus.read_lines(path))
+        (folder / f"{split}.{settings.target}").write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8"))
+
+
+def _files(folder: Path, split: str, stage: str, pair: tuple[str, str]) -> tuple[Path, ...]:
+    return corpus.corpus_files(folder, f"{split}.{stage}", pair)
 
 
 class _Writers:
@@ -251,12 +331,12 @@ class _Writers:
 
 def _write_tokenized(folder: Path, split: str, pairs: Pairs, settings: TextSettings, workers: int) -> None:
     """Tokenized lines of both sides; of the valid and test targets the plain lines too, to score against."""
-    languages = (settings.source, settings.target)
-    raw, tokenized = _files(folder, split, "raw", languages), _files(folder, split, "tok", languages)
+    pair = (settings.source, settings.target)
+    raw, tokenized = _files(folder, split, "raw", pair), _files(folder, split, "tok", pair)
     with _Writers(raw) as write:
         for source, target in pairs:
             write(source, target)
-    for raw_path, path, language in zip(raw, tokenized, languages, strict=True):
+    for raw_path, path, language in zip(raw, tokenized, pair, strict=True):
         if settings.tokenized:
             raw_path.rename(path)
             continue
@@ -275,10 +355,12 @@ def _segmentation(folder: Path, settings: TextSettings) -> Callable[[str], list[
         return str.split
     codes = folder / CODES_FILE
     if settings.bpe_codes:
-        codes.write_bytes(Path(settings.bpe_codes).read_bytes())
-    else:
-        paths = _files(folder, "train", "tok", (settings.source, settings.target))
-        text.learn_bpe((line for path in paths for line in corpus.read_lines(path)), settings.bpe_merges, codes)
+        given = Path(settings.bpe_codes)
+        segmenter = text.Subwords(given)
+        codes.write_bytes(given.read_bytes().removeprefix(BOM_UTF8))
+        return segmenter.segment
+    paths = _files(folder, "train", "tok", (settings.source, settings.target))
+    text.learn_bpe((line for path in paths for line in corpus.read_lines(path)), settings.bpe_merges, codes)
     return text.Subwords(codes).segment
 
 
@@ -293,39 +375,49 @@ def _usable(rows: Rows, longest: int, skipped: dict[str, int]) -> Rows:
             yield source, target
 
 
-def _open(folder: Path, languages: tuple[str, str]) -> TranslationData:
+def _open(folder: Path, settings: TextSettings | BinarySettings) -> TranslationData:
     """Open a folder in fairseq's layout.
 
     Raises:
-        UserError: files are missing or malformed, sides differ in number, dictionaries are not joint,
-            or an id lies outside the dictionary.
+        UserError: files are missing or malformed, a split is empty, sides differ in number, dictionaries are not
+            joint, an id lies outside the dictionary, or it is not known how tokens join to words.
     """
-    dictionaries = [Vocabulary.load(folder / f"dict.{language}.txt") for language in languages]
+    pair = _languages(settings)
+    dictionaries = [Vocabulary.load(folder / f"dict.{language}.txt") for language in pair]
     if dictionaries[0].tokens != dictionaries[1].tokens:
         raise UserError(
-            f"data.root: dict.{languages[0]}.txt and dict.{languages[1]}.txt in {str(folder)!r} differ, "
+            f"data.root: dict.{pair[0]}.txt and dict.{pair[1]}.txt in {str(folder)!r} differ, "
             "expected fairseq-preprocess --joined-dictionary"
         )
     words = dictionaries[0]
-    splits = {}
+    scheme = _scheme(settings, words)
+    report = _read_report(folder / REPORT_FILE)
+    splits, origin = {}, "lines"
     for split in SPLITS:
-        stem = folder / f"{split}.{'-'.join(languages)}"
-        source, target = (read_binary(Path(f"{stem}.{language}")) for language in languages)
+        stem = folder / f"{split}.{'-'.join(pair)}"
+        source, target = (read_binary(Path(f"{stem}.{language}")) for language in pair)
         if len(source) != len(target):
             raise UserError(
                 f"data.root: {split} in {str(folder)!r} has {len(source)} sources and {len(target)} targets, "
                 "expected the same number"
             )
+        if not len(source):
+            raise UserError(f"data.root: {split} in {str(folder)!r} is empty, expected at least one pair")
         for side in (source, target):
             _check_ids(side, len(words), f"{split} in {str(folder)!r}")
-        splits[split] = Split(source, target, _references(folder, split, languages[1], target, words))
-    return TranslationData(words, languages, **splits, skipped=_read_report(folder / REPORT_FILE), folder=folder)
+        lines: list[str] = []
+        if split != "train":
+            lines, origin = read_references(folder, split, pair[1], target, words, scheme, tokenized=report is None)
+        splits[split] = Split(source, target, lines)
+    return TranslationData(
+        words, pair, **splits, skipped=report or {}, folder=folder, scheme=scheme, references_from=origin
+    )
 
 
-def _read_report(path: Path) -> dict[str, int]:
-    """Pairs that were left out, by reason; a folder that was not prepared here has no report."""
+def _read_report(path: Path) -> dict[str, int] | None:
+    """Pairs that were left out, by reason; None of a folder that was not prepared here."""
     if not path.is_file():
-        return {}
+        return None
     try:
         skipped = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
@@ -347,13 +439,3 @@ def _check_ids(sequences: TokenSequences, vocab_size: int, name: str) -> None:
     last = sequences.tokens[sequences.starts + sequences.sizes - 1] if sequences.sizes.min() > 0 else np.zeros(1)
     if np.any(last != EOS + sequences.shift):
         raise UserError(f"data.root: {name} holds a sentence without {SPECIAL[EOS]} at its end, expected fairseq data")
-
-
-def _references(folder: Path, split: str, language: str, target: TokenSequences, words: Vocabulary) -> list[str]:
-    """Plain target lines where the folder has them, else detokenized from the ids."""
-    if split == "train":
-        return []
-    plain = folder / f"{split}.{language}"
-    if plain.is_file():
-        return list(corpus.read_lines(plain))
-    return [text.detokenize(words.decode(target[i].tolist()), language) for i in range(len(target))]

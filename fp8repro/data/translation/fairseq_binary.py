@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fp8repro.data.translation.vocabulary import UNKNOWN
 from fp8repro.errors import UserError
 
 MMAP_MAGIC = b"MMIDIDX\0\0"
@@ -42,9 +43,12 @@ class TokenSequences:
         return len(self.sizes)
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Ids of one sequence, a copy."""
+        """Ids of one sequence, a copy; a `<s>`, `<pad>` or `</s>` before its end (a word of the text) is unknown."""
         start, size = int(self.starts[index]), int(self.sizes[index])
-        return self.tokens[start : start + size].astype(np.int64) - self.shift
+        ids = self.tokens[start : start + size].astype(np.int64) - self.shift
+        words = ids[:-1]
+        words[words < UNKNOWN] = UNKNOWN
+        return ids
 
 
 def read_binary(prefix: Path) -> TokenSequences:

@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 
+from fp8repro.data.translation.corpus import without_mark
+from fp8repro.data.translation.languages import HANGUL, is_known, moses_language
+from fp8repro.data.translation.subwords import DEFAULT_SCHEME, SEPARATOR, SubwordScheme
 from fp8repro.errors import UserError
 
-SEPARATOR = "@@"
+BYTE_LEVEL_SPACE = "\u0120"
+VERSION_ALONE = re.compile(r"#version: [\d.]+\n")
 CODES_VERSIONS = ((0, 1), (0, 2))
+UNSPACED = ("zh", "yue", "ja")
+# They put no space beside their punctuation; Moses leaves one there.
+WIDE = "[\u3000-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]"
+SPACE_BESIDE_WIDE = re.compile(f" (?={WIDE})|(?<={WIDE}) ")
 
 
 @cache
@@ -25,9 +34,18 @@ def _moses(language: str):  # type: ignore[no-untyped-def]
     return MosesPunctNormalizer(lang=language), MosesTokenizer(lang=language), MosesDetokenizer(lang=language)
 
 
+def _language_of_line(code: str, line: str) -> str:
+    """The language by whose rules Moses takes a line; Korean, which has spaces, where nothing else is known of it.
+
+    Without its name Moses cuts Korean into characters, and joins them without spaces.
+    """
+    language = moses_language(code)
+    return "ko" if not is_known(language) and HANGUL.search(line) else language
+
+
 def tokenize(line: str, language: str) -> str:
     """Normalize punctuation and tokenize as Moses does (XML escapes included); tokens are joined by spaces."""
-    normalizer, tokenizer, _ = _moses(language)
+    normalizer, tokenizer, _ = _moses(_language_of_line(language, line))
     return tokenizer.tokenize(normalizer.normalize(line), return_str=True)
 
 
@@ -41,15 +59,14 @@ def tokenize_lines(lines: Iterable[str], language: str, workers: int = 0) -> Ite
         yield from map(function, lines)
 
 
-def detokenize(tokens: Iterable[str], language: str) -> str:
-    """Join subword units, then undo the tokenization and its escapes."""
-    words = join_subwords(tokens).split()
-    return _moses(language)[2].detokenize(words)
-
-
-def join_subwords(tokens: Iterable[str]) -> str:
-    """Subword units to words, joined by spaces (tokenized text)."""
-    return (" ".join(tokens) + " ").replace(f"{SEPARATOR} ", "").strip()
+def detokenize(tokens: Iterable[str], language: str, scheme: SubwordScheme = DEFAULT_SCHEME) -> str:
+    """Join subword units to words, then undo the tokenization and its escapes; joined sentencepiece is plain text."""
+    text = scheme.join(tokens)
+    if scheme.gives_plain_text:
+        return text
+    language = _language_of_line(language, text)
+    line: str = _moses(language)[2].detokenize(text.split())
+    return SPACE_BESIDE_WIDE.sub("", line) if language in UNSPACED else line
 
 
 def learn_bpe(lines: Iterable[str], merges: int, path: Path) -> None:
@@ -81,15 +98,22 @@ class Subwords:
         from subword_nmt.apply_bpe import BPE
 
         try:
-            text = path.read_bytes().decode("utf-8")
+            text = without_mark(path.read_bytes().decode("utf-8")).rstrip() + "\n"
+            # subword-nmt takes the end of a file without merges for a damaged line.
+            merges = 0 if VERSION_ALONE.fullmatch(text) else -1
             with contextlib.redirect_stderr(io.StringIO()):
-                self._bpe = BPE(io.StringIO(text), separator=SEPARATOR)
+                self._bpe = BPE(io.StringIO(text), merges, SEPARATOR)
             if self._bpe.version not in CODES_VERSIONS:
                 raise ValueError(f"version {self._bpe.version}")
         except OSError as error:
             raise UserError(f"data.options.bpe_codes: cannot read {str(path)!r} ({error.strerror})") from None
         except (UnicodeDecodeError, SystemExit, ValueError, IndexError):
             raise UserError(f"data.options.bpe_codes: {str(path)!r} is no codes file of subword-nmt") from None
+        units = ["".join(pair) for pair in self._bpe.bpe_codes]
+        if any(unit.startswith(BYTE_LEVEL_SPACE) for unit in units) and not any(u.endswith("</w>") for u in units):
+            raise UserError(
+                f"data.options.bpe_codes: {str(path)!r} is byte-level BPE (GPT-2's), expected codes of subword-nmt"
+            )
 
     def segment(self, line: str) -> list[str]:
         """A tokenized line to subword units."""

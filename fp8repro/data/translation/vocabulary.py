@@ -1,23 +1,29 @@
 """The joint vocabulary of source and target, in fairseq's file format and numbering.
 
-It must never give a token another id than its file does.
+It must never give a token another id than its file does, nor a word of a text one of the ids with a meaning.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import count as count_from
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fp8repro.data.translation.corpus import without_mark
 from fp8repro.errors import UserError
 
 BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 OVERWRITE = " #fairseq:overwrite"
 LONGEST_COUNT = 18  # digits
+# What an unknown word of a reference is written as: not "<unk>", which a translation may hold and which 13a cuts up.
+UNKNOWN_MARKS = ("\u2047", "\ufffd", "\ue000")
 
 
 class Vocabulary:
@@ -27,7 +33,8 @@ class Vocabulary:
         """Tokens without the four special ones, and how often each occurred."""
         self.tokens = [*SPECIAL, *tokens]
         self.counts = list(counts)
-        self.ids = {token: i for i, token in enumerate(self.tokens)}
+        # A "</s>" within a text is a word like any other: it has the id that the file gives it, or none.
+        self.ids = {token: i for i, token in enumerate(tokens, start=len(SPECIAL))}
 
     def __len__(self) -> int:
         """Number of ids."""
@@ -35,29 +42,39 @@ class Vocabulary:
 
     @classmethod
     def build(cls, counter: Counter[str], multiple: int = 8) -> Vocabulary:
-        """Most frequent token first, padded with `madeupwordNNNN` to a multiple of `multiple` ids (as fairseq)."""
-        ordered = sorted(((t, n) for t, n in counter.items() if t not in SPECIAL), key=lambda item: (-item[1], item[0]))
+        """Most frequent token first, padded with `madeupwordNNNN` to a multiple of `multiple` ids (as fairseq).
+
+        `<unk>` gets no id of its own: in tokenized text it stands for an unknown word.
+        """
+        words = ((t, n) for t, n in counter.items() if t != SPECIAL[UNKNOWN])
+        ordered = sorted(words, key=lambda item: (-item[1], item[0]))
         tokens, counts = [token for token, _ in ordered], [count for _, count in ordered]
-        made_up = -(len(SPECIAL) + len(tokens)) % multiple
-        return cls(tokens + [f"madeupword{i:04d}" for i in range(made_up)], counts + [0] * made_up)
+        free = (name for i in count_from() if (name := f"madeupword{i:04d}") not in counter)
+        made_up = list(islice(free, -(len(SPECIAL) + len(tokens)) % multiple))
+        return cls(tokens + made_up, counts + [0] * len(made_up))
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
-        """Read a `dict.*.txt`: `<token> <count>` a line, split at the last space.
+        """Read a `dict.*.txt`: `<token> <count>` a line, split at the last space; lines may end as on Windows.
+
+        A token that occurs again, as a special one does whose name is a word of the text, needs fairseq's mark behind
+        its count, and has the last of its ids.
 
         Raises:
-            UserError: the file is missing, no UTF-8, a line has no count, or a token occurs twice.
+            UserError: the file is missing, no UTF-8, a line has no count, or a token occurs again without the mark.
         """
         try:
-            lines = path.read_bytes().decode("utf-8").split("\n")
+            content = path.read_bytes().decode("utf-8")
         except OSError as error:
             raise UserError(f"data.root: cannot read {str(path)!r} ({error.strerror}), expected a dictionary") from None
         except UnicodeDecodeError:
             raise UserError(f"data.root: {str(path)!r} is not UTF-8, expected a dictionary") from None
+        # A byte order mark before a space is a token that a text holds.
+        lines = (content if content[1:2] == " " else without_mark(content)).split("\n")
         tokens: list[str] = []
         counts: list[int] = []
-        known: set[str] = set()
-        for number, line in enumerate(lines, start=1):
+        known = set(SPECIAL)
+        for number, line in enumerate((line.removesuffix("\r") for line in lines), start=1):
             if not line:
                 continue
             overwrite = line.endswith(OVERWRITE)
@@ -73,11 +90,14 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         """Write the format that `load` reads; the special tokens are not in it."""
-        rows = zip(self.tokens[len(SPECIAL) :], self.counts, strict=True)
-        path.write_bytes("".join(f"{token} {count}\n" for token, count in rows).encode("utf-8"))
+        known, rows = set(SPECIAL), []
+        for token, count in zip(self.tokens[len(SPECIAL) :], self.counts, strict=True):
+            rows.append(f"{token} {count}{OVERWRITE if token in known else ''}\n")
+            known.add(token)
+        path.write_bytes("".join(rows).encode("utf-8"))
 
     def encode(self, tokens: Iterable[str]) -> NDArray[np.int64]:
-        """Ids with a trailing EOS."""
+        """Ids with a trailing EOS; a token that is not in the file, `</s>` too, is unknown."""
         return np.array([self.ids.get(token, UNKNOWN) for token in tokens] + [EOS], dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> list[str]:
@@ -89,3 +109,8 @@ class Vocabulary:
             if i not in (PAD, BOS):
                 tokens.append(self.tokens[i])
         return tokens
+
+    @cached_property
+    def unknown_mark(self) -> str:
+        """What an unknown word of a reference is written as: a character that no token, so no translation, holds."""
+        return next((mark for mark in UNKNOWN_MARKS if not any(mark in t for t in self.tokens)), UNKNOWN_MARKS[-1])
