@@ -131,7 +131,7 @@ def build(config: RunConfig, world: World) -> Run:
     report = inject(model, config.precision, context, config.backend)
     optimizer = make_optimizer(model, config.optimizer)
     masters = MasterWeights(model, optimizer, config.precision, context)
-    scaler = make_scaler(config.loss_scaling, total_steps)
+    scaler = make_scaler(config.loss_scaling, total_steps, config.trainer.epochs)
     statistics = NormalizationStatistics(model)
     replays = Replays(config, world, task, model)
     return Run(
