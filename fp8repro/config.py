@@ -395,6 +395,8 @@ def _convert(value: Any, hint: Any, setting: str) -> Any:
         return build_dataclass(hint, value, setting)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, int) and abs(value) >= 2**1023:
+            raise UserError(f"{setting}: got a whole number of {value.bit_length()} bits, expected a smaller one")
         return float(value) if isinstance(value, float) else value
     if hint is float and isinstance(value, str):
         # YAML 1.1 reads 1e-4 as a text.

@@ -6,7 +6,6 @@ A bare number under 1 is a fraction of the run, a whole one from 1 on counts ste
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -149,4 +148,6 @@ def _plain(lengths: Sequence[Length]) -> str:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) < 2**1023
