@@ -31,7 +31,7 @@ SWITCHES = ("round_outputs", "round_input_errors", "attention_products", "fuse_n
 
 
 def _one_of(setting: str, given: Any, accepted: tuple[str, ...]) -> None:
-    if given not in accepted:
+    if not isinstance(given, str) or given not in accepted:
         raise UserError(f"{setting}: got {given!r}, expected one of {', '.join(accepted)}")
 
 
@@ -183,7 +183,7 @@ def _role_from_mapping(values: Any, setting: str) -> RoleSpec:
         if key not in ROLE_CHOICES:
             raise UserError(f"{setting}.{key}: unknown setting, expected one of {', '.join(ROLE_CHOICES)}")
     # Hydra and YAML read a bare inf as a number.
-    texts = {key: "inf" if value == math.inf else value for key, value in values.items()}
+    texts = {key: "inf" if isinstance(value, float) and value == math.inf else value for key, value in values.items()}
     try:
         return RoleSpec(**texts)
     except UserError as error:
