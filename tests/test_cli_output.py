@@ -1,4 +1,4 @@
-"""Output that has nowhere to go: a run goes on, an answer that cannot be given is a failure, and nothing is a traceback."""
+"""Output that has nowhere to go: a run goes on, an answer that cannot be given fails, and nothing is a traceback."""
 
 import os
 import subprocess
@@ -9,9 +9,7 @@ import pytest
 
 from fp8repro import cli
 
-TRAIN = (
-    "train model=resnet18 logger=none device=cpu trainer.max_steps=2 trainer.batch_size=16 trainer.eval_batch_size=2000"
-)
+TRAIN = "train model=resnet18 logger=none device=cpu trainer.max_steps=1 trainer.batch_size=16"
 # The redirection, and what a shell says that the command ended with.
 LOST = {
     "closed": "{} >&-",
@@ -25,17 +23,17 @@ GONE = "( trap '' PIPE; {}; echo $? > code ) | true; exit $(cat code)"
 
 def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
-    )
+    whole = ["bash", "-c", line]
+    return subprocess.run(whole, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def command(arguments: str) -> str:
     return f"{Path(sys.executable).parent / 'fp8repro'} {arguments}"
 
 
-@pytest.mark.parametrize("how", ["closed", "full", "both full"])
-@pytest.mark.parametrize("verb", ["--help", "reproduce --help", "compare ."])
+@pytest.mark.parametrize(
+    ("verb", "how"), [("--help", "closed"), ("--help", "full"), ("--help", "both full"), ("compare .", "full")]
+)
 def test_an_answer_that_cannot_be_given_is_a_failure(verb: str, how: str, tmp_path: Path) -> None:
     done = shell(LOST[how].format(command(verb)), tmp_path)
     assert done.returncode == 1
@@ -44,13 +42,12 @@ def test_an_answer_that_cannot_be_given_is_a_failure(verb: str, how: str, tmp_pa
     assert done.stderr == expected
 
 
-@pytest.mark.parametrize("verb", ["train --help", "compare ."])
-def test_a_reader_who_had_enough_is_no_failure(verb: str, tmp_path: Path) -> None:
-    done = shell(GONE.format(command(verb)), tmp_path)
+def test_a_reader_who_had_enough_is_no_failure(tmp_path: Path) -> None:
+    done = shell(GONE.format(command("train --help")), tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("how", [LOST["full"], LOST["all closed"], GONE], ids=["full", "all closed", "reader gone"])
+@pytest.mark.parametrize("how", [LOST["all closed"], GONE], ids=["all closed", "reader gone"])
 def test_a_run_outlives_its_output(how: str, tmp_path: Path) -> None:
     done = shell(how.format(command(f"{TRAIN} run_dir=run")), tmp_path)
     assert done.returncode == 0
@@ -64,7 +61,7 @@ def test_a_run_outlives_its_output(how: str, tmp_path: Path) -> None:
 
 
 def test_a_mistake_keeps_its_exit_code_without_an_output(tmp_path: Path) -> None:
-    for how in LOST.values():
+    for how in (LOST["both closed"], LOST["both full"]):
         assert shell(how.format(command("trian")), tmp_path).returncode == 2
 
 
