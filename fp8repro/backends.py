@@ -25,8 +25,18 @@ def select_backend(backend: str, device: torch.device, accumulate: str) -> tuple
         The backend, and why "auto" did not take FP8 tensor cores (or "").
 
     Raises:
-        UserError: an unknown name, or Triton where it cannot run.
+        UserError: an unknown name, Triton where it cannot run, or an accumulation that the backend has not.
     """
+    chosen, why = _select(backend, device, accumulate)
+    if accumulate != "promoted" and chosen.name != "triton":
+        raise UserError(
+            f"precision.accumulate: got {accumulate!r} where {chosen.name} multiplies, which adds in FP32, "
+            "expected promoted"
+        )
+    return chosen, why
+
+
+def _select(backend: str, device: torch.device, accumulate: str) -> tuple[Backend, str]:
     if backend not in BACKENDS:
         raise UserError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "emulate":

@@ -16,9 +16,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fp8repro.cli_output import outlived
 from fp8repro.errors import RunFailure, UserError
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+# Options that ask for an answer and make nothing.
+ANSWERS = {"-h", "--help", "--cfg", "--cfg=job", "--dry-run"}
 DEFAULT_RUNS = "runs"
 
 
@@ -42,10 +45,25 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; gives the exit code: 0, 1 (a run failed), 2 (a mistake in what was asked), 130 (Ctrl-C)."""
+    """Run a command line; gives the exit code.
+
+    0; 1 (a run failed, or the answer that was asked for cannot be printed); 2 (a mistake in what was asked); 128 + the
+    number of a signal (130 for Ctrl-C).
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # What these verbs make lies in folders; the others are asked for what they print.
+    makes_files = given[:1] in (["train"], ["reproduce"], ["report"]) and not ANSWERS & set(given)
+    with outlived("; it goes on without" if makes_files else "") as output:
+        code = _exit_code(given)
+        output.flush()
+    # That head or less went away when they had enough is no error.
+    unanswered = output.lost is not None and not isinstance(output.lost, BrokenPipeError) and not makes_files
+    return FAILURE if code == 0 and unanswered else code
+
+
+def _exit_code(arguments: list[str]) -> int:
     try:
-        return _dispatch(given)
+        return _dispatch(arguments)
     except UserError as error:
         return _say(error, USAGE_ERROR)
     except RunFailure as error:
@@ -53,10 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fp8repro: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of a pipe (head, less) went away; Python must not complain at exit about it either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -222,15 +223,23 @@ def _profile_data(name: str) -> dict[str, list[str]]:
 def _with_open_prefix(override: Override) -> str:
     line = override.input_line
     assert line is not None
-    is_open = override.key_or_group.startswith(OPEN_MAPPINGS)
-    return f"++{line}" if is_open and not line.startswith(("+", "~")) else line
+    # What conf/ leaves to a default of the code is a setting as well.
+    may_be_new = override.key_or_group.startswith(OPEN_MAPPINGS) or override.key_or_group in _schema()
+    return f"++{line}" if may_be_new and not line.startswith(("+", "~")) else line
+
+
+@cache
+def _schema() -> frozenset[str]:
+    from fp8repro.config import setting_names
+
+    return frozenset(setting_names())
 
 
 def _check_keys(settings: Iterable[Override], config: DictConfig, known: Mapping[str, Any]) -> None:
     """Raise UserError for the first setting that the configuration does not have."""
     values = _plain(config)
     values.pop("profile_data")
-    keys, sections = _keys(values), dict.fromkeys([*known, *values])
+    keys, sections = dict.fromkeys([*_keys(values), *sorted(_schema())]), dict.fromkeys([*known, *values])
     for override in settings:
         key = override.key_or_group
         if key not in keys and not override.is_add() and not override.is_force_add():

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fp8repro.errors import UserError
+from fp8repro.lengths import Length, in_steps, read_length, require_ascending, require_unit
 from fp8repro.recipe import Recipe, recipe_from_mapping
 
 TASKS = ("image", "translation")
@@ -40,15 +41,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LossScalingConfig:
-    """Loss-scaling policy (paper, section 3.1). Windows and floor times: iterations, or a fraction of the run."""
+    """Loss-scaling policy (paper, section 3.1). Windows and the moments of floors: see `fp8repro.lengths`."""
 
     policy: str = "none"  # none | constant | dynamic | enhanced
     scale: float = 1.0  # constant: the scale; dynamic, enhanced: the initial one
     factor: float = 2.0
-    window: float = 2000  # good steps before the scale grows; under 1: fraction of the run
+    window: Length = 2000  # good steps before the scale grows
     min_scale: float = 1.0
     max_scale: float = 2.0**24
-    floors: tuple[tuple[float, float], ...] = ()  # enhanced: (when, floor), when under 1: fraction of the run
+    floors: tuple[tuple[Length, float], ...] = ()  # enhanced: (when, floor)
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,15 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate over the run; times under or equal to 1.0 with a point are fractions of the run."""
+    """Learning rate over the run; its lengths and moments: see `fp8repro.lengths`."""
 
     name: str = "cosine"  # constant | cosine | step | inverse_sqrt | gnmt
-    warmup: float = 0.0  # steps; under 1: fraction of the run
+    warmup: Length = 0.0
     warmup_start: float = 0.0  # multiplier of lr at step 0
     warmup_form: str = "linear"  # linear | exponential
-    milestones: tuple[float, ...] = ()  # step: fractions of the run at which lr *= gamma
+    milestones: tuple[Length, ...] = ()  # step: when lr *= gamma; from 1 on with a unit
     gamma: float = 0.1
-    decay_start: float = 0.666  # gnmt: fraction of the run where the halvings begin
+    decay_start: Length = 0.666  # gnmt: when the halvings begin; from 1 on with a unit
     decay_count: int = 4  # gnmt: number of halvings
 
 
@@ -169,40 +170,65 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "backend": ("auto", "emulate", "triton"),
     "graphs": ("auto", "off"),
 }
-POSITIVE = (
-    "trainer.epochs",
-    "trainer.max_steps",
-    "trainer.batch_size",
-    "trainer.micro_steps",
-    "trainer.eval_batch_size",
-    "trainer.log_every",
-    "trainer.keep_checkpoints",
-    "trainer.max_skipped_in_a_row",
-    "trainer.max_rollbacks",
-    "trainer.clip_norm",
-    "trainer.checkpoint_every_steps",
-    "trainer.checkpoint_every_minutes",
-    "schedule.decay_count",
-    "decode.beam",
-    "decode.max_length_b",
-    "optimizer.lr",
-    "loss_scaling.scale",
-    "loss_scaling.window",
-    "loss_scaling.min_scale",
-    "loss_scaling.max_scale",
-)
-NOT_NEGATIVE = (
-    "data.workers",
-    "trainer.eval_every_epochs",
-    "trainer.telemetry_every",
-    "trainer.average_checkpoints",
-    "optimizer.momentum",
-    "optimizer.weight_decay",
-    "schedule.warmup",
-    "decode.max_length_a",
-    "decode.coverage",
-)
-FRACTIONS = ("trainer.label_smoothing", "schedule.warmup_start", "schedule.decay_start")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What numbers a setting accepts: in words, and as a test."""
+
+    expected: str
+    fits: Callable[[float], bool]
+
+
+POSITIVE = Bound("a number over 0", lambda x: 0 < x < math.inf)
+NOT_NEGATIVE = Bound("a number from 0 on", lambda x: 0 <= x < math.inf)
+SHARE = Bound("a number from 0 to 1", lambda x: 0 <= x <= 1)
+UNDER_ONE = Bound("a number from 0 to under 1", lambda x: 0 <= x < 1)
+FINITE = Bound("a finite number", math.isfinite)
+# Loss and gradients are FP32: a scale and its inverse must be normal numbers there.
+SCALE = Bound("a number from 2^-126 to 2^126", lambda x: 2.0**-126 <= x <= 2.0**126)
+COUNT = Bound("a whole number from 1 to 2^31 - 1", lambda x: 0 < x < 2**31)
+COUNT_OR_ZERO = Bound("a whole number from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31)
+# Every setting that is a number or a list of them, but for lengths (`fp8repro.lengths`), which bound themselves.
+BOUNDS: dict[str, Bound] = {
+    "seed": Bound("a whole number from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63),
+    "data.image_size": COUNT,
+    "data.workers": COUNT_OR_ZERO,
+    "decode.alpha": FINITE,
+    "decode.beam": COUNT,
+    "decode.coverage": NOT_NEGATIVE,
+    "decode.max_length_a": NOT_NEGATIVE,
+    "decode.max_length_b": COUNT,
+    "loss_scaling.factor": Bound("a number over 1", lambda x: 1 < x < math.inf),
+    "loss_scaling.floors": SCALE,
+    "loss_scaling.max_scale": SCALE,
+    "loss_scaling.min_scale": SCALE,
+    "loss_scaling.scale": SCALE,
+    "optimizer.betas": UNDER_ONE,
+    "optimizer.eps": POSITIVE,
+    "optimizer.lr": POSITIVE,
+    "optimizer.momentum": NOT_NEGATIVE,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "schedule.decay_count": COUNT,
+    "schedule.gamma": SHARE,
+    "schedule.warmup_start": SHARE,
+    "trainer.average_checkpoints": COUNT_OR_ZERO,
+    "trainer.batch_size": COUNT,
+    "trainer.checkpoint_every_minutes": POSITIVE,
+    "trainer.checkpoint_every_steps": COUNT,
+    "trainer.clip_norm": POSITIVE,
+    "trainer.epochs": POSITIVE,
+    "trainer.eval_batch_size": COUNT,
+    "trainer.eval_every_epochs": COUNT_OR_ZERO,
+    "trainer.keep_checkpoints": COUNT,
+    "trainer.label_smoothing": SHARE,
+    "trainer.log_every": COUNT,
+    "trainer.max_rollbacks": COUNT,
+    "trainer.max_skipped_in_a_row": COUNT,
+    "trainer.max_steps": COUNT,
+    "trainer.micro_steps": COUNT,
+    "trainer.telemetry_every": COUNT_OR_ZERO,
+}
 
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:
@@ -217,32 +243,49 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     defaults = _mapping(precision.pop("default_loss_scaling", None), "precision.default_loss_scaling")
     recipe = recipe_from_mapping(precision)
     scaling = _mapping(values.pop("loss_scaling", None), "loss_scaling")
+    task = str(_mapping(values.get("model"), "model").get("task", "image"))
+    default = _mapping(defaults.get(task), f"precision.default_loss_scaling.{task}")
     if scaling.get("policy") == "auto":
-        task = str(_mapping(values.get("model"), "model").get("task", "image"))
-        del scaling["policy"]
-        # Single settings given beside `auto` hold over the recipe's.
-        default = _mapping(defaults.get(task), f"precision.default_loss_scaling.{task}")
-        scaling = {"policy": "none", **default, **scaling}
+        scaling["policy"] = default.get("policy", "none")
+    # Single settings hold over the recipe's, which are those of the same policy however it was chosen.
+    if scaling.get("policy") == default.get("policy"):
+        scaling = default | scaling
     values["loss_scaling"] = scaling
     config: RunConfig = build_dataclass(RunConfig, values, "", precision=recipe)
     for setting, accepted in CHOICES.items():
         given = _lookup(config, setting)
         if given not in accepted:
             raise UserError(f"{setting}: got {given!r}, expected one of {', '.join(accepted)}")
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"seed: got {config.seed}, expected a whole number from 0 to 2^63 - 1")
-    bounds: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
-        (POSITIVE, "a number over 0", lambda x: 0 < x < math.inf),
-        (NOT_NEGATIVE, "a number from 0 on", lambda x: 0 <= x < math.inf),
-        (FRACTIONS, "a number from 0 to 1", lambda x: 0 <= x <= 1),
-    )
-    for settings, expected, fits in bounds:
-        for setting in settings:
-            given = _lookup(config, setting)
-            # Only a setting that may be absent is None.
-            if given is not None and not fits(given):
-                raise UserError(f"{setting}: got {given!r}, expected {expected}")
+    for setting, bound in BOUNDS.items():
+        for given in _numbers(setting, _lookup(config, setting)):
+            if not bound.fits(given):
+                raise UserError(f"{setting}: got {given!r}, expected {bound.expected}")
+    _check_together(config)
     return config
+
+
+def _numbers(setting: str, value: Any) -> Sequence[float]:
+    """The numbers of a setting: none where it is absent; of floors, what they are and not when they begin."""
+    if setting == "loss_scaling.floors":
+        return [floor for _, floor in value]
+    return () if value is None else value if isinstance(value, tuple) else (value,)
+
+
+def _check_together(config: RunConfig) -> None:
+    """Raise UserError for settings that are sound one by one and mean nothing together."""
+    schedule, optimizer = config.schedule, config.optimizer
+    for number, when in enumerate(schedule.milestones):
+        require_unit(when, f"schedule.milestones[{number}]")
+    require_unit(schedule.decay_start, "schedule.decay_start")
+    require_ascending(schedule.milestones, config.trainer.epochs, "schedule.milestones")
+    if in_steps(config.loss_scaling.window, 2**31, config.trainer.epochs) == 0:
+        raise UserError(f"loss_scaling.window: got {_plain(config.loss_scaling.window)!r}, expected a length over 0")
+    if schedule.warmup_form == "exponential" and schedule.warmup_start == 0 and schedule.warmup != 0:
+        raise UserError(
+            f"schedule.warmup_start: got {schedule.warmup_start!r} with warmup_form=exponential, expected over 0"
+        )
+    if optimizer.name == "sgd" and optimizer.nesterov and optimizer.momentum == 0:
+        raise UserError(f"optimizer.momentum: got {optimizer.momentum!r} with nesterov=true, expected a number over 0")
 
 
 def compose_group(group: str, name: str) -> dict[str, Any]:
@@ -271,6 +314,15 @@ def group_options(group: str) -> list[str]:
 
     folder = files("fp8repro.conf").joinpath(group)
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def setting_names(cls: type = RunConfig, prefix: str = "") -> list[str]:
+    """The dotted names of the settings that every run has, in order, without those of its model or data set."""
+    names = []
+    for name, hint in get_type_hints(cls).items():
+        inner = hasattr(hint, "__dataclass_fields__")
+        names += setting_names(hint, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+    return names
 
 
 def _mapping(value: Any, setting: str) -> dict[str, Any]:
@@ -317,6 +369,8 @@ def build_dataclass(cls: type, values: Mapping[str, Any], setting: str, **ready:
 
 
 def _convert(value: Any, hint: Any, setting: str) -> Any:
+    if hint == Length:
+        return read_length(value, setting)
     origin, options = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in options:
@@ -341,6 +395,8 @@ def _convert(value: Any, hint: Any, setting: str) -> Any:
         return build_dataclass(hint, value, setting)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, int) and abs(value) >= 2**1023:
+            raise UserError(f"{setting}: got a whole number of {value.bit_length()} bits, expected a smaller one")
         return float(value) if isinstance(value, float) else value
     if hint is float and isinstance(value, str):
         # YAML 1.1 reads 1e-4 as a text.

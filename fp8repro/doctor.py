@@ -217,10 +217,16 @@ def _engine() -> Iterator[Finding]:
 
 def _places() -> Iterator[Finding]:
     """Where files are written: can they be, and is there room."""
-    for name, folder, advice in (
-        ("runs", Path("runs"), "start where you may write, or give run_dir="),
-        ("cache", cache_root(), "set FP8REPRO_CACHE to a folder with room"),
-    ):
+    places: tuple[tuple[str, Callable[[], Path], str], ...] = (
+        ("runs", lambda: Path("runs"), "start where you may write, or give run_dir="),
+        ("cache", cache_root, "set FP8REPRO_CACHE to a folder with room"),
+    )
+    for name, find, advice in places:
+        try:
+            folder = find()
+        except UserError as error:
+            yield Finding(f"{name} folder", MISSING, str(error), advice)
+            continue
         existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
         try:
             with tempfile.TemporaryFile(dir=existing) as file:

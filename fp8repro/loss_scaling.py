@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from fp8repro.config import LossScalingConfig
 from fp8repro.errors import UserError
+from fp8repro.lengths import Length, in_steps
 
 
 class LossScaler(Protocol):
@@ -127,8 +128,10 @@ class DynamicScale(ConstantScale):
         self._raise_floor()
 
 
-def make_scaler(config: LossScalingConfig, total_steps: int) -> LossScaler:
+def make_scaler(config: LossScalingConfig, total_steps: int, epochs: float | None = None) -> LossScaler:
     """The policy of a configuration, for a run of `total_steps` steps.
+
+    `epochs` are those of the run; they may be left out where no length is in epochs.
 
     Raises:
         UserError: bounds that contradict each other.
@@ -146,14 +149,13 @@ def make_scaler(config: LossScalingConfig, total_steps: int) -> LossScaler:
         raise UserError(f"loss_scaling.floors: got {config.floors} with policy {config.policy}, expected enhanced")
     if config.policy == "enhanced" and not config.floors:
         raise UserError("loss_scaling.floors: got none, expected (when, floor) pairs for the enhanced policy")
-    floors = tuple(sorted((_steps(when, total_steps), floor) for when, floor in config.floors))
+    floors = tuple(sorted((_steps(when, total_steps, epochs), floor) for when, floor in config.floors))
     highest = max((floor for _, floor in floors), default=0.0)
     if highest > config.max_scale:
         raise UserError(f"loss_scaling.floors: got {highest}, expected at most max_scale={config.max_scale}")
-    window = max(1, _steps(config.window, total_steps))
+    window = max(1, _steps(config.window, total_steps, epochs))
     return DynamicScale(config.scale, config.factor, window, config.min_scale, config.max_scale, floors)
 
 
-def _steps(value: float, total_steps: int) -> int:
-    """A time in steps; a number under 1 is a fraction of the run."""
-    return round(value * total_steps) if value < 1 else round(value)
+def _steps(length: Length, total_steps: int, epochs: float | None) -> int:
+    return round(in_steps(length, total_steps, epochs))

@@ -5,6 +5,7 @@ A recipe is data. It must not know any model, and no other module may hold a num
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -17,6 +18,21 @@ ROLES = ("weight", "activation", "error", "gradient", "master")
 SCALINGS = ("none", "tensor")
 ACCUMULATIONS = ("promoted", "fp16_mma")
 AUTO = "auto"
+# E4M3 and E5M2 lack the range and the significand of a sum of updates, and no engine stores masters in them.
+MASTER_FORMATS = ("fp16", "bf16", "fp16_1_6_9", "fp32")
+ROLE_CHOICES: dict[str, tuple[str, ...]] = {
+    "format": tuple(FORMATS),
+    "rounding": ROUNDINGS,
+    "overflow": OVERFLOWS,
+    "subnormal_rounding": SUBNORMAL_ROUNDINGS,
+    "scaling": SCALINGS,
+}
+SWITCHES = ("round_outputs", "round_input_errors", "attention_products", "fuse_normalization")
+
+
+def _one_of(setting: str, given: Any, accepted: tuple[str, ...]) -> None:
+    if not isinstance(given, str) or given not in accepted:
+        raise UserError(f"{setting}: got {given!r}, expected one of {', '.join(accepted)}")
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,11 @@ class RoleSpec:
     overflow: str = "inf"
     subnormal_rounding: str = "same"
     scaling: str = "none"
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that is not among those above."""
+        for name, accepted in ROLE_CHOICES.items():
+            _one_of(name, getattr(self, name), accepted)
 
     @property
     def float_format(self) -> FloatFormat:
@@ -60,7 +81,7 @@ class Recipe:
     Attributes:
         name: what records call it.
         weight, activation, error, gradient: rounding of the four kinds of operands and results.
-        master: how the FP32 result of a weight update is stored.
+        master: how the FP32 result of a weight update is stored: in 16 bit or FP32, without a scale.
         round_outputs: the activation role applies to layer outputs too, not only to layer inputs.
         round_input_errors: the error role applies to gradients of layer inputs too, not only of layer outputs.
         attention_products: attention scores and contexts are converted too.
@@ -69,9 +90,10 @@ class Recipe:
             "auto" stands for the first convolution and the last fully connected layer (paper, section 4).
         exempt_roles: the exempt layers' own rounding, for all their roles but the master.
         autocast: "bf16" to run torch's autocast instead of injected layers, else "none".
-        accumulate: how a real FP8 product accumulates: "promoted" or "fp16_mma".
+        accumulate: how a real FP8 product accumulates: "promoted" or "fp16_mma", which emulation has not.
         recurrent_gradients: the gradient of a weight that is used at every time step is rounded at each "step" and the
-            parts summed in FP32, or summed over the "sequence" in one product and rounded once, which is faster.
+            parts summed in FP32, or summed over the "sequence" in one product and rounded once, which is faster; where
+            activations or errors have a scale per tensor, each step has its own, and "sequence" is "step".
     """
 
     name: str = "fp8"
@@ -89,6 +111,25 @@ class Recipe:
     autocast: str = "none"
     accumulate: str = "promoted"
     recurrent_gradients: str = "step"
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a combination that nothing carries out; the message names the setting."""
+        for name in (*ROLES, "exempt_roles"):
+            if not isinstance(getattr(self, name), RoleSpec):
+                raise UserError(f"{name}: got {getattr(self, name)!r}, expected a RoleSpec")
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name}: got {getattr(self, name)!r}, expected true or false")
+        _one_of("autocast", self.autocast, ("none", "bf16"))
+        _one_of("accumulate", self.accumulate, ACCUMULATIONS)
+        _one_of("recurrent_gradients", self.recurrent_gradients, ("step", "sequence"))
+        _one_of("master.format", self.master.format, MASTER_FORMATS)
+        if self.master.scaling != "none":
+            raise UserError(f"master.scaling: got {self.master.scaling!r}, expected none: masters are stored unscaled")
+        if self.autocast != "none" and self.converts:
+            raise UserError(
+                f"autocast: got {self.autocast!r} with roles that are rounded, expected none, or fp32 in all roles"
+            )
 
     @property
     def converts(self) -> bool:
@@ -111,17 +152,14 @@ def recipe_from_mapping(values: Mapping[str, Any], setting: str = "precision") -
             arguments[key] = _role_from_mapping(value, f"{setting}.{key}")
         elif key == "exempt":
             arguments[key] = _patterns(value, f"{setting}.exempt")
-        elif key in ("round_outputs", "round_input_errors", "attention_products", "fuse_normalization"):
-            if not isinstance(value, bool):
-                raise UserError(f"{setting}.{key}: got {value!r}, expected true or false")
+        elif key in SWITCHES:
             arguments[key] = value
         else:
             arguments[key] = str(value)
-    recipe = Recipe(**arguments)
-    _one_of(f"{setting}.autocast", recipe.autocast, ("none", "bf16"))
-    _one_of(f"{setting}.accumulate", recipe.accumulate, ACCUMULATIONS)
-    _one_of(f"{setting}.recurrent_gradients", recipe.recurrent_gradients, ("step", "sequence"))
-    return recipe
+    try:
+        return Recipe(**arguments)
+    except UserError as error:
+        raise UserError(f"{setting}.{error}") from None
 
 
 def load_recipe(name: str) -> Recipe:
@@ -141,18 +179,15 @@ def load_recipe(name: str) -> Recipe:
 def _role_from_mapping(values: Any, setting: str) -> RoleSpec:
     if not isinstance(values, Mapping):
         raise UserError(f"{setting}: got {values!r}, expected a mapping such as {{format: e5m2, rounding: nearest}}")
-    accepted = {
-        "format": tuple(FORMATS),
-        "rounding": ROUNDINGS,
-        "overflow": OVERFLOWS,
-        "subnormal_rounding": SUBNORMAL_ROUNDINGS,
-        "scaling": SCALINGS,
-    }
-    for key, value in values.items():
-        if key not in accepted:
-            raise UserError(f"{setting}.{key}: unknown setting, expected one of {', '.join(accepted)}")
-        _one_of(f"{setting}.{key}", value, accepted[key])
-    return RoleSpec(**values)
+    for key in values:
+        if key not in ROLE_CHOICES:
+            raise UserError(f"{setting}.{key}: unknown setting, expected one of {', '.join(ROLE_CHOICES)}")
+    # Hydra and YAML read a bare inf as a number.
+    texts = {key: "inf" if isinstance(value, float) and value == math.inf else value for key, value in values.items()}
+    try:
+        return RoleSpec(**texts)
+    except UserError as error:
+        raise UserError(f"{setting}.{error}") from None
 
 
 def _patterns(value: Any, setting: str) -> tuple[str, ...] | str:
@@ -161,8 +196,3 @@ def _patterns(value: Any, setting: str) -> tuple[str, ...] | str:
     if not isinstance(value, (list, tuple)) or not all(isinstance(pattern, str) for pattern in value):
         raise UserError(f"{setting}: got {value!r}, expected auto or a list of module name patterns")
     return tuple(value)
-
-
-def _one_of(setting: str, given: Any, accepted: tuple[str, ...]) -> None:
-    if given not in accepted:
-        raise UserError(f"{setting}: got {given!r}, expected one of {', '.join(accepted)}")

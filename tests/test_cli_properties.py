@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from fp8repro.cli_choices import groups
 from fp8repro.cli_settings import _keys, jobs
 from fp8repro.config import RunConfig, run_config
 from fp8repro.errors import RunFailure, UserError
+from fp8repro.loss_scaling import make_scaler
 from fp8repro.training import train
+from fp8repro.training.translation import MODELS
 
 EXAMPLES = settings(
     max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -112,6 +115,63 @@ def test_any_configuration_is_read_or_refused(values: Any) -> None:
     assert isinstance(config, RunConfig)
     # A config.yaml says the same again.
     assert run_config(config.to_dict()).to_dict() == config.to_dict()
+
+
+def written(value: Any) -> str:
+    """A value of `--cfg job` as it stands on a command line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@pytest.mark.parametrize("base", [["model=resnet18"], ["model=gnmt", "precision=fp8_hybrid"]])
+def test_every_setting_that_is_printed_can_be_set_as_it_is_printed(base: list[str]) -> None:
+    def configuration(*further: str) -> dict[str, Any]:
+        return run_config(jobs([*base, *further], sweep=False)[0].values).to_dict()
+
+    printed = configuration()
+    settings_of = {}
+    for key in _keys(printed):
+        place: Any = printed
+        for part in key.split("."):
+            place = place[part]
+        settings_of[key] = written(place)
+    assert len(settings_of) > 80
+    assert configuration(*(f"{key}={value}" for key, value in settings_of.items())) == printed
+    # Alone they mean the same.
+    for key in ("precision.error.subnormal_rounding", "precision.master.overflow", "loss_scaling.policy"):
+        assert configuration(f"{key}={settings_of[key]}") == printed, key
+
+
+def test_a_length_takes_a_unit_on_the_command_line() -> None:
+    lengths = ["schedule.name=step", "schedule.warmup={steps: 5}", "schedule.milestones=[{epochs: 3}, {epochs: 6}]"]
+    lengths += ["loss_scaling=enhanced", "loss_scaling.window={steps: 7}", "loss_scaling.floors=[[{epochs: 1}, 8192]]"]
+    config = run_config(jobs(lengths, sweep=False)[0].values)
+    assert (config.schedule.warmup, config.schedule.milestones) == ({"steps": 5}, ({"epochs": 3}, {"epochs": 6}))
+    assert (config.loss_scaling.window, config.loss_scaling.floors) == ({"steps": 7}, (({"epochs": 1}, 8192),))
+    scaler = make_scaler(config.loss_scaling, 120, config.trainer.epochs)
+    assert (scaler.window, scaler.floors[1:]) == (7, ((10, 8192),))
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "message"),
+    [
+        ("gnmt", "dropout=1.0", "model.size.dropout: got 1.0, expected a number from 0 to under 1"),
+        ("gnmt", "dropout=nan", "model.size.dropout: got nan"),
+        ("gnmt", "layers=0", "model.size.layers: got 0, expected at least 2"),
+        ("gnmt", "width=-4", "model.size.width: got -4"),
+        ("gnmt", "init_range=nan", "model.size.init_range: got nan, expected a number over 0"),
+        ("transformer", "dropout=-0.1", "model.size.dropout: got -0.1"),
+        ("transformer", "attention_dropout=1", "model.size.attention_dropout: got 1"),
+        ("transformer", "heads=5", "model.size.width: got 128, expected a multiple of 2 * heads = 10"),
+        ("transformer", "encoder_layers=0", "model.size.encoder_layers: got 0"),
+        ("transformer", "layers=2", "model.size.layers: unknown setting"),
+    ],
+)
+def test_a_size_that_makes_no_model_is_one_line(model: str, size: str, message: str) -> None:
+    config = run_config(jobs([f"model={model}", f"model.size.{size}"], sweep=False)[0].values)
+    with pytest.raises(UserError) as caught:
+        MODELS[model](100, 1, 2, **config.model.size)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
 
 
 small = st.integers(-2, 5)

@@ -20,7 +20,9 @@ from fp8repro.config import (
     build_dataclass,
     run_config,
 )
+from fp8repro.loss_scaling import make_scaler
 from fp8repro.results.tables import paper_figures
+from fp8repro.training.schedule import learning_rate
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = groups()
@@ -181,3 +183,30 @@ def test_a_saved_config_makes_the_same_run() -> None:
     for overrides in (["precision=fp8"], ["model=gnmt", "precision=fp8_hybrid"]):
         config = composed(*overrides)
         assert run_config(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+def rates(config: RunConfig, total: int, at: list[float]) -> list[float]:
+    """Learning rates at some shares of a run."""
+    steps = [round(share * total) for share in at]
+    return [learning_rate(config.schedule, config.optimizer.lr, s, total, config.trainer.epochs) for s in steps]
+
+
+def test_shipped_schedules_are_those_of_their_publications() -> None:
+    at = [0.0, 0.05, 0.1, 0.33, 0.34, 0.55, 0.66, 0.67, 0.99]
+    imagenet = composed("experiment=resnet50_fp8", "profile=paper", "data.root=/data")
+    assert rates(imagenet, 450_450, at) == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.001, 0.001])
+    # A tenth of warm-up, then half a cosine: 0.05 * (1 + cos(pi * (0.55 - 0.1) / 0.9)) / 2 is half of it.
+    digits = composed("experiment=resnet18_fp8")
+    assert rates(digits, 1000, [0.0, 0.05, 0.1, 0.55]) == pytest.approx([0.0, 0.025, 0.05, 0.025])
+    # sqrt(4000 / step) after 4,000 steps.
+    transformer = composed("experiment=transformer_fp8", "profile=paper", "data.root=/data")
+    assert rates(transformer, 100_000, [0.0, 0.02, 0.04, 0.16, 0.64]) == pytest.approx(
+        [1e-7, 3.5005e-4, 7e-4, 3.5e-4, 1.75e-4], rel=1e-4
+    )
+    # 200 steps from a hundredth; four halvings from 66.6 % on, each 8.35 % of the run.
+    gnmt = composed("experiment=gnmt_fp8", "profile=paper", "data.root=/data")
+    assert rates(gnmt, 10_000, [0.0, 0.01, 0.02, 0.66, 0.667, 0.76, 0.85, 0.93, 0.99]) == pytest.approx(
+        [2e-5, 2e-4, 2e-3, 2e-3, 1e-3, 5e-4, 2.5e-4, 1.25e-4, 1.25e-4]
+    )
+    scaler = make_scaler(gnmt.loss_scaling, 10_000, gnmt.trainer.epochs)
+    assert (scaler.window, scaler.floors) == (100, ((0, 1.0), (1200, 8192), (4400, 32768)))

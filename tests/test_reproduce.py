@@ -21,8 +21,9 @@ from fp8repro import cli
 from fp8repro.cli_choices import groups
 from fp8repro.errors import UserError
 from fp8repro.reproduce import needs, runner
+from fp8repro.reproduce.board import Board
 from fp8repro.reproduce.command import parse_seeds
-from fp8repro.reproduce.plan import make_jobs, make_plan, plan_file, state, study_cells
+from fp8repro.reproduce.plan import Job, make_jobs, make_plan, plan_file, state, study_cells
 from fp8repro.telemetry import Telemetry
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -359,3 +360,36 @@ def test_exponents_are_those_of_frexp_whatever_the_layout() -> None:
     lowest, (count,) = telemetry.rows()[0]["exponents"]
     assert lowest == -20
     assert 16_384 <= count < 20_000
+
+
+def test_the_time_left_is_known_once_a_run_has_been_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, cells = make_plan([], ["resnet18_fp32", "resnet50_fp32"])
+    small, large = (next(c for c in cells if c.model == model) for model in ("resnet18", "resnet50"))
+    jobs = [Job(cell, seed, tmp_path / f"{cell.name}-seed{seed}") for seed in (0, 1) for cell in (small, large)]
+    board = Board(4)
+    board.begin(jobs)
+    # A minute of starting and compiling, and a few steps of many.
+    assert board.time_left({jobs[0].name: 0.0004}) == "time left: known after the first run"
+    board.ended(jobs[0], 600.0, None, {"top1": 90.0, "train_seconds": 590.0})
+    # 600 s a unit of cost: 2.8 + 1 + 2.8 of them.
+    assert board.time_left({}) == "about 66 min left"
+    assert board.time_left({jobs[1].name: 0.5}) == "about 52 min left"
+    # Two at a time; the longest that is left ends last.
+    assert board.time_left({jobs[1].name: 0.0, jobs[2].name: 0.0}) == "about 33 min left"
+    # What failed says nothing; what a cell itself took, more than the plan.
+    board.ended(jobs[2], 1.0, "it broke off", {})
+    assert board.time_left({}) == "about 28 min left"
+    board.ended(jobs[1], 60.0, None, {"top1": 90.0, "train_seconds": 1200.0})
+    assert board.time_left({jobs[3].name: 0.25}) == "about 15 min left"
+    capsys.readouterr()
+
+
+def test_runs_of_an_earlier_day_say_how_long_the_others_take(tmp_path: Path) -> None:
+    _, cells = make_plan([], ["resnet18_fp32"])
+    jobs = [Job(cells[0], seed, tmp_path / f"seed{seed}") for seed in (0, 1)]
+    board = Board(2)
+    board.known(jobs[0], {"train_seconds": 180.0})
+    board.begin(jobs[1:])
+    assert board.time_left({jobs[1].name: 0.0}) == "about 3 min left"
+    board.known(jobs[0], {"train_seconds": float("nan")})
+    assert board.time_left({jobs[1].name: 0.0}) == "about 3 min left"

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+import yaml
 
 from fp8repro.config import ScheduleConfig
-from fp8repro.training.schedule import learning_rate, run_steps
+from fp8repro.errors import UserError
+from fp8repro.lengths import in_steps, read_length, with_units
+from fp8repro.training.schedule import learning_rate
 
 LR = 0.4
 TOTAL = 120
@@ -85,6 +88,54 @@ def test_gnmt_is_exponential_warmup_and_halvings():
         assert found[n] == pytest.approx(LR * 0.5**halvings)
 
 
-@pytest.mark.parametrize(("value", "expected"), [(1, 1), (1.0, 50), (0.5, 25), (30, 30), (30.0, 30), (0.0, 0)])
-def test_times_are_steps_or_fractions(value, expected):
-    assert run_steps(value, 50) == expected
+@pytest.mark.parametrize(
+    ("written", "steps"),
+    [
+        (0.5, 25), (0, 0), (0.0, 0), ("1e-1", 5), (1, 1), (1.0, 1), (30, 30), (30.0, 30), (80, 80),
+        ({"fraction": 0.5}, 25), ({"fraction": 1}, 50), ({"fraction": 1.0}, 50), ({"fraction": 0}, 0),
+        ({"steps": 1}, 1), ({"steps": 30.0}, 30), ({"epochs": 1}, 10), ({"epochs": 2.5}, 25), ({"epochs": 1.0}, 10),
+    ],
+)  # fmt: skip
+def test_a_length_means_the_same_however_its_number_is_written(written, steps):
+    length = read_length(written, "schedule.warmup")
+    assert in_steps(length, 50, epochs=5) == steps
+    # As a run's config.yaml keeps it.
+    assert read_length(yaml.safe_load(yaml.safe_dump(length)), "schedule.warmup") == length
+
+
+@pytest.mark.parametrize(
+    "written",
+    [1.5, -1, -0.1, math.nan, math.inf, True, None, [], "x", "nan", {}, {"steps": 1.5}, {"steps": -1},
+     {"fraction": 1.1}, {"fraction": math.nan}, {"epochs": math.inf}, {"epochs": "1"}, {"days": 1},
+     {"steps": 1, "epochs": 1}],
+)  # fmt: skip
+def test_what_is_no_length_is_refused_in_one_line(written):
+    with pytest.raises(UserError, match=r"^schedule\.warmup[^\n]*: got [^\n]*, expected [^\n]*$"):
+        read_length(written, "schedule.warmup")
+
+
+def test_milestones_in_epochs_are_those_of_torchvisions_reference():
+    steps, epochs = 5005, 90
+    inner = ScheduleConfig(name="step", milestones=({"epochs": 30}, {"epochs": 60}))
+    for epoch, rate in ((29, 1.0), (30, 0.1), (59, 0.1), (60, 0.01), (89, 0.01)):
+        for step in (epoch * steps, epoch * steps + steps - 1):
+            assert learning_rate(inner, 1.0, step, epochs * steps, epochs) == pytest.approx(rate)
+    with pytest.raises(UserError, match="no epochs are counted"):
+        learning_rate(inner, 1.0, 0, epochs * steps)
+
+
+def test_an_earlier_runs_numbers_keep_the_units_that_they_had():
+    schedule = {"warmup": 1.0, "milestones": [0.5, 1.0, 30, 40.0], "decay_start": 1, "gamma": 0.1}
+    scaling = {"window": 1.7, "floors": [[0.5, 2.0], [10.4, 4.0]], "scale": 1.0}
+    found = with_units({"schedule": schedule, "loss_scaling": scaling, "seed": 0})
+    assert found["schedule"] == {
+        "warmup": {"fraction": 1.0},
+        "milestones": [0.5, {"fraction": 1.0}, {"steps": 30}, {"steps": 40.0}],
+        "decay_start": {"steps": 1},
+        "gamma": 0.1,
+    }
+    assert found["loss_scaling"] == {"window": 2, "floors": [[0.5, 2.0], [10, 4.0]], "scale": 1.0}
+    assert with_units(found) == found
+    assert with_units({"schedule": 3, "loss_scaling": {"floors": [4, []]}}) == {
+        "schedule": 3, "loss_scaling": {"floors": [4, []]},
+    }  # fmt: skip

@@ -115,3 +115,44 @@ def test_one_process_is_a_world(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError, match="WORLD_SIZE: got 2 without RANK"):
         join_world("cpu")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE: got 'x', expected a whole number from 1 on"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: got '', expected"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: got '0', expected"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE: got '-1', expected"),
+        ({"WORLD_SIZE": "1.5"}, "WORLD_SIZE: got '1.5', expected"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: got 2 without RANK, expected both"),
+        ({"RANK": "1"}, "RANK: got '1' without WORLD_SIZE, expected both"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: got 2 with WORLD_SIZE=2, expected a number from 0 to 1"),
+        ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK: got 'x', expected a whole number from 0 on"),
+        ({"LOCAL_RANK": "y"}, "LOCAL_RANK: got 'y', expected"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "2"}, "LOCAL_RANK: got 2 with WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR: missing, expected"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "MASTER_PORT: missing, expected"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "70000"}, "MASTER_PORT: got 70000"),
+    ],
+)
+def test_variables_that_make_no_world_are_one_line(environment, message, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        join_world("cpu")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROCID": "3"}]
+)
+def test_one_process_is_a_world_whatever_slurm_says(environment, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert join_world("cpu") == World()

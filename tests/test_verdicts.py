@@ -90,7 +90,7 @@ def test_a_failed_run_is_not_passed_over(tmp_path: Path) -> None:
     accuracy(tmp_path, [98.0, 98.2, 98.4], [98.0, 98.2])
     write_run(tmp_path, "resnet18_fp8", 2, status="failed", reason="every step was skipped")
     (verdict, *_) = found(tmp_path, "C1")
-    assert (verdict.verdict, verdict.evidence) == (UNDECIDED, "failed runs: {'resnet18_fp8': 1}")
+    assert (verdict.verdict, verdict.evidence) == (UNDECIDED, "resnet18_fp8: failed, seed 2: every step was skipped")
 
 
 def test_runs_that_were_trained_differently_are_not_compared(tmp_path: Path) -> None:
@@ -162,7 +162,12 @@ def test_rounding_is_judged_with_both_masters(tmp_path: Path) -> None:
 def test_bytes_are_judged_against_fp32(tmp_path: Path) -> None:
     accuracy(tmp_path, [98.0], [98.0])
     masters, saved, _ = found(tmp_path, "C7")
-    assert (masters.verdict, masters.evidence, saved.verdict, saved.evidence) == (HOLDS, "0.500", HOLDS, "0.250")
+    assert (masters.verdict, masters.evidence, saved.verdict, saved.evidence) == (
+        HOLDS,
+        "0.500 (1 seed)",
+        HOLDS,
+        "0.250 (1 seed)",
+    )
     path = tmp_path / "embedded" / "resnet18_fp8-seed0" / "metrics.jsonl"
     path.write_text(path.read_text().replace(str(2**24), str(2**25)))
     assert found(tmp_path, "C7")[1].verdict == FAILS
@@ -196,3 +201,70 @@ def test_small_data_never_speaks_for_the_papers_scale(tmp_path: Path) -> None:
     sheet = verdict_sheet({"embedded": verdicts(cells["embedded"], "embedded")})
     assert {row["paper"] for row in sheet.rows} == {UNDECIDED}
     assert [row["claim"] for row in sheet.rows] == ["C1", "C2", "C3", "C4", "C5", "C6", "C7"]
+
+
+def saved_bytes(folder: Path, factor: float) -> None:
+    """Scale what a run recorded of its memory."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "memory":
+            row["master_bytes"] *= factor
+            row["saved_for_backward_bytes"] *= factor
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_bytes_are_paired_by_seed_and_not_by_place(tmp_path: Path) -> None:
+    for name, seeds in (("resnet18_fp32", (0, 1, 2)), ("resnet18_fp8", (1, 2, 3))):
+        for seed in seeds:
+            write_run(tmp_path, name, seed)
+            # A seed of twice the size, in both: paired by place, it would be held against one of half its size.
+            saved_bytes(tmp_path / "embedded" / f"{name}-seed{seed}", 2.0 if seed == 2 else 1.0)
+    masters, saved, _ = found(tmp_path, "C7")
+    assert (masters.verdict, masters.evidence) == (HOLDS, "0.500 (2 seeds)")
+    assert (saved.verdict, saved.evidence) == (HOLDS, "0.250 (2 seeds)")
+
+
+def test_bytes_without_a_common_seed_are_not_compared(tmp_path: Path) -> None:
+    write_run(tmp_path, "resnet18_fp32", 0)
+    write_run(tmp_path, "resnet18_fp8", 1)
+    masters, _, _ = found(tmp_path, "C7")
+    assert (masters.verdict, masters.evidence) == (UNDECIDED, "no common seed with this figure")
+
+
+def test_a_cell_whose_runs_all_failed_is_called_failed(tmp_path: Path) -> None:
+    why = "every step was skipped"
+    write_run(tmp_path, "resnet18_fp8", 0, status="failed", reason=why)
+    write_run(tmp_path, "gnmt_fp8", 0, status="failed", reason=why)
+    write_run(tmp_path, "fp8_scale_1", 0)
+    said = f"resnet18_fp8: failed, seed 0: {why}"
+    (first, *_) = found(tmp_path, "C1")
+    assert first.evidence == f"resnet18_fp32: not run; {said}"
+    (bytes_kept, *_) = found(tmp_path, "C7")
+    assert bytes_kept.evidence == f"resnet18_fp32: not run; {said}"
+    (falling, *_) = found(tmp_path, "C4")
+    assert falling.evidence == f"fp8_scale_1000: not run; fp8_scale_4000: not run; {said}"
+    (floor, *_) = found(tmp_path, "C5")
+    assert floor.evidence == f"gnmt_fp8_dynamic: not run; gnmt_fp8: failed, seed 0: {why}"
+    (converted,) = found(tmp_path, "C3")
+    assert said in converted.evidence
+    assert converted.verdict == UNDECIDED
+
+
+def test_a_figure_that_was_not_finite_at_the_end_is_missing(tmp_path: Path) -> None:
+    write_run(tmp_path, "fp8_nearest", 0)
+    path = tmp_path / "embedded" / "fp8_nearest-seed0" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    next(row for row in reversed(rows) if row["kind"] == "train")["l2"] = None
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cells, _, _ = read_cells([tmp_path])
+    assert cells["embedded"]["fp8_nearest"].figures("l2") == {}
+
+
+def test_a_seed_that_ran_twice_counts_once_and_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "resnet18_fp32", 0, score=98.0)
+    write_run(tmp_path / "b", "resnet18_fp32", 0, score=50.0)
+    cells, _, _ = read_cells([tmp_path])
+    cell = cells["embedded"]["resnet18_fp32"]
+    assert cell.figures("score") == {0: 98.0}
+    assert cell.left_out == ["resnet18_fp32: seed 0 again in resnet18_fp32-seed0"]

@@ -5,6 +5,7 @@ The gates' products are nn.Linear modules. Nothing here may know of precision.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,10 @@ class GNMTConfig:
         for name, least in (("vocab_size", 1), ("layers", 2), ("width", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"model.size.{name}: got {getattr(self, name)}, expected at least {least}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.size.dropout: got {self.dropout}, expected a number from 0 to under 1")
+        if not 0 < self.init_range < math.inf:
+            raise UserError(f"model.size.init_range: got {self.init_range}, expected a number over 0")
 
 
 class _LSTMCell(torch.autograd.Function):

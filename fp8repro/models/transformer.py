@@ -44,6 +44,9 @@ class TransformerConfig:
         for name in ("vocab_size", "encoder_layers", "decoder_layers", "width", "ffn_width", "heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.size.{name}: got {getattr(self, name)}, expected a whole number over 0")
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"model.size.{name}: got {getattr(self, name)}, expected a number from 0 to under 1")
         if self.width % (2 * self.heads) or self.width < 4:
             raise UserError(f"model.size.width: got {self.width}, expected a multiple of 2 * heads = {2 * self.heads}")
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from fp8repro.cache import cache_root
+from fp8repro.cache import cache_root, writable_cache
+from fp8repro.errors import UserError
 
 SOURCES = Path(__file__).parent
 # No contraction: a fused multiply-add would round differently from machine to machine.
@@ -37,7 +38,7 @@ def load(name: str, march: str = "native") -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_library(name, march)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, UserError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).split())[:300]
         print(f"fp8repro: no native CPU engine ({name}): {reason}; using torch, same results, slower", file=sys.stderr)
         return None
@@ -49,7 +50,7 @@ def _library(name: str, march: str) -> Path:
         raise OSError("no C++ compiler (g++, c++ or clang++) found")
     path = cache_root() / "native" / f"{name}-{_key(compiler, name, march)}.so"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        writable_cache("native")
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
             _compile(compiler, SOURCES / f"{name}.cpp", built, march)

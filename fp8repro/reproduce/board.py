@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,17 +21,20 @@ class Board:
         self.total, self.finished = total, 0
         self._left: dict[str, Job] = {}
         self._done_cost = 0.0
-        self._begun = self._last_line = time.monotonic()
+        # Seconds that whole runs took, by cell, each beside the cost that the plan expects.
+        self._took: dict[str, list[tuple[float, float]]] = {}
+        self._abreast = 1
+        self._last_line = time.monotonic()
         self._bar: Any = None
 
-    def known(self, job: Job) -> None:
-        """A job that was done before."""
+    def known(self, job: Job, summary: Mapping[str, Any]) -> None:
+        """A job that was done before, with what it recorded."""
         self.finished += 1
+        self._note(job, 0.0, summary)
 
     def begin(self, waiting: Sequence[Job]) -> None:
         """The jobs that will run."""
         self._left = {job.name: job for job in waiting}
-        self._begun = time.monotonic()
         if self.finished:
             print(f"{self.finished} of {self.total} runs are done already", flush=True)
         if waiting and sys.stdout.isatty():
@@ -53,25 +57,49 @@ class Board:
         del self._left[job.name]
         if failure is not None:
             # A run that broke off says nothing about how long the others take.
-            self._begun += seconds
             self._say(f"        failed after {_duration(seconds)}: {failure}")
             return
         self._done_cost += _cost(job)
+        self._note(job, seconds, summary)
         score = f"BLEU {summary['bleu']:.1f}" if "bleu" in summary else f"top-1 {summary['top1']:.2f} %"
         self._say(f"        {score} in {_duration(seconds)}")
 
     def show(self, progress: Mapping[str, float]) -> None:
         """The state of the running jobs, as shares."""
         done = self._done_cost + sum(_cost(self._left[name]) * share for name, share in progress.items())
-        left = sum(map(_cost, self._left.values())) - (done - self._done_cost)
-        elapsed = time.monotonic() - self._begun
-        eta = f"about {_duration(elapsed / done * left)} left" if done > 0 else "time left not known yet"
+        eta = self.time_left(progress)
         names = ", ".join(f"{name} {share:.0%}" for name, share in progress.items())
         text = f"{self.finished}/{self.total}  {names}  {eta}"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=text)
         elif progress and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._say(f"        {text}")
+
+    def time_left(self, progress: Mapping[str, float]) -> str:
+        """What is left of the plan, in words: nothing is known before a run has been through.
+
+        How far a run has come says little in its first minutes, which go into starting and compiling.
+        """
+        self._abreast = max(self._abreast, len(progress))
+        took = [pair for pairs in self._took.values() for pair in pairs]
+        if not took:
+            return "time left: known after the first run"
+        rate = sum(seconds for _, seconds in took) / sum(cost for cost, _ in took)
+        left = []
+        for job in self._left.values():
+            same = [seconds for _, seconds in self._took.get(job.cell.name, [])]
+            whole = sum(same) / len(same) if same else rate * _cost(job)
+            left.append(whole * (1 - progress.get(job.name, 0.0)))
+        # However many run at a time, the longest one has to end.
+        return f"about {_duration(max(sum(left) / self._abreast, max(left, default=0.0)))} left"
+
+    def _note(self, job: Job, seconds: float, summary: Mapping[str, Any]) -> None:
+        """How long a run took; one that was resumed says it of its former processes too."""
+        recorded = summary.get("train_seconds")
+        if isinstance(recorded, int | float) and math.isfinite(recorded):
+            seconds = max(seconds, float(recorded))
+        if seconds > 0:
+            self._took.setdefault(job.cell.name, []).append((_cost(job), seconds))
 
     def close(self) -> None:
         """Leave the terminal as it was."""

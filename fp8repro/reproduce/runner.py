@@ -68,7 +68,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, processes: int, board: Board, re
     for job in jobs:
         now = state(job)
         if now == DONE:
-            board.known(job)
+            board.known(job, failure_summary(job))
         elif now == FAILED and not retry:
             failures[job.name] = f"{failure_reason(job)} (failed before; --retry runs it again)"
         else:

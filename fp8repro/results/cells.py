@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from fp8repro.config import LossScalingConfig, build_dataclass
+from fp8repro.errors import UserError
+from fp8repro.lengths import with_units
 from fp8repro.loss_scaling import make_scaler
 from fp8repro.results.records import CONFIG, METRICS, RunRecord, read_failures, read_records, read_yaml_file
 
@@ -46,7 +48,7 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved configuration."""
-        return read_yaml_file(self.record.folder / CONFIG)
+        return with_units(read_yaml_file(self.record.folder / CONFIG))
 
     def series(self, kind: str, name: str, split: str | None = None) -> list[tuple[float, float]]:
         """(epoch, value) of a curve, missing values left out."""
@@ -54,9 +56,9 @@ class Run:
         return [(float(row["epoch"]), float(row[name])) for row in rows if _number(row.get(name)) and "epoch" in row]
 
     def last(self, kind: str, name: str, split: str | None = None) -> float | None:
-        """Last value of a curve."""
-        values = self.series(kind, name, split)
-        return values[-1][1] if values else None
+        """Value of the last line of a kind; None where it is missing there or was not finite, whatever came before."""
+        rows = [row for row in self.rows(kind) if split in (None, row.get("split"))]
+        return float(rows[-1][name]) if rows and _number(rows[-1].get(name)) else None
 
     @cached_property
     def converted(self) -> list[dict[str, Any]]:
@@ -127,12 +129,13 @@ class LossScale:
 
 @dataclass
 class CellRuns:
-    """What is recorded of a cell: finished runs by seed, reasons of failed ones, and what was left out."""
+    """What is recorded of a cell: finished runs by seed, reasons of failed ones, what was left out, and notes."""
 
     name: str
     runs: dict[int, Run] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def figures(self, name: str) -> dict[int, float]:
         """A figure by seed."""
@@ -165,7 +168,14 @@ def read_cells(roots: Iterable[str | Path]) -> tuple[dict[str, dict[str, CellRun
     for (profile, experiment), by_kind in kinds.items():
         cell = cells.setdefault(profile, {}).setdefault(experiment, CellRuns(experiment))
         ranked = sorted(by_kind.values(), key=lambda group: (-len({r.seed for r in group}), -_steps(group[0])))
-        cell.runs = {record.seed: Run(record) for record in ranked[0]}
+        for record in ranked[0]:
+            # Done twice, a run is one seed; the first folder stands, and the others are named.
+            if record.seed in cell.runs:
+                cell.left_out.append(f"{experiment}: seed {record.seed} again in {record.folder.name}")
+            cell.runs.setdefault(record.seed, Run(record))
+        versions = {str(run.record.summary.get("version")) for run in cell.runs.values()}
+        if len(versions) > 1:
+            cell.notes.append(f"{experiment}: runs of different versions: {', '.join(sorted(versions))}")
         for group in ranked[1:]:
             cell.left_out.append(f"{experiment}: {len(group)} run(s) with {_differing(ranked[0][0], group[0])}")
     for summary in read_failures(roots):
@@ -190,8 +200,15 @@ def replay_loss_scale(run: Run) -> LossScale | None:
     skips = {row["step"] for row in run.rows("event") if row.get("what") in ("skipped", "nonfinite_forward")}
     if not steps or run.config.get("trainer", {}).get("max_steps") is not None:
         return None
-    config: LossScalingConfig = build_dataclass(LossScalingConfig, run.config.get("loss_scaling", {}), "loss_scaling")
-    scaler = make_scaler(config, steps)
+    epochs = run.config.get("trainer", {}).get("epochs")
+    try:
+        config: LossScalingConfig = build_dataclass(
+            LossScalingConfig, run.config.get("loss_scaling", {}), "loss_scaling"
+        )
+        scaler = make_scaler(config, steps, epochs if _number(epochs) and epochs > 0 else None)
+    # A record that says nothing that can be followed.
+    except UserError:
+        return None
     scales, floors, met = [], [], []
     for step in range(1, steps + 1):
         scales.append(scaler.scale)

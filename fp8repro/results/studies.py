@@ -201,7 +201,9 @@ def _failed(cells: Cells, names: list[str]) -> str | None:
 
 
 def _left_out(cells: Cells, names: list[str]) -> list[str]:
-    return [f"Left out: {text}." for name in names if name in cells for text in cells[name].left_out]
+    there = [cells[name] for name in names if name in cells]
+    left_out = [f"Left out: {text}." for cell in there for text in cell.left_out]
+    return left_out + [f"{text}." for cell in there for text in cell.notes]
 
 
 def _data(cells: Cells, names: list[str]) -> str:

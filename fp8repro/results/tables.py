@@ -76,8 +76,8 @@ def comparison(records: Iterable[RunRecord]) -> list[Row]:
     """One row for each kind of run, in the paper's order of models, FP32 first."""
     groups: dict[tuple[Any, ...], dict[int, RunRecord]] = {}
     for record in records:
-        # The same run done twice is one seed, not two.
-        groups.setdefault(_kind(record), {})[record.seed] = record
+        # The same run done twice is one seed, not two: the first folder's.
+        groups.setdefault(_kind(record), {}).setdefault(record.seed, record)
     runs = [list(by_seed.values()) for by_seed in groups.values()]
     baselines = {_pairing(group[0]): group for group in runs if group[0].precision == BASELINE}
     paper = paper_figures()

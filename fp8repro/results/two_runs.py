@@ -85,8 +85,10 @@ def _curves(a: Run, b: Run) -> str:
 
 
 def _verdict(a: RunRecord, b: RunRecord) -> str:
-    gap = paired_seeds(a, b)
     scores = f"{a.metric}: A {a.score:.2f}, B {b.score:.2f}"
+    if a.data != b.data:
+        return f"{scores}\nnot decided: A was scored on {a.data}, B on {b.data}"
+    gap = paired_seeds(a, b)
     if gap is None:
         return f"{scores}\nnot decided: no seed that both have"
     said = f"B - A over seeds, in pairs: {gap.text()}"

@@ -22,6 +22,7 @@ MASTER_SHARE, SAVED_SHARE = 0.5, 0.35
 # An L2 loss that differs by less than this share of it is no growth.
 L2_SHARE = 0.02
 NO_RUNS = "no run of this profile"
+APART = "the runs differ in more than precision and loss scaling"
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,11 @@ def _compared(
     """A statement about the difference of two cells in a figure."""
     first, second = cells.get(a, CellRuns(a)), cells.get(b, CellRuns(b))
     if not (first.runs or first.failures) or not (second.runs or second.failures):
-        return Verdict(claim, statement, test, UNDECIDED, f"{a if not first.runs else b}: not run")
+        return Verdict(claim, statement, test, UNDECIDED, _absent(cells, (a, b)))
     if first.failures or second.failures:
-        failed = {name: len(cell.failures) for name, cell in ((a, first), (b, second)) if cell.failures}
-        return Verdict(claim, statement, test, UNDECIDED, f"failed runs: {failed}")
+        return Verdict(claim, statement, test, UNDECIDED, _failed(cells, (a, b)))
     if not comparable(first, second):
-        return Verdict(claim, statement, test, UNDECIDED, "the runs differ in more than precision and loss scaling")
+        return Verdict(claim, statement, test, UNDECIDED, APART)
     gap = difference(first.figures(figure), second.figures(figure))
     if gap is None:
         return Verdict(claim, statement, test, UNDECIDED, "no common seed with this figure")
@@ -138,12 +138,30 @@ def _compared(
     return Verdict(claim, statement, test, decide(gap), f"{evidence}, bounds {low:+.2f} and {high:+.2f}")
 
 
+def _failed(cells: Cells, names: Sequence[str]) -> str:
+    """Which cells' runs failed, and why."""
+    return "; ".join(
+        f"{name}: failed, seed {seed}: {why}"
+        for name in names
+        for seed, why in sorted(cells.get(name, CellRuns(name)).failures.items())
+    )
+
+
+def _absent(cells: Cells, names: Sequence[str]) -> str:
+    """Why there is nothing to judge: cells that were not run, and runs that failed."""
+    cells_there = [name for name in names if name in cells and (cells[name].runs or cells[name].failures)]
+    parts = [f"{name}: not run" for name in names if name not in cells_there]
+    failed = _failed(cells, [name for name in cells_there if not cells[name].runs])
+    return "; ".join([*parts, *([failed] if failed else [])]) or "no common seed with this figure"
+
+
 def _conversion(cells: Cells, profile: str) -> Verdict:
     statement = "weights, activations, errors and gradients of every product are E5M2, but for the exempt layers"
     test = "each FP8 run's record: converted layers list E5M2 in all four roles, telemetry counted operands in each"
     rows: list[str] = []
     wrong: list[str] = []
     absent: list[str] = []
+    failed: list[str] = []
     uncounted: list[str] = []
     for study in ("C1", "C2"):
         for name in study_cells(study, profile):
@@ -151,7 +169,7 @@ def _conversion(cells: Cells, profile: str) -> Verdict:
             if not name.endswith("_fp8"):
                 continue
             if run is None:
-                absent.append(name)
+                (failed if name in cells and cells[name].failures else absent).append(name)
                 continue
             row = conversion(run)
             rows.append(f"{row['model']} {row['converted']}")
@@ -162,11 +180,12 @@ def _conversion(cells: Cells, profile: str) -> Verdict:
             elif not complete or row["roles"] != ", ".join(ROLES):
                 wrong.append(str(row["model"]))
     if not rows:
-        return Verdict("C3", statement, test, UNDECIDED, NO_RUNS)
+        return Verdict("C3", statement, test, UNDECIDED, _failed(cells, failed) or NO_RUNS)
     evidence = f"layers converted: {', '.join(rows)}" + (f"; not so: {', '.join(wrong)}" if wrong else "")
     evidence += f"; without telemetry: {', '.join(uncounted)}" if uncounted else ""
     evidence += f"; not run: {', '.join(absent)}" if absent else ""
-    verdict = FAILS if wrong else UNDECIDED if absent or uncounted else HOLDS
+    evidence += f"; {_failed(cells, failed)}" if failed else ""
+    verdict = FAILS if wrong else UNDECIDED if absent or failed or uncounted else HOLDS
     return Verdict("C3", statement, test, verdict, evidence)
 
 
@@ -190,7 +209,7 @@ def _loss_scale(cells: Cells, convnet: str) -> list[Verdict]:
         "a larger loss scale keeps more errors out of underflow",
         "share of underflowing errors falls strictly from scale 1 to 1,000, 4,000 and 10,000, in every seed",
         verdict,
-        f"{', '.join(means)} ({len(seeds)} seeds)" if seeds else "cells not run",
+        f"{', '.join(means)} ({len(seeds)} seeds)" if seeds else _absent(cells, names),
     )
     test = (
         "paired difference of top-1 over seeds: one-sided 95 % bound above 0 (holds); "
@@ -213,7 +232,7 @@ def _enhanced(cells: Cells) -> list[Verdict]:
     scores = "the enhanced policy is as good as dynamic scaling"
     score_test = f"one-sided 95 % bound of the mean paired difference over seeds above -{TOLERANCE:g} BLEU"
     if not seeds:
-        return [Verdict("C5", statement, test, UNDECIDED, "cells not run")]
+        return [Verdict("C5", statement, test, UNDECIDED, _absent(cells, ("gnmt_fp8", "gnmt_fp8_dynamic")))]
     met, below = [], []
     for seed in seeds:
         with_floor, without = enhanced.runs[seed].loss_scale, dynamic.runs[seed].loss_scale
@@ -275,9 +294,11 @@ def _share(cells: Cells, a: str, b: str, figure: str, limit: float, statement: s
     # Parameters that stay in FP32 (normalization, biases) are part of the bytes.
     slack = 0.01 if figure == "master_bytes" else 0.0
     test = f"bytes counted in the first step, at most {limit:g}" + (f" + {slack:g}" if slack else "") + " of FP32's"
-    shares = [
-        x / y for x, y in zip(by_seed(cells, a, figure).values(), by_seed(cells, b, figure).values(), strict=False)
-    ]
+    ours, theirs = by_seed(cells, a, figure), by_seed(cells, b, figure)
+    shares = [ours[seed] / theirs[seed] for seed in sorted(set(ours) & set(theirs))]
     if not shares:
-        return Verdict("C7", statement, test, UNDECIDED, "cells not run")
-    return Verdict("C7", statement, test, HOLDS if max(shares) <= limit + slack else FAILS, f"{max(shares):.3f}")
+        return Verdict("C7", statement, test, UNDECIDED, _absent(cells, (a, b)))
+    if not comparable(cells[a], cells[b]):
+        return Verdict("C7", statement, test, UNDECIDED, APART)
+    evidence = f"{max(shares):.3f} ({len(shares)} seed{'s' if len(shares) > 1 else ''})"
+    return Verdict("C7", statement, test, HOLDS if max(shares) <= limit + slack else FAILS, evidence)

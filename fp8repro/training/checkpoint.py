@@ -13,6 +13,7 @@ import torch
 
 from fp8repro.config import DecodeConfig
 from fp8repro.errors import RunFailure, UserError
+from fp8repro.lengths import with_units
 from fp8repro.results.records import NO_EFFECT
 from fp8repro.training.untrusted import Harmful, require_harmless_file, require_plain
 
@@ -140,7 +141,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         require_plain([content["identity"], content["config"]], tensors=False)
     except Harmful as error:
         raise UserError(f"checkpoint: {path.name} cannot be used ({error} among its settings)") from None
-    return content
+    return content | {name: with_units(content[name]) for name in ("identity", "config")}
 
 
 def newest_checkpoint(folder: Path, report: Callable[[str], None], until: int | None = None) -> dict[str, Any] | None:

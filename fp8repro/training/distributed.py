@@ -95,21 +95,26 @@ def join_world(device: str) -> World:
 
     The process group lives as long as the process: the runs of a sweep share it.
 
+    A world is WORLD_SIZE and RANK, both or neither; LOCAL_RANK says which GPU of the machine (default: the first), and
+    a world of several needs MASTER_ADDR and MASTER_PORT. Slurm's own variables say nothing: scripts/slurm.sbatch sets
+    these from them.
+
     Args:
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        UserError: a device that this machine does not have.
+        UserError: variables that make no world, one whose first process cannot be reached, or a device that this
+            machine does not have.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank, size = environment_rank()
+    local_rank = _number("LOCAL_RANK", 0)
+    if local_rank >= max(size, 1) and size > 1:
+        raise UserError(f"LOCAL_RANK: got {local_rank} with WORLD_SIZE={size}, expected a number from 0 to {size - 1}")
     chosen = choose_device(device, local_rank)
     if size == 1:
         return World(device=chosen)
-    if "RANK" not in os.environ:
-        raise UserError(f"WORLD_SIZE: got {size} without RANK, expected a start by torchrun")
     if not dist.is_initialized():
-        store, rank, size = next(iter(rendezvous("env://")))
+        store = _store(rank)
         # torchrun's store outlives a restart, and with it the addresses of the processes that died. Over several nodes
         # the count differs between them: there, torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -117,6 +122,54 @@ def join_world(device: str) -> World:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return World(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def environment_rank() -> tuple[int, int]:
+    """Rank and size of the world that the environment describes; 0 and 1 where it describes none.
+
+    Raises:
+        UserError: RANK or WORLD_SIZE is no such number, or there is one without the other.
+    """
+    size = _number("WORLD_SIZE", 1, least=1)
+    if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"RANK: got {os.environ['RANK']!r} without WORLD_SIZE, expected both, as torchrun sets them, or neither"
+        )
+    if size > 1 and "RANK" not in os.environ:
+        raise UserError(f"WORLD_SIZE: got {size} without RANK, expected both, as torchrun sets them, or neither")
+    rank = _number("RANK", 0)
+    if rank >= size:
+        raise UserError(f"RANK: got {rank} with WORLD_SIZE={size}, expected a number from 0 to {size - 1}")
+    return rank, size
+
+
+def _number(variable: str, default: int, least: int = 0) -> int:
+    text = os.environ.get(variable)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit()) or int(text) < least:
+        raise UserError(f"{variable}: got {text!r}, expected a whole number from {least} on")
+    return int(text)
+
+
+def _store(rank: int) -> dist.Store:
+    """Where the processes of a world find each other."""
+    address = os.environ.get("MASTER_ADDR")
+    if not address:
+        raise UserError("MASTER_ADDR: missing, expected the machine of rank 0, as torchrun sets it")
+    if "MASTER_PORT" not in os.environ:
+        raise UserError("MASTER_PORT: missing, expected a free port of the machine of rank 0, as torchrun sets it")
+    port = _number("MASTER_PORT", 0)
+    if port > 65535:
+        raise UserError(f"MASTER_PORT: got {port}, expected a number from 0 to 65535")
+    try:
+        store: dist.Store = next(iter(rendezvous("env://")))[0]
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"MASTER_ADDR: process {rank} cannot use {address}:{port} ({reason:.200}), expected rank 0 to listen there"
+        ) from None
+    return store
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:

@@ -194,7 +194,7 @@ def train_step(run: Run, batches: list[Any], stop: bool) -> StepResult:
     config, world, step = run.config, run.world, run.step
     count, stops = world.sum([sum(run.task.count(batch) for batch in batches), float(stop)])
     scale = run.scaler.scale
-    lr = learning_rate(config.schedule, config.optimizer.lr, step, run.total_steps)
+    lr = learning_rate(config.schedule, config.optimizer.lr, step, run.total_steps, config.trainer.epochs)
     for group in run.masters.optimizer.param_groups:
         group["lr"] = lr
     run.masters.optimizer.zero_grad(set_to_none=True)

@@ -119,10 +119,10 @@ class RunFolder:
             return
         line = json.dumps(_finite({"kind": kind, "step": step, **values})) + "\n"
         try:
-            with (self.folder / METRICS).open("a") as file:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
-            raise RunFailure(f"run_dir: {METRICS} cannot be written ({error.strerror})") from error
+            raise RunFailure(_unwritable(self.folder / METRICS, error)) from error
 
     def event(self, step: int, what: str, text: str) -> None:
         """Append something that happened."""
@@ -138,8 +138,8 @@ class RunFolder:
         if not self.writes:
             return None
         try:
-            values = json.loads((self.folder / SUMMARY).read_text())
-            decode = yaml.safe_load((self.folder / CONFIG).read_text())["decode"]
+            values = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
+            decode = yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8"))["decode"]
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
             return None
         same = decode == self.config.to_dict()["decode"]
@@ -149,11 +149,12 @@ class RunFolder:
         path = self.folder / name
         temporary = path.with_name(name + ".tmp")
         try:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise RunFailure(f"run_dir: {name} cannot be written ({error.strerror})") from error
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise RunFailure(_unwritable(path, error)) from error
 
     def close(self) -> None:
         """Give the folder free; a folder in which no run began is removed."""
@@ -177,12 +178,16 @@ class RunFolder:
         self.close()
 
 
+def _unwritable(path: Path, error: OSError) -> str:
+    return f"run_dir: {str(path)!r} cannot be written ({error.strerror})"
+
+
 def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Whole lines of a metrics file and what they say; a line that a crash cut off ends it."""
     rows: list[tuple[str, dict[str, Any]]] = []
     if not path.exists():
         return rows
-    with path.open(errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)

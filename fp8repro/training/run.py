@@ -132,7 +132,7 @@ def build(config: RunConfig, world: World) -> Run:
     optimizer = make_optimizer(model, config.optimizer)
     # The loop sums the gradients of several processes itself, in FP32.
     masters = MasterWeights(model, optimizer, config.precision, context, narrow=True)
-    scaler = make_scaler(config.loss_scaling, total_steps)
+    scaler = make_scaler(config.loss_scaling, total_steps, config.trainer.epochs)
     statistics = NormalizationStatistics(model)
     replays = Replays(config, world, task, model)
     return Run(

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fp8repro.cache import cache_root
+from fp8repro.cache import cache_root, writable_cache
+from fp8repro.errors import UserError
 
 
 def content_key(settings: Mapping[str, Any], files: Iterable[Path]) -> str:
@@ -31,10 +32,16 @@ def cached_folder(kind: str, key: str, build: Callable[[Path], None]) -> Path:
     folder = parent / key
     if folder.is_dir():
         return folder
-    parent.mkdir(parents=True, exist_ok=True)
+    writable_cache(kind)
     building = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=parent))
     try:
-        build(building)
+        try:
+            build(building)
+        except OSError as error:
+            # What cannot be read is a user's file, and keeps its name.
+            if error.filename is not None and not str(error.filename).startswith(str(building)):
+                raise
+            raise UserError(f"FP8REPRO_CACHE: {str(folder)!r} cannot be written ({error.strerror})") from None
         try:
             building.rename(folder)
         except OSError:
