@@ -46,6 +46,7 @@ class LossScalingConfig:
     scale: float = 1.0  # constant: the scale; dynamic, enhanced: the initial one
     factor: float = 2.0
     window: float = 2000  # good steps before the scale grows; under 1: fraction of the run
+    min_window: int = 1  # steps that a window given as a fraction has at least
     min_scale: float = 1.0
     max_scale: float = 2.0**24
     floors: tuple[tuple[float, float], ...] = ()  # enhanced: (when, floor), when under 1: fraction of the run
@@ -56,7 +57,7 @@ class OptimizerConfig:
     """Optimizer; `decay_norm_and_bias=False` leaves weight decay off one-dimensional parameters."""
 
     name: str = "sgd"  # sgd | adam | adamw
-    lr: float = 0.1
+    lr: float | None = 0.1  # None: sgd's by batch size and length of the run, see `settle_rate`
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
@@ -188,6 +189,7 @@ POSITIVE = (
     "optimizer.lr",
     "loss_scaling.scale",
     "loss_scaling.window",
+    "loss_scaling.min_window",
     "loss_scaling.min_scale",
     "loss_scaling.max_scale",
 )

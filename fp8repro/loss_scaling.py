@@ -148,7 +148,8 @@ def make_scaler(config: LossScalingConfig, total_steps: int) -> LossScaler:
     highest = max((floor for _, floor in floors), default=0.0)
     if highest > config.max_scale:
         raise UserError(f"loss_scaling.floors: got {highest}, expected at most max_scale={config.max_scale}")
-    window = max(1, _steps(config.window, total_steps))
+    # At the edge of overflow a scale that grows after each window loses about one step in `window + 1`.
+    window = max(config.min_window if config.window < 1 else 1, _steps(config.window, total_steps))
     return DynamicScale(config.scale, config.factor, window, config.min_scale, config.max_scale, floors)
 
 
