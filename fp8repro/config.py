@@ -47,6 +47,7 @@ class LossScalingConfig:
     scale: float = 1.0  # constant: the scale; dynamic, enhanced: the initial one
     factor: float = 2.0
     window: Length = 2000  # good steps before the scale grows
+    min_window: int = 1  # steps that a window given as a fraction has at least
     min_scale: float = 1.0
     max_scale: float = 2.0**24
     floors: tuple[tuple[Length, float], ...] = ()  # enhanced: (when, floor)
@@ -57,7 +58,7 @@ class OptimizerConfig:
     """Optimizer; `decay_norm_and_bias=False` leaves weight decay off one-dimensional parameters."""
 
     name: str = "sgd"  # sgd | adam | adamw
-    lr: float = 0.1
+    lr: float | None = 0.1  # None: sgd's by batch size and length of the run, see `settle_rate`
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
@@ -203,6 +204,7 @@ BOUNDS: dict[str, Bound] = {
     "loss_scaling.floors": SCALE,
     "loss_scaling.max_scale": SCALE,
     "loss_scaling.min_scale": SCALE,
+    "loss_scaling.min_window": COUNT,
     "loss_scaling.scale": SCALE,
     "optimizer.betas": UNDER_ONE,
     "optimizer.eps": POSITIVE,

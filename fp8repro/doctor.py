@@ -293,12 +293,12 @@ def _text(root: Path, texts: list[str]) -> str:
 
 def _images(root: Path, val_fraction: float | None) -> str:
     from fp8repro.data.folders import train_and_val_files
-    from fp8repro.data.images import read_rgb
+    from fp8repro.data.pixels import read_image
 
     train, val = train_and_val_files(root, val_fraction)
     first_of_class = dict(zip(reversed(train.labels), reversed(train.paths), strict=True))
     for label in islice(sorted(first_of_class), SAMPLED_CLASSES):
-        read_rgb(first_of_class[label])
+        read_image(first_of_class[label])
     split = "" if val_fraction is None else ", split by data.options.val_fraction=0.1"
     return f"images, {len(train.classes)} classes, {len(train.paths)} to train and {len(val.paths)} to validate{split}"
 

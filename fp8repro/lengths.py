@@ -66,6 +66,11 @@ def in_steps(length: Length, total_steps: int, epochs: float | None = None) -> f
     return round(number / epochs * total_steps)
 
 
+def is_fraction(length: Length) -> bool:
+    """Whether a length follows the run's."""
+    return _parts(length)[0] == "fraction"
+
+
 def require_unit(length: Length, setting: str) -> None:
     """Refuse a bare number from 1 on, where steps, epochs and a whole run are equally likely to be meant.
 

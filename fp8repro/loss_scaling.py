@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from fp8repro.config import LossScalingConfig
 from fp8repro.errors import UserError
-from fp8repro.lengths import Length, in_steps
+from fp8repro.lengths import Length, in_steps, is_fraction
 
 
 class LossScaler(Protocol):
@@ -153,7 +153,9 @@ def make_scaler(config: LossScalingConfig, total_steps: int, epochs: float | Non
     highest = max((floor for _, floor in floors), default=0.0)
     if highest > config.max_scale:
         raise UserError(f"loss_scaling.floors: got {highest}, expected at most max_scale={config.max_scale}")
-    window = max(1, _steps(config.window, total_steps, epochs))
+    # At the edge of overflow a scale that grows after each window loses about one step in `window + 1`.
+    least = config.min_window if is_fraction(config.window) else 1
+    window = max(least, _steps(config.window, total_steps, epochs))
     return DynamicScale(config.scale, config.factor, window, config.min_scale, config.max_scale, floors)
 
 

@@ -25,7 +25,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
 from training_tools import tiny_config, tiny_network
 
-from fp8repro.data.images import FolderSettings, _plain_transform, _train_transform, read_rgb
+from fp8repro.data.images import FolderSettings, _plain_transform, _train_transform
+from fp8repro.data.pixels import read_image
 from fp8repro.data.translation.datasets import load_translation
 from fp8repro.data.translation.fairseq_binary import write_binary
 from fp8repro.data.translation.text import Subwords
@@ -216,7 +217,7 @@ def image_reader(folder: Path) -> Reader:
     path = folder / "image.jpg"
 
     def read(data: bytes) -> None:
-        image = read_rgb(str(_stored(path, data)))
+        image = read_image(str(_stored(path, data)))
         for transform in transforms:
             transform(image)
 

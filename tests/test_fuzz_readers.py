@@ -15,7 +15,7 @@ import torch
 from fuzzing import READERS
 from PIL import Image
 
-from fp8repro.data.images import read_rgb
+from fp8repro.data.pixels import read_image
 from fp8repro.data.translation.fairseq_binary import read_binary, write_binary
 from fp8repro.errors import UserError
 from fp8repro.training.checkpoint import read_tensors
@@ -122,22 +122,22 @@ def test_a_tar_archive_is_not_unpacked(tmp_path: Path) -> None:
 def test_an_image_is_read_by_its_contents_and_no_program_is_started(tmp_path: Path) -> None:
     path = tmp_path / "image.jpg"
     Image.new("RGB", (9, 7), (1, 2, 3)).save(path, "PNG")
-    assert read_rgb(str(path)).getpixel((0, 0)) == (1, 2, 3)
+    assert read_image(str(path)).getpixel((0, 0)) == (1, 2, 3)
     # PIL gives PostScript to ghostscript, whatever the file is called.
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
     with pytest.raises(UserError, match="cannot identify image file"):
-        read_rgb(str(path))
+        read_image(str(path))
 
 
 def test_an_image_may_be_large_but_not_out_of_proportion(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     Image.new("1", (6000, 4000)).save(path)
     with pytest.raises(UserError, match="6000 x 4000 pixels are too many for the size of the file"):
-        read_rgb(str(path))
+        read_image(str(path))
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (4200, 4000), dtype=np.uint8)).save(
         path, compress_level=0
     )
-    assert read_rgb(str(path)).size == (4000, 4200)
+    assert read_image(str(path)).size == (4000, 4200)
 
 
 def test_sequences_that_overlap_are_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
 
 from fp8repro.config import DataConfig
 from fp8repro.data.folders import stratified_split
@@ -116,8 +117,8 @@ def test_imagenet_transforms_are_torchvisions_reference(tmp_path):
     reference = ImageClassification(crop_size=224, antialias=True)
     path = data.val.files.paths[0]
     assert torch.allclose(data.val[0, 0][0], reference(Image.open(path)), atol=1e-5)
-    kinds = [type(step).__name__ for step in data.train.transform.transforms]
-    assert kinds == ["RandomResizedCrop", "RandomHorizontalFlip", "ToTensor", "Normalize"]
+    kinds = [getattr(step, "__name__", type(step).__name__) for step in data.train.transform.transforms]
+    assert kinds == ["RandomResizedCrop", "RandomHorizontalFlip", "rgb_tensor", "Normalize"]
 
 
 def test_one_folder_is_split(tmp_path):
@@ -146,6 +147,52 @@ def test_any_file_name_will_do(tmp_path):
         list(load_batches(data.val, [[(0, i)] for i in range(12)]))
     assert "dog/" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_links_to_folders_are_followed_as_torchvision_does(tmp_path):
+    root, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    write_folder(root, classes=("cat", "Cat", "dog"))
+    (elsewhere / "deeper").mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(elsewhere / "deeper" / f"more{number}.PNG")
+    for split in ("train", "val"):
+        (root / split / "dog" / "more").symlink_to(elsewhere)
+        (root / split / "cat" / "dogs too").symlink_to(root / split / "dog")
+    data = load_images(DataConfig("image_folder", str(root), 16), seed=0)
+    oracle = ImageFolder(str(root / "train"))
+    assert data.classes == oracle.classes == ["Cat", "cat", "dog"]
+    assert sorted(zip(data.train.files.paths, data.train.files.labels, strict=True)) == sorted(oracle.samples)
+    assert len(oracle.samples) == 6 + (6 + 6 + 3) + (6 + 3)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    own = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "dog":
+            raise PermissionError(13, "Permission denied", path)
+        return own(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"^data\.root: folder '.*train/dog' cannot be read \(Permission denied\)$"):
+        load_images(DataConfig("image_folder", str(tmp_path), 16), seed=0)
+
+
+def test_a_folder_that_is_reached_twice_counts_once(tmp_path):
+    write_folder(tmp_path, splits=(".",), count=10)
+    within = tmp_path / "cat" / "within"
+    within.mkdir()
+    Image.new("RGB", (8, 8)).save(within / "10.png")
+    (within / "parent").symlink_to(tmp_path / "cat")
+    (within / "itself").symlink_to(within / "itself")
+    (tmp_path / "cat" / "also within").symlink_to(within)
+    (tmp_path / "no class").symlink_to(tmp_path / "no class")
+    (tmp_path / "dog" / "twin").symlink_to(tmp_path / "dog")
+    config = DataConfig("image_folder", str(tmp_path), 16, options={"val_fraction": 0.5})
+    data = load_images(config, seed=0)
+    files = [os.path.realpath(path) for split in (data.train, data.val) for path in split.files.paths]
+    assert len(files) == len(set(files)) == 11 + 10
 
 
 @given(
@@ -297,6 +344,9 @@ def test_small_stem_keeps_the_resolution():
     assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
     large = make_resnet("resnet18", classes=7, channels=1, image_size=8, stem="imagenet").eval()
     assert large.maxpool(large.conv1(torch.zeros(2, 1, 8, 8))).shape == (2, 64, 2, 2)
+    for size, stem in ((64, "small"), (65, "imagenet")):
+        auto = make_resnet("resnet18", classes=7, image_size=size)
+        assert auto.conv1.stride == ((1, 1) if stem == "small" else (2, 2))
     with pytest.raises(UserError, match=r"model.name: got 'resnet19'"):
         make_resnet("resnet19", 10)
     with pytest.raises(UserError, match=r"model.stem: got 'tiny'"):

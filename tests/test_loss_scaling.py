@@ -85,6 +85,25 @@ def test_windows_may_be_fractions_of_the_run() -> None:
     assert scaler.scale == 2 * DYNAMIC.scale
 
 
+@pytest.mark.parametrize(
+    ("window", "least", "steps", "expected"),
+    [(0.01, 128, 840, 128), (0.01, 128, 28_000, 280), (0.05, 1, 840, 42), (7, 128, 840, 7), (0.0001, 1, 840, 1)],
+)
+def test_a_window_that_is_a_fraction_has_a_least_length(window, least, steps, expected) -> None:
+    scaler = make_scaler(replace(DYNAMIC, window=window, min_window=least), steps)
+    found = next(step for step in range(1, 500) if scaler.update(False) and scaler.scale > DYNAMIC.scale)
+    assert found == expected
+
+
+def test_at_the_edge_of_overflow_a_scale_loses_one_step_in_a_window() -> None:
+    for least, share in ((1, 1 / 9), (128, 1 / 129)):
+        config = replace(DYNAMIC, window=0.01, min_window=least, scale=2.0**16)
+        scaler = make_scaler(config, 840)
+        for _ in range(8400):
+            scaler.update(scaler.scale > 2.0**13)
+        assert scaler.skipped / 8400 == pytest.approx(share, rel=0.05)
+
+
 def test_growth_stops_at_the_maximum() -> None:
     scaler = make_scaler(replace(DYNAMIC, window=1, max_scale=2.0**12), 10)
     for _ in range(5):

@@ -29,7 +29,19 @@ def tiny(monkeypatch):
 
 
 SUMMARY_KEYS = {
-    *("model", "data", "precision", "loss_scaling", "profile", "seed", "steps", "skipped_steps", "rollbacks"),
+    *(
+        "model",
+        "data",
+        "precision",
+        "loss_scaling",
+        "profile",
+        "seed",
+        "steps",
+        "skipped_steps",
+        "skipped_share",
+        "rollbacks",
+    ),
+    "warnings",
     *(
         "top1",
         "top5",

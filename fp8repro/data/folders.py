@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from fp8repro.data.keys import permutation
 from fp8repro.errors import UserError
@@ -63,7 +64,11 @@ def scan_classes(folder: Path) -> ImageFiles:
     Raises:
         UserError: no class folder, or one without images.
     """
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        entries = os.listdir(folder)
+    except OSError as error:
+        _refuse(error)
+    classes = sorted(name for name in entries if (folder / name).is_dir() and not name.startswith("."))
     if not classes:
         raise UserError(f"data.root: {str(folder)!r} holds no class folders, expected one folder of images a class")
     paths: list[str] = []
@@ -77,14 +82,28 @@ def scan_classes(folder: Path) -> ImageFiles:
     return ImageFiles(paths, labels, classes)
 
 
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"data.root: folder {error.filename!r} cannot be read ({error.strerror})") from None
+
+
 def _images(folder: Path) -> list[str]:
-    # os.walk does not follow links to folders: a link to a parent would never end.
-    return [
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(EXTENSIONS)
-    ]
+    """Images under a class folder. Links to folders are followed, as torchvision does.
+
+    A folder that is reached twice, by a link to a parent or by two links, counts once: its images would be there
+    without end, or on both sides of a split.
+    """
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        # Which of two ways to a folder counts must not depend on the file system's order.
+        folders.sort()
+        found += [os.path.join(parent, name) for name in names if name.lower().endswith(EXTENSIONS)]
+    return found
 
 
 def split_files(files: ImageFiles, val_fraction: float, where: str) -> tuple[ImageFiles, ImageFiles]:

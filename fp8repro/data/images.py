@@ -20,16 +20,13 @@ from fp8repro.config import DataConfig, build_dataclass
 from fp8repro.data.folders import ImageFiles, stratified_split, train_and_val_files
 from fp8repro.data.image_batches import Sample
 from fp8repro.data.keys import derived_seed, seeded_torch
+from fp8repro.data.pixels import read_image
 from fp8repro.errors import UserError
 from fp8repro.models.resnet import LARGEST_SMALL_IMAGE
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUGMENTATIONS = ("auto", "imagenet", "small", "none")
 DIGITS_VAL_FRACTION = 0.2
-# Told by contents, whatever a file is called; PIL would start other programs for some kinds.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-# A photograph has some pixels a byte. What claims many more unfolds to gigabytes, up to 8 bytes a pixel.
-FREE_PIXELS, PIXELS_PER_BYTE = 16_000_000, 100
 Transform = Callable[[Any], Tensor]
 
 
@@ -39,8 +36,10 @@ class ImageData:
 
     Attributes:
         train: augmented as configured. val, train_plain: not augmented.
+        val_labels: classes of the validation images.
         classes: their names. channels, image_size: of every sample.
-        identity: hash of which images in which classes make up the data.
+        identity: hash of which images in which classes make up the data: names, never pixels, which would all have to
+            be read. Images that change under the same names go unnoticed by a resume.
     """
 
     train: Dataset[Sample]
@@ -49,6 +48,7 @@ class ImageData:
     classes: list[str]
     channels: int
     image_size: int
+    val_labels: list[int]
     identity: str
 
 
@@ -150,14 +150,15 @@ def _load_digits(settings: DigitsSettings, config: DataConfig, seed: int) -> Ima
 
     identity = hashlib.sha256(digits.images.tobytes() + bytes(labels)).hexdigest()
     names = [str(name) for name in digits.target_names]
-    return ImageData(subset(train, settings.shift), subset(val, 0), subset(train, 0), names, 1, 8, identity)
+    splits = (subset(train, settings.shift), subset(val, 0), subset(train, 0))
+    return ImageData(*splits, names, 1, 8, [labels[i] for i in val], identity)
 
 
 class FileImages(Dataset[Sample | UserError]):
     """Images read from files."""
 
     def __init__(self, files: ImageFiles, transform: Transform, seed: int) -> None:
-        """`transform` takes an RGB PIL image and may draw from torch's global generator."""
+        """`transform` takes a PIL image of `read_image` and may draw from torch's global generator."""
         self.files, self.transform, self.seed = files, transform, seed
 
     def __len__(self) -> int:
@@ -169,31 +170,11 @@ class FileImages(Dataset[Sample | UserError]):
         epoch, index = key
         path = self.files.paths[index]
         try:
-            image = read_rgb(path)
+            image = read_image(path)
         except UserError as error:
             return error
         with seeded_torch(derived_seed("augment", self.seed, epoch, index)):
             return self.transform(image), self.files.labels[index]
-
-
-def read_rgb(path: str) -> Any:
-    """An image file as an RGB PIL image.
-
-    Raises:
-        UserError: names the file that cannot be read.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            pixels = image.width * image.height
-            if pixels > max(FREE_PIXELS, PIXELS_PER_BYTE * os.path.getsize(path)):
-                raise ValueError(f"{image.width} x {image.height} pixels are too many for the size of the file")
-            return image.convert("RGB")
-    # PIL's decoders raise whatever their parsing trips over; each means that this file cannot be used.
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"data.root: image {path!r} cannot be read ({reason})") from None
 
 
 def _load_folder(settings: FolderSettings, config: DataConfig, seed: int) -> ImageData:
@@ -210,7 +191,15 @@ def _load_folder(settings: FolderSettings, config: DataConfig, seed: int) -> Ima
         digest.update(os.fsencode("\0".join(names)))
     # The dataset's errors are values; the loader turns them into exceptions.
     datasets: list[Any] = [FileImages(*parts, seed) for parts in ((train, augmented), (val, plain), (train, plain))]
-    return ImageData(datasets[0], datasets[1], datasets[2], train.classes, 3, size, digest.hexdigest())
+    classes, identity = train.classes, digest.hexdigest()
+    return ImageData(datasets[0], datasets[1], datasets[2], classes, 3, size, val.labels, identity)
+
+
+def rgb_tensor(image: Any) -> Tensor:
+    """A PIL image of `read_image` as FP32 [3, H, W] from 0 to 1; grey in all channels alike."""
+    from torchvision.transforms.functional import to_tensor
+
+    return to_tensor(image).expand(3, -1, -1)  # type: ignore[no-any-return]
 
 
 def _train_transform(settings: FolderSettings, size: int) -> Transform:
@@ -226,13 +215,13 @@ def _train_transform(settings: FolderSettings, size: int) -> Transform:
     if kind == "small":
         geometry = [T.Resize(size), T.CenterCrop(size), T.RandomCrop(size, padding=max(1, size // 8))]
     flip = [T.RandomHorizontalFlip()] if settings.flip else []
-    return T.Compose([*geometry, *flip, T.ToTensor(), T.Normalize(settings.mean, settings.std)])  # type: ignore[no-any-return]
+    return T.Compose([*geometry, *flip, rgb_tensor, T.Normalize(settings.mean, settings.std)])  # type: ignore[no-any-return]
 
 
 def _plain_transform(settings: FolderSettings, size: int) -> Transform:
-    """Resize and center crop; from ImageNet's size on with its 256 to 224 margin."""
+    """Resize and center crop, over 64 pixels with ImageNet's 256 to 224 margin; smaller images are enlarged."""
     from torchvision import transforms as T
 
     resized = size if size <= LARGEST_SMALL_IMAGE else round(size * 256 / 224)
-    steps = [T.Resize(resized), T.CenterCrop(size), T.ToTensor(), T.Normalize(settings.mean, settings.std)]
+    steps = [T.Resize(resized), T.CenterCrop(size), rgb_tensor, T.Normalize(settings.mean, settings.std)]
     return T.Compose(steps)  # type: ignore[no-any-return]

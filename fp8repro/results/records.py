@@ -22,7 +22,7 @@ MAX_SETTINGS, MAX_NAME = 2_000, 500
 # A line of metrics: the telemetry of a large model takes some hundred kilobytes.
 MAX_LINE = 4_000_000
 # Settings that runs did not always record, with what they were before.
-LATER_SETTINGS = {"precision.recurrent_gradients": "step"}
+LATER_SETTINGS = {"precision.recurrent_gradients": "step", "loss_scaling.min_window": 1}
 # Settings that leave a run's result as it is, as long as it rolled nothing back.
 NO_EFFECT = (
     "backend",

@@ -14,7 +14,7 @@ import torch
 from fp8repro.config import DecodeConfig
 from fp8repro.errors import RunFailure, UserError
 from fp8repro.lengths import with_units
-from fp8repro.results.records import NO_EFFECT
+from fp8repro.results.records import LATER_SETTINGS, NO_EFFECT
 from fp8repro.training.untrusted import Harmful, require_harmless_file, require_plain
 
 FORMAT = 1
@@ -36,6 +36,8 @@ FREE_SETTINGS = {
     "trainer.max_steps",
     "trainer.max_skipped_in_a_row",
     *(f"decode.{field.name}" for field in fields(DecodeConfig)),
+    # Part of task.data too; checkpoints did not always name them.
+    "task.class_names",
 } - {"seed"}
 
 
@@ -173,7 +175,7 @@ def require_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Non
     Raises:
         UserError: names the first setting that differs, and both values.
     """
-    old, new = flat(saved), flat(wanted)
+    old, new = LATER_SETTINGS | flat(saved), LATER_SETTINGS | flat(wanted)
     for name in sorted(old.keys() | new.keys()):
         if name not in FREE_SETTINGS and old.get(name) != new.get(name):
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def evaluate(path: str | Path, config: RunConfig, split: str = "val") -> dict[st
         split: val | train; of translation models also test, which they translate.
 
     Raises:
-        UserError: a file that is missing or damaged, weights of another model, or an unknown split.
+        UserError: a file that is missing or damaged, weights of another model, data of other classes than a checkpoint
+            was trained on, or an unknown split.
     """
     accepted = ("val", "train", "test") if config.model.task == "translation" else ("val", "train")
     if split not in accepted:
@@ -51,6 +53,7 @@ def evaluate(path: str | Path, config: RunConfig, split: str = "val") -> dict[st
     content = read_tensors(Path(path))
     weights = content["model"] if content.get("format") == FORMAT and "model" in content else content
     task = make_task(config, world)
+    require_same_classes(content.get("identity"), task.identity(), str(path))
     model = task.model()
     load_weights(model, weights, str(path))
     model.to(world.device)
@@ -65,6 +68,31 @@ def checkpoint_config(path: str | Path) -> RunConfig:
         UserError: a file that is missing or damaged, or no checkpoint of a run.
     """
     return run_config(read_checkpoint(Path(path))["config"])
+
+
+def require_same_classes(saved: Any, own: Mapping[str, Any], where: str) -> None:
+    """Refuse data whose classes are called otherwise than those that a checkpoint knows: outputs stand for others.
+
+    Args:
+        saved: the checkpoint's `identity`; None and those that name no classes say nothing.
+        own: `Task.identity` of the data.
+        where: the checkpoint.
+
+    Raises:
+        UserError: names the first difference.
+    """
+    task = saved.get("task") if isinstance(saved, Mapping) else None
+    names = task.get("class_names") if isinstance(task, Mapping) else None
+    classes = own.get("class_names")
+    # Another number of classes is another shape of weights.
+    if not isinstance(names, list) or classes is None or len(names) != len(classes):
+        return
+    for index, (name, wanted) in enumerate(zip(classes, names, strict=True)):
+        if name != wanted:
+            raise UserError(
+                f"data.root: class {index} is {name!r}, and {wanted!r:.200} in {where!r}, expected the same classes "
+                "(a .pth of the weights alone goes by their order)"
+            )
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any], where: str) -> None:

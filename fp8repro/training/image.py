@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,12 @@ class ImageTask:
 
     def identity(self) -> dict[str, Any]:
         """See `Task`."""
-        return {"classes": len(self.data.classes), "train_images": self.batches.size, "data": self.data.identity}
+        return {
+            "classes": len(self.data.classes),
+            "class_names": self.data.classes,
+            "train_images": self.batches.size,
+            "data": self.data.identity,
+        }
 
     def count(self, batch: ImageBatch) -> int:
         """See `Task`."""
@@ -66,7 +73,7 @@ class ImageTask:
         logits, labels = self._logits(model, batch)
         smoothing = self.config.trainer.label_smoothing
         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-        return loss, {"top1": 100 * (logits.detach().argmax(1) == labels).sum()}
+        return loss, {"top1": 100 * _hits(logits.detach(), labels, 1).sum()}
 
     def _logits(self, model: nn.Module, batch: ImageBatch) -> tuple[Tensor, Tensor]:
         batch = batch.to(self.world.device)
@@ -77,23 +84,32 @@ class ImageTask:
         return means
 
     def evaluate(self, model: nn.Module, split: str, poll: Poll = no_poll) -> dict[str, float]:
-        """See `Task`: loss (not smoothed), top1, top5."""
+        """See `Task`: loss (not smoothed), top1, top5; "nonfinite" images, where there are any."""
         dataset = self.data.val if split == "val" else self.data.train_plain
         images: int = len(dataset)  # type: ignore[arg-type]
         mine, most = range(self.world.rank, images, self.world.size), len(range(0, images, self.world.size))
         size = self.config.trainer.eval_batch_size
         keys = [[(0, i) for i in mine[start : start + size]] for start in range(0, len(mine), size)]
-        # Loss, top-1, top-5 and images.
-        sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
+        # Loss, top-1, top-5, images that were not finite, and all.
+        sums = torch.zeros(5, dtype=torch.float64, device=self.world.device)
         with closing(load_batches(dataset, keys, self.config.data.workers, self._pinned)) as batches:
             for batch in polled(batches, -(-most // size), poll):
                 logits, labels = self._logits(model, batch)
-                hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+                hits = _hits(logits, labels, 5)
                 losses = F.cross_entropy(logits, labels, reduction="none")
+                nonfinite = (~logits.isfinite().all(1)).sum()
                 count = torch.full_like(labels[0], len(labels))
-                sums += torch.stack([losses.double().sum(), hits[:, 0].sum(), hits.sum(), count])
-        loss, top1, top5, total = self.world.sum(sums.tolist())
-        return {"loss": loss / total, "top1": 100 * top1 / total, "top5": 100 * top5 / total}
+                sums += torch.stack([losses.double().sum(), hits[:, 0].sum(), hits.sum(), nonfinite, count])
+        loss, top1, top5, missing, total = self.world.sum(sums.tolist())
+        figures = {"loss": loss / total, "top1": 100 * top1 / total, "top5": 100 * top5 / total}
+        return figures | ({"nonfinite": missing} if missing else {})
+
+    def chance(self) -> dict[str, float]:
+        """See `Task`: always naming the largest class, and two standard deviations of luck."""
+        images = len(self.data.val_labels)
+        share = max(Counter(self.data.val_labels).values()) / images
+        luck = 2 * math.sqrt(share * (1 - share) / images)
+        return {"loss": math.log(len(self.data.classes)), "top1": 100 * (share + luck)}
 
     def score(self, metrics: dict[str, float]) -> float:
         """See `Task`."""
@@ -102,3 +118,9 @@ class ImageTask:
     def finish(self, model: nn.Module, metrics: dict[str, float], folder: Path, poll: Poll = no_poll) -> dict[str, Any]:
         """See `Task`."""
         return {"top1": metrics["top1"], "top5": metrics["top5"]}
+
+
+def _hits(logits: Tensor, labels: Tensor, among: int) -> Tensor:
+    """Where the class is among the first ones, [B, among or classes]; nowhere in rows that are not finite."""
+    first = logits.topk(min(among, logits.shape[1]), dim=1).indices
+    return (first == labels[:, None]) & logits.isfinite().all(1, keepdim=True)

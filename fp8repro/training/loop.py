@@ -26,10 +26,11 @@ from fp8repro.training.evaluate import measure
 from fp8repro.training.memory import counting_saved_bytes, working_weight_bytes
 from fp8repro.training.optimizer import l2_loss
 from fp8repro.training.progress import Display, NoTracker, Tracker, make_tracker
-from fp8repro.training.record import RunFolder
+from fp8repro.training.record import GUESSING, NONFINITE_EVALUATION, RunFolder
 from fp8repro.training.run import Run, build, resume, roll_back, summary
 from fp8repro.training.schedule import learning_rate
 from fp8repro.training.signals import Interrupted, StopRequest, exit_code
+from fp8repro.training.soundness import all_finite, no_better_than_guessing, warnings, what_was_not_finite
 from fp8repro.training.task import Poll, autocast
 
 
@@ -79,6 +80,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
     config, trainer, world = run.config, run.config.trainer, run.world
+    given, record.config = record.config, config
     display = Display(run.last_step, run.step, visible=world.is_main)
     finished = record.finished_summary()
     resume(run, record, display)
@@ -88,6 +90,8 @@ def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
     record.begin(run.step, run.results["evaluated"])
     table = run.report.table()
     display.say(table if config.precision.converts else table.splitlines()[0])
+    if given.optimizer.lr is None:
+        display.say(f"optimizer.lr: {run.rate:.3g}, for {run.total_steps} steps of batch {trainer.batch_size}")
     if run.step:
         record.event(run.step, "resume", f"continued from the checkpoint after step {run.step}")
     else:
@@ -162,10 +166,12 @@ def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
         world.wait()
         if trainer.average_checkpoints and load_averaged_weights(run.model, record, trainer.average_checkpoints):
             run.results["metrics"] = measure(run.task, run.model, config, world, poll=poll)
+        if not all_finite(run.results["metrics"]):
+            raise RunFailure(what_was_not_finite(run))
         run.model.eval()
         with torch.no_grad(), autocast(config, world.device):
             figures = run.task.finish(run.model, run.results["metrics"], record.folder, poll)
-        final = summary(run, "finished") | figures
+        final = summary(run, "finished") | {"warnings": warnings(run)} | figures
         record.summary(final)
         return final
     except Interrupted:
@@ -175,7 +181,7 @@ def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
         raise _stopped(run, stop, display) from None
     except RunFailure as error:
         record.event(run.step, "failure", str(error))
-        record.summary(summary(run, "failed") | {"reason": str(error)})
+        record.summary(summary(run, "failed") | {"warnings": warnings(run), "reason": str(error)})
         raise
     finally:
         groups.close()
@@ -194,7 +200,7 @@ def train_step(run: Run, batches: list[Any], stop: bool) -> StepResult:
     config, world, step = run.config, run.world, run.step
     count, stops = world.sum([sum(run.task.count(batch) for batch in batches), float(stop)])
     scale = run.scaler.scale
-    lr = learning_rate(config.schedule, config.optimizer.lr, step, run.total_steps, config.trainer.epochs)
+    lr = learning_rate(config.schedule, run.rate, step, run.total_steps, config.trainer.epochs)
     for group in run.masters.optimizer.param_groups:
         group["lr"] = lr
     run.masters.optimizer.zero_grad(set_to_none=True)
@@ -274,17 +280,29 @@ def _evaluate(run: Run, record: RunFolder, display: Display, tracker: Tracker, p
         record.row("eval", run.step, epoch=run.epoch, split=split, **metrics)
         tracker.log(run.step, {f"{split}/{name}": value for name, value in metrics.items()})
         display.say(f"epoch {run.epoch:.4g}  {split}  " + "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
-        if split == "val":
-            best = run.results["best"]
-            if not best or run.task.score(metrics) > run.task.score(best["metrics"]):
-                best = {"step": run.step, "metrics": metrics}
-            run.results |= {"evaluated": run.step, "metrics": metrics, "best": best}
+    metrics, best = found["val"], run.results["best"]
+    if all_finite(metrics) and (not best or run.task.score(metrics) > run.task.score(best["metrics"])):
+        best = {"step": run.step, "metrics": metrics}
+    run.results |= {"evaluated": run.step, "metrics": metrics, "best": best}
+    if not all_finite(metrics):
+        run.results["nonfinite_evaluations"] += 1
+        _warn(run, record, display, NONFINITE_EVALUATION, what_was_not_finite(run))
+    guessing = no_better_than_guessing(run)
+    if guessing and not run.results["guessing_evaluations"]:
+        _warn(run, record, display, GUESSING, guessing)
+    run.results["guessing_evaluations"] = run.results["guessing_evaluations"] + 1 if guessing else 0
+
+
+def _warn(run: Run, record: RunFolder, display: Display, what: str, text: str) -> None:
+    record.event(run.step, what, text)
+    display.say(f"warning: {text}")
 
 
 def _log(run: Run, result: StepResult, rate: float, record: RunFolder, display: Display, tracker: Tracker) -> None:
     names = list(result.figures)
     sums = run.world.sum([float(result.loss), *(float(result.figures[name]) for name in names)])
     loss, *means = (value / result.count for value in sums)
+    run.results["train_loss"] = loss
     figures = run.task.figures(dict(zip(names, means, strict=True)))
     values = {
         "loss": loss,

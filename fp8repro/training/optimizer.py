@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fp8repro.config import OptimizerConfig
+from fp8repro.errors import UserError
 from fp8repro.training.untrusted import Harmful, require_like
 
 # What torch keeps for each parameter.
@@ -17,10 +20,32 @@ STATE = {
     torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
 }
+# What SGD with momentum 0.9 takes on images of 10 to 1,000 classes, and from which length of run on it is safe.
+FULL_RATE, FULL_RATE_BATCH, FULL_RATE_STEPS = 0.1, 128, 800
+
+
+def settle_rate(config: OptimizerConfig, batch_size: int, total_steps: int) -> OptimizerConfig:
+    """The configuration with a learning rate: its own, or SGD's 0.1 lowered for small batches and short runs.
+
+    In proportion to the batch below 128 (linear scaling, Goyal et al. 2017), and to the root of the run's steps below
+    800: a warm-up that is a share of so short a run would rise to 0.1 within a few steps, and the loss with it.
+
+    Raises:
+        UserError: the optimizer is another, for which no such rule is known.
+    """
+    if config.lr is not None:
+        return config
+    if config.name != "sgd":
+        raise UserError(
+            f"optimizer.lr: got null with optimizer.name={config.name}, expected a number (a rule: sgd only)"
+        )
+    lr = FULL_RATE * min(1.0, batch_size / FULL_RATE_BATCH) * min(1.0, math.sqrt(total_steps / FULL_RATE_STEPS))
+    return replace(config, lr=lr)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of a configuration over a model's trainable parameters, in two groups by weight decay."""
+    """The optimizer of a configuration (rate settled) over a model's trainable parameters, in two groups by decay."""
+    assert config.lr is not None
     groups = decay_groups(model, config)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)

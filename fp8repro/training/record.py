@@ -22,6 +22,9 @@ from fp8repro.training.environment import describe_environment
 
 METRICS, SUMMARY, CONFIG, ENVIRONMENT = "metrics.jsonl", "summary.json", "config.yaml", "environment.json"
 CHECKPOINTS, TENSORBOARD, LOCK = "checkpoints", "tensorboard", ".lock"
+# What evaluations warn of: made again where the evaluation is.
+GUESSING, NONFINITE_EVALUATION = "guessing", "nonfinite_evaluation"
+EVALUATION_EVENTS = (GUESSING, NONFINITE_EVALUATION)
 
 
 def run_name(config: RunConfig) -> str:
@@ -107,7 +110,7 @@ class RunFolder:
         if not self.writes:
             return
         rows = _rows(self.folder / METRICS) if step else []
-        kept = [line for line, row in rows if row["step"] <= (evaluated if row.get("kind") == "eval" else step)]
+        kept = [line for line, row in rows if row["step"] <= (evaluated if _is_of_evaluation(row) else step)]
         self._write(METRICS, "".join(kept))
         (self.folder / SUMMARY).unlink(missing_ok=True)
         self._write(CONFIG, yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True))
@@ -180,6 +183,10 @@ class RunFolder:
 
 def _unwritable(path: Path, error: OSError) -> str:
     return f"run_dir: {str(path)!r} cannot be written ({error.strerror})"
+
+
+def _is_of_evaluation(row: Mapping[str, Any]) -> bool:
+    return row.get("kind") == "eval" or row.get("what") in EVALUATION_EVENTS
 
 
 def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fp8repro.telemetry import Telemetry
 from fp8repro.training import checkpoint as checkpoints
 from fp8repro.training.distributed import World
 from fp8repro.training.normalization import NormalizationStatistics, synchronize_normalization
-from fp8repro.training.optimizer import make_optimizer, with_saved_state
+from fp8repro.training.optimizer import make_optimizer, settle_rate, with_saved_state
 from fp8repro.training.progress import Display
 from fp8repro.training.record import RunFolder
 from fp8repro.training.replays import Replays
@@ -31,7 +31,15 @@ from fp8repro.training.untrusted import Harmful, require_like
 
 def no_results() -> dict[str, Any]:
     """`Run.results` at step 0."""
-    return {"evaluated": 0, "metrics": {}, "best": {}, "rollbacks": 0}
+    return {
+        "evaluated": 0,
+        "metrics": {},
+        "best": {},
+        "rollbacks": 0,
+        "train_loss": math.nan,
+        "nonfinite_evaluations": 0,
+        "guessing_evaluations": 0,
+    }
 
 
 @dataclass
@@ -39,9 +47,12 @@ class Run:
     """What a run is made of, and what it has come to.
 
     Attributes:
+        config: its learning rate settled.
         step: updates so far, skipped ones counted.
         seconds: spent in the loop, by former processes too.
-        results: plain values that a checkpoint keeps: last evaluation, its step, the best one; rollbacks so far.
+        results: plain values that a checkpoint keeps: last evaluation, its step, the best one; rollbacks so far; the
+            training loss logged last; evaluations so far that met numbers that are not finite; evaluations in a
+            row that were no better than guessing.
     """
 
     config: RunConfig
@@ -70,6 +81,12 @@ class Run:
         """Epochs so far."""
         return self.step / self.steps_per_epoch
 
+    @property
+    def rate(self) -> float:
+        """The learning rate before its schedule."""
+        assert self.config.optimizer.lr is not None
+        return self.config.optimizer.lr
+
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with a run that resumes it."""
         return {**self.config.to_dict(), "processes": self.world.size, "task": self.task.identity()}
@@ -96,8 +113,8 @@ class Run:
             UserError: it is another run's.
         """
         checkpoints.require_same_run(state["identity"], self.identity())
-        # Before there were rollbacks, checkpoints did not count them.
-        state = state | {"results": {"rollbacks": 0, **state["results"]}}
+        # Checkpoints did not always keep all of them.
+        state = state | {"results": {**no_results(), **state["results"]}}
         own = self.state() | {"results": no_results()}
         try:
             for part in ("model", "scaler", "data", "results"):
@@ -121,6 +138,7 @@ def build(config: RunConfig, world: World) -> Run:
     task = make_task(config, world)
     steps_per_epoch = math.ceil(len(task.batches) / config.trainer.micro_steps)
     total_steps = max(1, round(config.trainer.epochs * steps_per_epoch))
+    config = replace(config, optimizer=settle_rate(config.optimizer, config.trainer.batch_size, total_steps))
     # The same weights for every precision: only the seed decides.
     torch.manual_seed(config.seed)
     model = task.model().to(world.device)
@@ -194,6 +212,7 @@ def summary(run: Run, status: str) -> dict[str, Any]:
         "seed": config.seed,
         "steps": run.step,
         "skipped_steps": run.scaler.skipped,
+        "skipped_share": run.scaler.skipped / max(run.step, 1),
         "rollbacks": run.results["rollbacks"],
         "epochs": run.epoch,
         "train_seconds": run.seconds,

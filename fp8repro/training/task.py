@@ -99,7 +99,15 @@ class Task(Protocol[B]):
         ...
 
     def evaluate(self, model: nn.Module, split: str, poll: Poll = no_poll) -> dict[str, float]:
-        """Figures of a model in evaluation mode on "val" or "train" (not augmented), over all ranks; polls."""
+        """Figures of a model in evaluation mode on "val" or "train" (not augmented), over all ranks; polls.
+
+        Outputs that are not finite are no hits; where there are any, "nonfinite" says how many, or the loss is not
+        finite either.
+        """
+        ...
+
+    def chance(self) -> dict[str, float]:
+        """What guessing gets: "loss", and of a figure of `evaluate` (more is better) the most that luck explains."""
         ...
 
     def score(self, metrics: dict[str, float]) -> float:

@@ -120,6 +120,10 @@ class TranslationTask:
             metrics["chrf"] = chrf_score(hypotheses, pairs.references).value
         return metrics
 
+    def chance(self) -> dict[str, float]:
+        """See `Task`."""
+        return {"loss": math.log(len(self.data.vocabulary))}
+
     def score(self, metrics: dict[str, float]) -> float:
         """See `Task`."""
         return -metrics["loss"]
