@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from fp8repro import products
 from fp8repro.context import StepContext
+from fp8repro.engines import plain
 from fp8repro.formats import FloatFormat
 from fp8repro.products import Backend, Conv2dGeometry, Operand, Rounding
 from fp8repro.quantizer import round_into
@@ -120,6 +121,9 @@ class Site:
 
     def weight(self, weight: Tensor, training: bool, turn: bool = False) -> Operand:
         """The rounded weight; rounded once per update, whatever the number of calls and micro-steps."""
+        if not plain(weight):
+            # What a tracer or a tensor without data leaves behind is of no use to the next call.
+            return self.operand(weight.detach(), "weight", "weight", 0, training, turn)
         context = self.context
         key = (context.step, context.weight_version, weight._version, weight.data_ptr(), weight.dtype, training)
         if self._weight is None or self._weight_key != key:

@@ -130,7 +130,7 @@ def group(rule):
     roundings = ("fp16", "stochastic", "inf", "same", "e5m2", "nearest", "inf", "same")
     control = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64, device=DEVICE)
     streams = [1, 2, 3, 4, -5, 6]
-    return grads, masters, states, [], control, streams, rule.name, numbers, rule.nesterov, 2, *roundings, 8.0, -7
+    return grads, masters, states, [], [], control, streams, rule.name, numbers, rule.nesterov, 2, *roundings, 8.0, -7
 
 
 def test_operators_hold_what_torch_asks_of_them():

@@ -68,7 +68,7 @@ def diagnose(model: nn.Module, telemetry: Telemetry, repeat: Callable[[], object
 
     Args:
         model: the run's.
-        telemetry: of the run; counts the repeated step.
+        telemetry: of the run; counts the repeated step alone, and forgets what was measured before.
         repeat: forward and backward of the step, without an update.
 
     Returns:
@@ -76,7 +76,7 @@ def diagnose(model: nn.Module, telemetry: Telemetry, repeat: Callable[[], object
     """
     watcher = FirstNonfinite()
     model.zero_grad(set_to_none=True)
-    telemetry.active = True
+    telemetry.measure()
     with watcher.watching(model):
         repeat()
     telemetry.active = False
