@@ -64,6 +64,7 @@ def quantize(
     if type(seed) is not int or type(stream) is not int:
         seed, stream = _integer("seed", seed), _integer("stream", stream)
     dtype = _result_dtype(fmt, out)
+    check_format(fmt)
     if _differentiated(x):
         if dtype != torch.float32:
             raise ValueError(_NO_GRADIENT)
@@ -90,13 +91,14 @@ def _quantized(
 ) -> Tensor:
     """`quantize` of checked arguments, without a derivative; an operator only where somebody traces."""
     if not untraced(x):
-        check_format(format)
         options = (rounding, overflow, signed64(seed), signed64(stream), subnormal_rounding, out)
         traced: Tensor = rounded(x, spell_format(format), *options)
         return traced
-    result = torch.empty_like(x, dtype=_result_dtype(format, out))
+    result = torch.empty_like(x, dtype=torch.float32 if out == "float32" else format.dtype)
     values, codes = (result, None) if out == "float32" else (None, result)
-    _round(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, None)
+    fast = x.is_cpu and format.mantissa_bits < FP32.mantissa_bits and native.available()
+    engine: Any = native.round_unchecked if fast else _round
+    engine(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, None)
     return result
 
 
@@ -232,9 +234,7 @@ def _round(
 
 def _note_changes(*tensors: Tensor | None) -> None:
     """Count an engine's writes as changes, as torch does for an operator."""
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_inference():
-            increment_version(tensor)
+    increment_version([tensor for tensor in tensors if tensor is not None])
 
 
 @torch.library.custom_op("fp8repro::round_into", mutates_args=("values", "codes", "stats"))

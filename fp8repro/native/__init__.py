@@ -88,35 +88,62 @@ def round_into(
     check_rounding(x, format, values, codes, stats)
     if not x.is_cpu:
         raise ValueError(f"x: got a tensor on {x.device}, expected one on the CPU")
-    if x.numel() == 0:
+    signed = x.is_neg()
+    for out in (values, codes):
+        if out is not None:
+            signed = signed or out.is_neg()
+            address(out)
+    (_round_copies if signed else round_unchecked)(
+        x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats, engine, add
+    )
+
+
+def round_unchecked(
+    x: Tensor,
+    format: FloatFormat,
+    rounding: str,
+    overflow: str,
+    seed: int,
+    stream: int,
+    subnormal_rounding: str,
+    values: Tensor | None,
+    codes: Tensor | None,
+    stats: Tensor | None,
+    engine: Any = None,
+    add: bool = False,
+) -> None:
+    """`round_into` for an input that is checked (`check_input`, `plain`) and outputs that were made for it."""
+    count = x.numel()
+    if count == 0:
         return
     engine = engine or library()
-    outputs = [out for out in (values, codes) if out is not None]
-    if x.is_neg() or any(out.is_neg() for out in outputs):
-        kernel = "copy"
-    elif x.is_contiguous() and all(out.is_contiguous() for out in outputs):
-        kernel, arguments = "linear", (x.numel(),)
+    contiguous = x.is_contiguous() and (values is None or values.is_contiguous())
+    if contiguous and (codes is None or codes.is_contiguous()):
+        kernel, arguments = engine.fp8repro_linear, (count,)
     else:
-        strides = tuple(out.stride() for out in outputs)
-        kernel, arguments = plan(tuple(x.shape), x.stride(), strides, values is not None, rounding == "stochastic")
-    if kernel == "copy":
-        _round_copies(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats, engine)
-        return
+        strides = tuple(out.stride() for out in (values, codes) if out is not None)
+        name, arguments = plan(tuple(x.shape), x.stride(), strides, values is not None, rounding == "stochastic")
+        if name == "copy":
+            _round_copies(
+                x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats, engine, add
+            )
+            return
+        kernel = getattr(engine, "fp8repro_" + name)
     types = _TYPES[x.dtype]
     if values is not None:
         types |= _TYPES[values.dtype] << 4 | add << 12
     if codes is not None:
         types |= (4 if codes.element_size() == 1 else 5) << 8
-    getattr(engine, "fp8repro_" + kernel)(
+    kernel(
         address(x),
-        None if values is None else address(values),
-        None if codes is None else address(codes),
+        None if values is None else values.data_ptr(),
+        None if codes is None else codes.data_ptr(),
         types,
         format_address(format, rounding, overflow, subnormal_rounding),
         seed,
         stream,
-        None if stats is None else address(stats),
-        _threads(x.numel()),
+        None if stats is None else stats.data_ptr(),
+        _threads(count),
         *arguments,
     )
 
@@ -189,16 +216,18 @@ def _round_copies(
     codes: Tensor | None,
     stats: Tensor | None,
     engine: Any,
+    add: bool,
 ) -> None:
-    """Layouts that no kernel walks: round a copy in logical order."""
+    """Layouts that no kernel walks, and signs that memory does not hold: round a copy in logical order."""
     inner = [None if out is None else torch.empty(out.shape, dtype=out.dtype, device="cpu") for out in (values, codes)]
     x = x.resolve_neg().contiguous()
-    round_into(x, format, rounding, overflow, seed, stream, subnormal_rounding, inner[0], inner[1], stats, engine)
+    round_unchecked(x, format, rounding, overflow, seed, stream, subnormal_rounding, *inner, stats, engine)
     for out, copy in zip((values, codes), inner, strict=True):
         if out is not None and copy is not None:
-            out.copy_(copy)
+            (out.add_ if add and out is values else out.copy_)(copy)
 
 
+@functools.cache
 def format_address(format: FloatFormat, rounding: str, overflow: str, subnormal_rounding: str) -> int:
     """Where the kernels find a format and how to round to it."""
     return ctypes.addressof(_format(format, rounding, overflow, subnormal_rounding))
