@@ -221,7 +221,7 @@ def _round_copies(
     """Layouts that no kernel walks, and signs that memory does not hold: round a copy in logical order."""
     inner = [None if out is None else torch.empty(out.shape, dtype=out.dtype, device="cpu") for out in (values, codes)]
     x = x.resolve_neg().contiguous()
-    round_unchecked(x, format, rounding, overflow, seed, stream, subnormal_rounding, *inner, stats, engine)
+    round_unchecked(x, format, rounding, overflow, seed, stream, subnormal_rounding, inner[0], inner[1], stats, engine)
     for out, copy in zip((values, codes), inner, strict=True):
         if out is not None and copy is not None:
             (out.add_ if add and out is values else out.copy_)(copy)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fp8repro.injection import sites
 from fp8repro.telemetry import Telemetry
 
 
@@ -77,6 +78,9 @@ def diagnose(model: nn.Module, telemetry: Telemetry, repeat: Callable[[], object
     watcher = FirstNonfinite()
     model.zero_grad(set_to_none=True)
     telemetry.measure()
+    for site in sites(model).values():
+        # Or the weights that the step has rounded would not be counted.
+        site.forget_weight()
     with watcher.watching(model):
         repeat()
     telemetry.active = False
