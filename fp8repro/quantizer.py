@@ -177,14 +177,14 @@ def round_into(
         TypeError: `x` is no dense floating-point tensor of the three input types.
         ValueError: the dtype, shape or device of an output does not fit; nothing was written.
     """
-    options = (format, rounding, overflow, seed, stream, subnormal_rounding)
+    engine: Any
     x = x.detach() if isinstance(x, Tensor) and x.requires_grad else x
     if add and values is not None:
         check_rounding(x, format, values, codes, stats)
         fast = x.is_cpu and x.is_contiguous() and values.is_contiguous() and untraced(x, values, stats)
         if fast and values.dtype == torch.float32 and format.mantissa_bits < FP32.mantissa_bits and native.available():
-            engine: Any = native.round_into
-            engine(x, *options, values, codes, stats, add=True)
+            engine = native.round_into
+            engine(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats, add=True)
             _note_changes(values, codes)
             return
         total, values = values, torch.empty_like(x, dtype=values.dtype)
@@ -192,8 +192,10 @@ def round_into(
         _round_turned(x, format, rounding, overflow, seed, stream, subnormal_rounding, codes, turned, stats)
         return
     # An operator's arguments are plain: they cannot name a place in device memory.
-    if isinstance(stream, StreamSlot) or untraced(x, values, codes, stats):
-        _round(x, *options, values, codes, stats)
+    if untraced(x) or isinstance(stream, StreamSlot):
+        fast = x.is_cpu and format.mantissa_bits < FP32.mantissa_bits and native.available()
+        engine = native.round_into if fast else _round
+        engine(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
         _note_changes(values, codes)
     else:
         check_rounding(x, format, values, codes, stats)
