@@ -169,7 +169,7 @@ def fused_step(
     """Unscale, check, clip, update and round: what `MasterWeights.step` does, in two passes.
 
     Args:
-        engine: does the work; where the context's telemetry is active, one that fills `Parameter.updated`.
+        engine: does the work; fills `Parameter.updated` where the context's telemetry is active.
         parameters: by name, which names their random streams; FP16 masters or FP32 tensors of their values.
         optimizer: one that `unsupported` has nothing against; its state is updated.
         master: how masters are rounded.
@@ -221,7 +221,7 @@ def fused_step(
 def _like_master(p: nn.Parameter) -> Tensor:
     """The gradient in the master's memory layout."""
     assert p.grad is not None
-    grad = p.grad.detach()
+    grad = p.grad.detach().resolve_neg()
     if grad.stride() == p.data.stride():
         return grad
     return torch.empty_like(p.data, dtype=grad.dtype).copy_(grad)

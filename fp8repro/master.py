@@ -193,8 +193,7 @@ class MasterWeights:
         if any(p.grad.layout != torch.strided for p in moving.values()):  # type: ignore[union-attr]
             return None
         if self._real_products:
-            # Telemetry compares masters before and after, which the kernels do not keep.
-            if self.spec.format != "fp16" or self.context.telemetry.active:
+            if self.spec.format != "fp16":
                 return None
             if len({p.device for p in moving.values()}) > 1:
                 return None
@@ -210,7 +209,7 @@ class MasterWeights:
             self.grad_norm = math.inf
             return False
         unscaled = grads if scale == 1.0 else [grad / scale for grad in grads]
-        self.grad_norm = float(get_total_norm([_values(grad) for grad in unscaled]))
+        self.grad_norm = _norm([_values(grad) for grad in unscaled])
         if clip_norm is not None and self.grad_norm > clip_norm:
             factor = clip_norm / (self.grad_norm + 1e-6)
             unscaled = [grad * factor for grad in unscaled]
@@ -304,6 +303,13 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def _norm(grads: list[Tensor]) -> float:
+    """Euclidean norm over all of them."""
+    norm = float(get_total_norm(grads))
+    # Squares of finite FP32 numbers may overflow in FP32.
+    return norm if math.isfinite(norm) else float(get_total_norm([grad.double() for grad in grads]))
 
 
 def _values(grad: Tensor) -> Tensor:

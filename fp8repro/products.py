@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fp8repro.engines import plain
 from fp8repro.formats import FP32, FloatFormat
 from fp8repro.streams import Stream
 
@@ -53,7 +54,9 @@ def decode(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Encoded values as FP32 or BF16 numbers; exact for the 8-bit formats."""
     from fp8repro import native
 
-    if codes.device.type == "cpu" and codes.element_size() == 1 and native.available():
+    fast = codes.is_cpu and codes.element_size() == 1 and native.available()
+    # What is traced gets torch's cast, as exact: a graph holds nothing of ours.
+    if fast and plain(codes):
         values = torch.empty_like(codes, dtype=dtype)
         native.decode(codes, values)
         return values

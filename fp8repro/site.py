@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fp8repro.context import StepContext
+from fp8repro.engines import INPUT_DTYPES, plain
 from fp8repro.errors import UserError
 from fp8repro.formats import FloatFormat
 from fp8repro.products import Backend, Operand, Rounding
-from fp8repro.quantizer import INPUT_DTYPES, round_into
+from fp8repro.quantizer import round_into
 from fp8repro.recipe import RoleSpec
 from fp8repro.streams import Stream
 
@@ -143,12 +144,15 @@ class Site:
 
     def weight(self, weight: Tensor, training: bool, turn: bool = False) -> Operand:
         """The rounded weight: of this call, or of the `fixed_weights` block around it."""
+        call = self.context.weight_call(self.name)
+        if not plain(weight):
+            # What a tracer or a tensor without data leaves behind is of no use to the next call.
+            return self.operand(weight.detach(), "weight", "weight", call, training, turn)
         kept, scope = self._kept, self.context.scope
         state = (self.context.step, weight._version, weight.data_ptr(), weight.dtype, training)
         in_block = kept is not None and scope is not None and kept.scope == scope
         if kept is not None and in_block and kept.weight is weight and kept.state == state:
             return kept.operand
-        call = self.context.weight_call(self.name)
         operand = self.operand(weight.detach(), "weight", "weight", call, training, turn)
         if kept is not None and _same_codes(kept.operand, operand):
             # Calls that lie in one graph share its memory, and what the backend packed for itself.

@@ -40,6 +40,12 @@ Stream = int | StreamSlot
 Name = tuple[str, int, str, str]
 
 
+def signed64(word: int) -> int:
+    """A 64-bit word as the signed integer of the same bits, which tensors and operators take."""
+    word &= (1 << 64) - 1
+    return word - (1 << 64) if word >> 63 else word
+
+
 class StreamTable:
     """Gives every operand of a step a slot, in order of first use, and fills all slots for a step in one copy."""
 

@@ -28,7 +28,12 @@ class Telemetry:
 
     def begin(self, step: int) -> None:
         """Decide whether this step is measured, and forget the one before."""
+        self.measure()
         self.active = self.every > 0 and step % self.every == 0
+
+    def measure(self) -> None:
+        """Count from zero from now on, whatever the step."""
+        self.active = True
         self._buffers.clear()
         self._exponents.clear()
         self._lost.clear()

@@ -215,7 +215,8 @@ def _update_cases() -> Iterator[Case]:
     types = {**pointers, **dict.fromkeys(scalars, "fp32"), "seed0": "i32", "seed1": "i32"}
     constants: dict[str, Any] = {"NESTEROV": False, "HAS_MOMENTUM": True, "FIRST": False, "MASTER_TYPE": tl.float16}
     constants |= {"MASTER_EB": 5, "MASTER_MB": 10, "MASTER_ROUNDING": 1, "MASTER_SATURATE": False}
-    constants |= {"MASTER_SUBNORMAL_NEAREST": False, "HAS_WEIGHT": True, "WEIGHT_EB": 5, "WEIGHT_MB": 2}
+    constants |= {"MASTER_SUBNORMAL_NEAREST": False, "HAS_UPDATED": True, "HAS_WEIGHT": True}
+    constants |= {"WEIGHT_EB": 5, "WEIGHT_MB": 2}
     constants |= {"WEIGHT_INF": True, "WEIGHT_ROUNDING": 0, "WEIGHT_SATURATE": False}
     constants |= {"WEIGHT_SUBNORMAL_NEAREST": False, "ALIGNED": True, "BLOCK": update.BLOCK}
     for rule, name in enumerate(("sgd", "adam", "adamw")):

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8repro.engines import spell_format, untraced
 from fp8repro.formats import FloatFormat
 from fp8repro.kernels import conv2d as convolution
 from fp8repro.kernels import matmul as product
 from fp8repro.kernels import ops
-from fp8repro.kernels.launch import INTERPRETED, signed64
+from fp8repro.kernels.launch import INTERPRETED
 from fp8repro.kernels.matmul import FP8_DTYPES, Epilogue
 from fp8repro.products import Conv2dGeometry, EmulateBackend, Operand, Rounding
 from fp8repro.quantizer import round_into
-from fp8repro.streams import StreamSlot
+from fp8repro.streams import StreamSlot, signed64
 
 
 def available(device: torch.device | str) -> str | None:
@@ -95,7 +96,7 @@ class TritonBackend:
         if not _native(x, weight, geometry):
             return self._rounded(self.emulated.conv2d(x, weight, bias, geometry))
         scale = _inverse_scale(x, weight)
-        if self._plain(x.codes):
+        if self._plain(x.codes, weight.codes, bias):
             options = self._plain_options(scale)
             return convolution.conv2d(x.codes, weight.codes, bias, geometry, epilogue=self._epilogue(), **options)
         return ops.conv2d(x.codes, weight.codes, bias, *_lists(geometry), scale, self.accumulate, *self._options())
@@ -105,7 +106,7 @@ class TritonBackend:
         if not _native(error, weight, geometry):
             return self._rounded(self.emulated.conv2d_error(error, weight, geometry, like))
         shape, scale = list(like.shape), _inverse_scale(error, weight)
-        if self._plain(error.codes):
+        if self._plain(error.codes, weight.codes):
             options = self._plain_options(scale)
             result = convolution.conv2d_error(
                 error.codes, weight.codes, tuple(shape), geometry, epilogue=self._epilogue(), **options
@@ -122,7 +123,7 @@ class TritonBackend:
             return self._rounded(self.emulated.conv2d_gradient(error, x, geometry, like))
         shape, scale = list(like.shape), _inverse_scale(error, x)
         # Summed over the whole batch, in parts: nothing is complete within a kernel.
-        if self._plain(error.codes):
+        if self._plain(error.codes, x.codes):
             options = self._plain_options(scale)
             result = convolution.conv2d_gradient(error.codes, x.codes, tuple(shape), geometry, **options)
         else:
@@ -148,13 +149,13 @@ class TritonBackend:
         return self._matmul(a.codes.transpose(-1, -2), error.codes, None, _inverse_scale(error, a))
 
     def _matmul(self, a: Tensor, b: Tensor, bias: Tensor | None, inverse_scale: float) -> Tensor:
-        if self._plain(a):
+        if self._plain(a, b, bias):
             return product.matmul(a, b, bias, epilogue=self._epilogue(), **self._plain_options(inverse_scale))
         return ops.matmul(a, b, bias, inverse_scale, self.accumulate, *self._options())
 
-    def _plain(self, operand: Tensor) -> bool:
+    def _plain(self, *operands: Tensor | None) -> bool:
         """True where kernels are called without their operators."""
-        return ops.untraced(operand) or (self.how is not None and isinstance(self.how.stream, StreamSlot))
+        return untraced(*operands) or (self.how is not None and isinstance(self.how.stream, StreamSlot))
 
     def _plain_options(self, inverse_scale: float) -> dict[str, Any]:
         return {"inverse_scale": inverse_scale, "accumulate": self.accumulate}
@@ -173,7 +174,7 @@ class TritonBackend:
             return "fp32", "nearest", "inf", "same", 0, 0
         assert isinstance(h.stream, int)
         seed, stream = signed64(h.seed), signed64(h.stream)
-        return h.format.name, h.rounding, h.overflow, h.subnormal_rounding, seed, stream
+        return spell_format(h.format), h.rounding, h.overflow, h.subnormal_rounding, seed, stream
 
     def _rounded(self, result: Tensor) -> Tensor:
         """A result that no kernel of ours has rounded, rounded in place."""

@@ -60,12 +60,6 @@ def signed_words(value: Stream) -> tuple[int, int] | tuple[Tensor, Tensor]:
     return low, high
 
 
-def signed64(word: int) -> int:
-    """A 64-bit word as the signed integer of the same bits, which tensors and operators take."""
-    word &= (1 << 64) - 1
-    return word - (1 << 64) if word >> 63 else word
-
-
 def cdiv(count: int, size: int) -> int:
     """How many blocks of `size` cover `count`. Triton's own takes the host five microseconds."""
     return -(-count // size)

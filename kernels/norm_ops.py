@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fp8repro.engines import untraced
 from fp8repro.formats import get_format
 from fp8repro.kernels import norm
 from fp8repro.kernels.matmul import Epilogue
-from fp8repro.kernels.ops import untraced
 
 
 def _empty_channels_last(x: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -151,12 +151,13 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return _batch_norm_gradients(ctx, grad, _batch_backward)
+        backward = _batch_backward if untraced(grad) else torch.ops.fp8repro.batch_norm_backward
+        return _batch_norm_gradients(ctx, grad, backward)
 
 
 def normalize_batch(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """`batch_norm`, as an operator only where somebody traces."""
-    output: tuple[Tensor, ...] = (_BatchNorm.apply if untraced(x) else batch_norm)(x, *arguments)
+    output: tuple[Tensor, ...] = (_BatchNorm.apply if untraced(x, *arguments[:3]) else batch_norm)(x, *arguments)
     return output
 
 
@@ -227,10 +228,12 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if not untraced(grad):
+            return _layer_norm_gradients(ctx, grad)
         return *norm.layer_norm_backward(grad, *ctx.saved_tensors), None, None, None, None
 
 
 def normalize_rows(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """`layer_norm`, as an operator only where somebody traces."""
-    output: tuple[Tensor, ...] = (_LayerNorm.apply if untraced(x) else layer_norm)(x, *arguments)
+    output: tuple[Tensor, ...] = (_LayerNorm.apply if untraced(x, *arguments[:2]) else layer_norm)(x, *arguments)
     return output

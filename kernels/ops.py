@@ -1,8 +1,8 @@
-"""Quantizer and products as torch operators, so that torch.compile, CUDA graphs and the profiler understand them.
+"""Products as torch operators, so that torch.compile, CUDA graphs and the profiler understand them.
 
 Products have no derivatives here: what the gradient of a product of rounded tensors is, with which roundings and random
-bits, only the recipe says (functional.py). The quantizer's is straight-through. Where nobody traces, kernels are called
-without their operators (`untraced`).
+bits, only the recipe says (functional.py). Where nobody traces, kernels are called without their operators
+(`fp8repro.engines.untraced`). The quantizer's operators are those of all engines (quantizer.py).
 """
 
 from __future__ import annotations
@@ -10,44 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fp8repro.formats import FORMATS, FloatFormat, get_format
+from fp8repro.engines import read_format, spell_format, untraced
+from fp8repro.formats import FloatFormat
 from fp8repro.kernels import conv2d as convolution
 from fp8repro.kernels import matmul as product
 from fp8repro.kernels import quantize
-from fp8repro.kernels.launch import signed64
 from fp8repro.products import Conv2dGeometry
-from fp8repro.streams import Stream, StreamSlot
-
-
-def untraced(x: Tensor) -> bool:
-    """True where nobody traces or profiles, and a kernel may be called without its operator.
-
-    An operator costs the host tens of microseconds, more than many kernels take, and cannot carry a `StreamSlot`.
-    """
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
-        return False
-    return torch._C._len_torch_dispatch_stack() == 0 and not torch._C._autograd._profiler_enabled()
-
-
-@torch.library.custom_op("fp8repro::round_into", mutates_args=("values", "codes", "stats"))
-def round_into(
-    x: Tensor,
-    format: str,
-    rounding: str,
-    overflow: str,
-    seed: int,
-    stream: int,
-    subnormal_rounding: str,
-    values: Tensor | None,
-    codes: Tensor | None,
-    stats: Tensor | None,
-) -> None:
-    """See `kernels.quantize`; seed and stream are signed here, with the same 64 bits. No fake: it makes no tensor."""
-    fmt = get_format(format)
-    quantize.round_into(x, fmt, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
+from fp8repro.streams import Stream, StreamSlot, signed64
 
 
 @torch.library.custom_op("fp8repro::round_transpose", mutates_args=("codes", "transposed", "stats"))
@@ -64,72 +36,28 @@ def round_transpose(
     stats: Tensor | None,
 ) -> None:
     """See `kernels.quantize`; seed and stream as in `round_into`."""
-    fmt = get_format(format)
+    fmt = read_format(format)
     quantize.round_transpose(x, fmt, rounding, overflow, seed, stream, subnormal_rounding, stats, (codes, transposed))
-
-
-@torch.library.custom_op("fp8repro::quantize", mutates_args=())
-def quantized(
-    x: Tensor, format: str, rounding: str, overflow: str, seed: int, stream: int, subnormal_rounding: str
-) -> Tensor:
-    """FP32 values of x rounded to a format, in x's layout where that is dense; differentiated as the identity."""
-    values = torch.empty_like(x, dtype=torch.float32)
-    fmt = get_format(format)
-    quantize.round_into(x, fmt, rounding, overflow, seed, stream, subnormal_rounding, values, None, None)
-    return values
-
-
-@quantized.register_fake
-def _(x: Tensor, format: str, rounding: str, overflow: str, seed: int, stream: int, subnormal_rounding: str) -> Tensor:
-    return torch.empty_like(x, dtype=torch.float32)
-
-
-def _keep_dtype(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.dtype = inputs[0].dtype
-
-
-def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return grad.to(ctx.dtype), None, None, None, None, None, None
-
-
-quantized.register_autograd(_straight_through, setup_context=_keep_dtype)
-
-
-def round_engine(
-    x: Tensor, format: FloatFormat, rounding: str, overflow: str, seed: int, stream: Stream, *outputs: Any
-) -> None:
-    """`round_into` with the signature of the quantizer's engines."""
-    # An operator's plain arguments cannot name a format of the caller's own.
-    if isinstance(stream, StreamSlot) or FORMATS.get(format.name) is not format or untraced(x):
-        quantize.round_into(x.detach(), format, rounding, overflow, seed, stream, *outputs)
-        _note_changes(*outputs[1:])
-        return
-    round_into(x, format.name, rounding, overflow, signed64(seed), signed64(stream), *outputs)
 
 
 def transpose_engine(
     x: Tensor, format: FloatFormat, rounding: str, overflow: str, seed: int, stream: Stream, *outputs: Any
 ) -> None:
-    """`round_transpose` likewise."""
-    if isinstance(stream, StreamSlot) or untraced(x):
-        subnormal_rounding, codes, transposed, stats = outputs
+    """`round_transpose` with the signature of the quantizer's engines; as an operator only where somebody traces."""
+    subnormal_rounding, codes, transposed, stats = outputs
+    if isinstance(stream, StreamSlot) or untraced(x, codes, transposed, stats):
         options = (format, rounding, overflow, seed, stream, subnormal_rounding)
         quantize.round_transpose(x.detach(), *options, stats, (codes, transposed))
-        _note_changes(codes, transposed)
+        increment_version([codes, transposed])
         return
-    round_transpose(x, format.name, rounding, overflow, signed64(seed), signed64(stream), *outputs)
-
-
-def _note_changes(*tensors: Tensor | None) -> None:
-    """Count a kernel's writes as changes, as torch does for an operator."""
-    increment_version([tensor for tensor in tensors if tensor is not None])
+    round_transpose(x, spell_format(format), rounding, overflow, signed64(seed), signed64(stream), *outputs)
 
 
 def _epilogue(
     format: str, rounding: str, overflow: str, subnormal_rounding: str, seed: int, stream: int
 ) -> product.Epilogue:
     """What rounds a result to a format's FP32 values; "fp32" leaves it as it is."""
-    return product.Epilogue(get_format(format), rounding, overflow, subnormal_rounding, seed, stream, values=True)
+    return product.Epilogue(read_format(format), rounding, overflow, subnormal_rounding, seed, stream, values=True)
 
 
 @torch.library.custom_op("fp8repro::matmul", mutates_args=())

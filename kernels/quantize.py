@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8repro.engines import check_rounding
 from fp8repro.formats import FloatFormat
 from fp8repro.kernels import codec
 from fp8repro.kernels import rounding as kernels
@@ -45,6 +46,9 @@ def round_into(
         # The identity; not worth a kernel.
         _copy_identity(x, values, codes, stats)
         return
+    if any(t is not None and t.is_neg() for t in (x, values, codes)):
+        _round_copies(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
+        return
     options = rounding_options(format, rounding, overflow, subnormal_rounding)
     words = (*signed_words(seed), *signed_words(stream))
     outputs = (None if values is None else _raw(values), None if codes is None else raw_codes(codes))
@@ -70,14 +74,7 @@ def round_into(
         return
     if len(sizes) > MAX_DIMS:
         # Rare: five dimensions that do not merge. One copy makes them one.
-        plain, dense_values, dense_codes = x.contiguous(), _dense_like(values), _dense_like(codes)
-        round_into(
-            plain, format, rounding, overflow, seed, stream, subnormal_rounding, dense_values, dense_codes, stats
-        )
-        if values is not None:
-            values.copy_(dense_values)
-        if codes is not None:
-            codes.copy_(dense_codes)
+        _round_copies(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
         return
     padding = MAX_DIMS - len(sizes)
     sizes = (1,) * padding + sizes
@@ -86,6 +83,16 @@ def round_into(
     block = block_size(512, count)
     arguments = (*pointers, count, *sizes[1:], *all_strides, *words)
     launch(kernels.round_strided, (cdiv(count, block),), x.device, *arguments, **options, BLOCK=block)
+
+
+def _round_copies(x: Tensor, format: FloatFormat, *options: Any) -> None:
+    """Round a copy in logical order, for tensors whose memory no kernel can walk."""
+    *others, values, codes, stats = options
+    inner = _dense_like(values), _dense_like(codes)
+    round_into(x.resolve_neg().contiguous(), format, *others, *inner, stats)
+    for target, copy in zip((values, codes), inner, strict=True):
+        if target is not None:
+            target.copy_(copy)
 
 
 def round_transpose(
@@ -127,6 +134,7 @@ def round_transpose(
     _check_turned(codes, transposed)
     if x.numel() == 0:
         return codes, transposed
+    x = x.resolve_neg()
     dense = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
     rows, columns = x.shape[-2:]
     batch = x.numel() // (rows * columns)
@@ -241,19 +249,5 @@ def _as_columns(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) ->
 
 def _check(x: Tensor, format: FloatFormat, values: Tensor | None, codes: Tensor | None, stats: Tensor | None) -> None:
     check_device("x", x)
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"x: got {x.dtype}, expected torch.float32, torch.float16 or torch.bfloat16")
-    value_dtypes = [torch.float32] + [torch.bfloat16] * (format.mantissa_bits <= 7)
-    for name, tensor, dtypes in (
-        ("values", values, value_dtypes),
-        ("codes", codes, [format.dtype]),
-    ):
-        if tensor is None:
-            continue
-        if tensor.device != x.device or tensor.shape != x.shape or tensor.dtype not in dtypes:
-            given = f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
-            expected = f"{' or '.join(map(str, dtypes))} of shape {tuple(x.shape)} on {x.device}"
-            raise ValueError(f"{name}: got {given}, expected {expected}")
-    if stats is not None and (stats.device != x.device or stats.dtype != torch.float64 or stats.shape != (4,)):
-        given = f"{stats.dtype} of shape {tuple(stats.shape)} on {stats.device}"
-        raise ValueError(f"stats: got {given}, expected torch.float64 of shape (4,) on {x.device}")
+    value_dtypes = (torch.float32, torch.bfloat16) if format.mantissa_bits <= 7 else (torch.float32,)
+    check_rounding(x, format, values, codes, stats, value_dtypes)

@@ -15,12 +15,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from fp8repro.engines import address
 from fp8repro.formats import get_format
 from fp8repro.fused_step import Parameter, Rule
 from fp8repro.kernels import codec, updates
-from fp8repro.kernels.launch import INTERPRETED, cdiv, check_device, launch, signed64, signed_words
-from fp8repro.kernels.quantize import raw_codes
+from fp8repro.kernels.launch import INTERPRETED, cdiv, check_device, launch, signed_words
 from fp8repro.recipe import RoleSpec
+from fp8repro.streams import signed64
 
 BLOCK = (1 << 15) if INTERPRETED else 1024
 RULES = {"sgd": 0, "adam": 1, "adamw": 2}
@@ -80,6 +81,7 @@ def update(
             [p.master for p in members],
             [t for p in members for t in p.state],
             [p.weight for p in members if p.weight is not None],
+            [p.updated for p in members if p.updated is not None],
             control,
             [signed64(stream) for p in members for stream in (p.master_stream, p.weight_stream)],
             rule.name,
@@ -96,12 +98,13 @@ def _rounding(spec: RoleSpec) -> tuple[str, str, str, str]:
     return spec.format, spec.rounding, spec.overflow, spec.subnormal_rounding
 
 
-@torch.library.custom_op("fp8repro::update", mutates_args=("masters", "states", "weights"))
+@torch.library.custom_op("fp8repro::update", mutates_args=("masters", "states", "weights", "updated"))
 def update_group(
     grads: list[Tensor],
     masters: list[Tensor],
     states: list[Tensor],
     weights: list[Tensor],
+    updated: list[Tensor],
     control: Tensor,
     streams: list[int],
     rule: str,
@@ -124,7 +127,7 @@ def update_group(
     Args:
         grads, masters: one a parameter.
         states: those of the first parameter, then of the second and so on.
-        weights: one a parameter, or none at all.
+        weights, updated: one a parameter, or none at all.
         control: what `gradient_control` gave.
         streams: of each parameter's master and weight, signed.
         rule: sgd, adam or adamw.
@@ -142,6 +145,7 @@ def update_group(
             streams[2 * i],
             weights[i] if weights else None,
             streams[2 * i + 1],
+            updated[i] if updated else None,
         )
         for i in range(count)
     ]
@@ -175,6 +179,7 @@ def update_group(
         MASTER_ROUNDING=codec.ROUNDING_CODES[master_rounding],
         MASTER_SATURATE=master_overflow == "saturate",
         MASTER_SUBNORMAL_NEAREST=master_subnormal_rounding == "nearest",
+        HAS_UPDATED=bool(updated),
         HAS_WEIGHT=bool(weights),
         WEIGHT_EB=weight.exponent_bits,
         WEIGHT_MB=weight.mantissa_bits,
@@ -193,7 +198,8 @@ def _groups(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
     groups: dict[Any, list[Parameter]] = {}
     for p in parameters:
         if p.master.numel():
-            key = (p.master.device, p.master.dtype, p.grad.dtype, p.weight is not None, _permuted(p.master))
+            outputs = (p.weight is not None, p.updated is not None)
+            key = (p.master.device, p.master.dtype, p.grad.dtype, outputs, _permuted(p.master))
             groups.setdefault(key, []).append(p)
     return list(groups.values())
 
@@ -203,21 +209,20 @@ def _permuted(t: Tensor) -> bool:
 
 
 def _aligned(members: Sequence[Parameter]) -> bool:
-    tensors = [t for p in members for t in (p.master, p.grad, *p.state, *([] if p.weight is None else [p.weight]))]
-    return all(t.data_ptr() % 16 == 0 for t in tensors)
+    tensors = [t for p in members for t in (p.master, p.grad, *p.state, p.weight, p.updated)]
+    return all(address(t) % 16 == 0 for t in tensors if t is not None)
 
 
 def _tables(members: Sequence[Parameter]) -> tuple[Tensor, Tensor]:
     """The table of tensors (`updates.COLUMNS` int64 columns), and each chunk's (tensor, block)."""
     rows = []
     for p in members:
-        state = [t.data_ptr() for t in p.state] + [0] * (2 - len(p.state))
-        weight = 0 if p.weight is None else raw_codes(p.weight).data_ptr()
+        state = [address(t) for t in p.state] + [0] * (2 - len(p.state))
+        weight, updated = (0 if t is None else address(t) for t in (p.weight, p.updated))
         channels, taps = (p.master.shape[1], p.master.shape[2:].numel()) if _permuted(p.master) else (1, 1)
         streams = (signed64(p.master_stream), signed64(p.weight_stream))
-        rows.append(
-            (p.grad.data_ptr(), p.master.data_ptr(), *state, weight, p.master.numel(), *streams, channels, taps)
-        )
+        where = (address(p.grad), address(p.master), *state, weight)
+        rows.append((*where, p.master.numel(), *streams, channels, taps, updated))
     device = members[0].master.device
     table = torch.tensor(rows, dtype=torch.int64)
     if device.type == "cuda":
@@ -252,13 +257,15 @@ def _check(p: Parameter, states: int, weight: RoleSpec) -> None:
         raise ValueError(f"state: got {len(p.state)} tensors, expected {states}")
     wanted = [("grad", p.grad, (torch.float32, torch.float8_e5m2))]
     wanted += [("state", t, (torch.float32,)) for t in p.state]
+    if p.updated is not None:
+        wanted.append(("updated", p.updated, (torch.float32,)))
     if p.weight is not None:
         wanted.append(("weight", p.weight, (weight.float_format.dtype,)))  # type: ignore[arg-type]
         if not weight.float_format.is_fp8:
             raise ValueError(f"weight: got format {weight.format}, expected e5m2 or e4m3")
     for name, tensor, dtypes in wanted:
         like = (tensor.shape, _walk(tensor), tensor.device) == (p.master.shape, _walk(p.master), p.master.device)
-        if not like or tensor.dtype not in dtypes:
+        if not like or tensor.is_neg() or tensor.dtype not in dtypes:
             given = f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
             place = f"of shape {tuple(p.master.shape)}, strides {p.master.stride()}, on {p.master.device}"
             raise ValueError(f"{name}: got {given}, expected {' or '.join(map(str, dtypes))} {place}")

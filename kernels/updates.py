@@ -22,7 +22,8 @@ MASTER_STREAM = tl.constexpr(6)
 WEIGHT_STREAM = tl.constexpr(7)
 CHANNELS = tl.constexpr(8)
 TAPS = tl.constexpr(9)
-COLUMNS = tl.constexpr(10)
+UPDATED = tl.constexpr(10)
+COLUMNS = tl.constexpr(11)
 
 SGD = tl.constexpr(0)
 ADAM = tl.constexpr(1)
@@ -57,7 +58,9 @@ def gradient_norms(
     mask = offset < tl.load(row + COUNT)
     gradient = _load_gradient(row, offset, mask, FP8_GRADIENT, ALIGNED) * inverse_scale
     finite = tl.abs(gradient) < float("inf")
-    tl.store(partial_ptr + 2 * chunk, tl.sum(gradient * gradient).to(tl.float64))
+    # In FP64, which the squares of FP32 values do not overflow.
+    exact = gradient.to(tl.float64)
+    tl.store(partial_ptr + 2 * chunk, tl.sum(exact * exact))
     tl.store(partial_ptr + 2 * chunk + 1, tl.sum((mask & (finite == 0)).to(tl.int32)).to(tl.float64))
 
 
@@ -108,6 +111,7 @@ def update(
     MASTER_ROUNDING: tl.constexpr,
     MASTER_SATURATE: tl.constexpr,
     MASTER_SUBNORMAL_NEAREST: tl.constexpr,
+    HAS_UPDATED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     WEIGHT_EB: tl.constexpr,
     WEIGHT_MB: tl.constexpr,
@@ -155,6 +159,8 @@ def update(
             tl.store(state1_ptr, square, mask=mask)
             value -= lr / correction1 * mean / (tl.sqrt(square) / tl.sqrt(correction2) + eps)
 
+        if HAS_UPDATED:
+            tl.store(_address(row, UPDATED, tl.float32, ALIGNED) + offset, value, mask=mask)
         if MASTER_MB < 23:
             draw = offset
             if MASTER_ROUNDING == STOCHASTIC:

@@ -86,7 +86,7 @@ def assert_same(given, expected):
 def stand_in(monkeypatch):
     """Kernels for every rounding, and for a graph the same Python again: it finds its streams in the table."""
     monkeypatch.setattr(quantizer.native, "available", lambda: False)
-    monkeypatch.setattr(quantizer, "_torch_round_into", ops.round_engine)
+    monkeypatch.setattr(quantizer, "_torch_round_into", round_into)
     monkeypatch.setattr(quantizer, "_round_turned", ops.transpose_engine)
 
     def capture(run, device, pool):

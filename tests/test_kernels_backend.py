@@ -194,7 +194,7 @@ def tiny_transformer():
 @pytest.mark.parametrize("build", [tiny_resnet, tiny_transformer])
 def test_a_step_can_be_traced_without_data(build, monkeypatch):
     monkeypatch.setattr(quantizer.native, "available", lambda: False)
-    monkeypatch.setattr(quantizer, "_torch_round_into", ops.round_engine)
+    monkeypatch.setattr(quantizer, "_torch_round_into", round_into)
     monkeypatch.setattr(quantizer, "_round_turned", ops.transpose_engine)
     names = []
 
@@ -254,7 +254,7 @@ def triton_quantizer(monkeypatch):
 @pytest.mark.parametrize("recipe", ["fp8", "fp8_stochastic"])
 def test_a_compiled_model_draws_the_same_bits_at_every_step(recipe, monkeypatch):
     monkeypatch.setattr(quantizer.native, "available", lambda: False)
-    monkeypatch.setattr(quantizer, "_torch_round_into", ops.round_engine)
+    monkeypatch.setattr(quantizer, "_torch_round_into", round_into)
     monkeypatch.setattr(quantizer, "_round_turned", ops.transpose_engine)
 
     def build():

@@ -1,5 +1,6 @@
 """The fused optimizer step against torch's optimizers and the reference's roundings."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,10 +13,11 @@ from fp8repro.formats import E5M2, FP16
 from fp8repro.fused_step import Parameter, Rule, fused_step, unsupported
 from fp8repro.injection import inject
 from fp8repro.kernels import update as engine
-from fp8repro.kernels.launch import LAUNCHES
+from fp8repro.kernels.launch import INTERPRETED, LAUNCHES
 from fp8repro.kernels.update import gradient_control, update
 from fp8repro.master import MasterWeights
 from fp8repro.recipe import RoleSpec, load_recipe
+from fp8repro.telemetry import Telemetry
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = RoleSpec("fp32")
@@ -130,7 +132,7 @@ def group(rule):
     roundings = ("fp16", "stochastic", "inf", "same", "e5m2", "nearest", "inf", "same")
     control = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64, device=DEVICE)
     streams = [1, 2, 3, 4, -5, 6]
-    return grads, masters, states, [], control, streams, rule.name, numbers, rule.nesterov, 2, *roundings, 8.0, -7
+    return grads, masters, states, [], [], control, streams, rule.name, numbers, rule.nesterov, 2, *roundings, 8.0, -7
 
 
 def test_operators_hold_what_torch_asks_of_them():
@@ -152,6 +154,71 @@ def test_a_compiled_graph_holds_the_update():
     for a, b in zip(plain[1] + plain[2], compiled[1] + compiled[2], strict=True):
         assert torch.equal(a, b)
     assert plain[2][0].any()
+
+
+@pytest.mark.parametrize("clip_norm", [None, 2.0])
+def test_a_norm_whose_square_is_beyond_fp32_clips_and_does_not_stop(clip_norm):
+    master = torch.ones(3000, device=DEVICE)
+    grad = torch.full_like(master, 3e25)
+    parameter = Parameter(master, grad)
+    control = gradient_control([parameter], 2.0, clip_norm)
+    norm = 1.5e25 * math.sqrt(3000)
+    assert control[0] == 0
+    assert float(control[2]) == pytest.approx(norm, rel=1e-6)
+    assert float(control[1]) == pytest.approx(1.0 if clip_norm is None else clip_norm / norm, rel=1e-6)
+    if clip_norm is not None:
+        update([parameter], Rule("sgd", 0.5, 0.0), 1, EXACT, FP8, control, 2.0)
+        torch.testing.assert_close(master, torch.full_like(master, 1 - 0.5 * clip_norm / math.sqrt(3000)))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_result_before_rounding_is_given_and_changes_no_byte(name):
+    rule = RULES[name]
+    found = []
+    for measured in (False, True):
+        masters, grads = [t.half().float() for t in tensors()], tensors(seed=1)
+        before = [m.clone() for m in masters]
+        updated = [torch.full_like(m, -7.0) for m in masters]
+        parameters = [
+            Parameter(m, g, tuple(torch.zeros_like(m) for _ in range(states_of(rule))), updated=u if measured else None)
+            for m, g, u in zip(masters, grads, updated, strict=True)
+        ]
+        update(parameters, rule, 1, RoleSpec("fp16", "stochastic"), FP8, gradient_control(parameters), seed=3)
+        found.append(masters)
+    assert all(torch.equal(m, n) for m, n in zip(*found, strict=True))
+    exact = [nn.Parameter(b) for b in before]
+    for p, g in zip(exact, grads, strict=True):
+        p.grad = g
+    torch_optimizer(rule, exact).step()
+    for master, result, p in zip(masters, updated, exact, strict=True):
+        torch.testing.assert_close(result, p.data, rtol=1e-5, atol=1e-6)
+        rounded = [reference.round_to_format(result.cpu(), FP16, r, "inf") for r in ("nearest", "toward_zero")]
+        assert (master.cpu() != result.cpu()).any()
+        assert ((master.cpu() - rounded[1]).abs() <= 2.0**-9 * rounded[0].abs().clamp_min(2.0**-14)).all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the same on a GPU, where other tests train")
+def test_a_measured_step_is_the_unmeasured_one_with_real_products():
+    recipe = replace(load_recipe("fp8"), exempt=())
+    weights, rows = [], []
+    for every in (0, 1):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 3))
+        inject(model, recipe, StepContext(seed=4, telemetry=Telemetry(every)), "triton")
+        masters = MasterWeights(model, torch.optim.Adam(model.parameters(), 1e-2), recipe)
+        for step in range(2):
+            model.fp8_context.begin(step)
+            model.fp8_context.telemetry.begin(step)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) * 64
+            before = LAUNCHES["update"]
+            assert masters.step(64.0, clip_norm=1.0)
+            assert LAUNCHES["update"] > before
+        weights.append([p.detach().clone() for p in model.parameters()])
+        rows.append([row for row in model.fp8_context.telemetry.rows() if row["role"] == "master"])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert rows[0] == []
+    assert [row["nonzero"] for row in rows[1]] == [16 * 32, 32, 32 * 3, 3]
 
 
 class Product(nn.Module):

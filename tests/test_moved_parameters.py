@@ -119,6 +119,18 @@ def test_what_lies_outside_of_the_model_counts_in_the_norm(kind: str) -> None:
     assert masters.grad_norm == pytest.approx(exact, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["sgd", "rmsprop"])
+def test_a_norm_whose_square_is_beyond_fp32_clips_and_does_not_stop(kind: str) -> None:
+    model = converted()
+    masters = MasterWeights(model, OPTIMIZERS[kind](model.parameters()), FP8)
+    for parameter in model.parameters():
+        parameter.grad = torch.full(parameter.shape, 1e20)
+    before = copy.deepcopy(model.state_dict())
+    assert masters.step(clip_norm=1.0)
+    assert masters.grad_norm == pytest.approx(1e20 * math.sqrt(sum(p.numel() for p in model.parameters())))
+    assert not any(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
 def test_a_group_that_is_added_later_moves_by_the_unscaled_gradient(kind: str) -> None:
     model, head = converted(), nn.Parameter(torch.ones(4))

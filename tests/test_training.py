@@ -328,7 +328,14 @@ def test_diagnosis_names_the_layer_and_changes_nothing(tmp_path):
         loop_module.accumulate_gradients(run, 1, batches, 1.0)
         run.statistics.restore()
 
-    assert diagnose(run.model, run.context.telemetry, repeat)["first"] is None
+    found = diagnose(run.model, run.context.telemetry, repeat)
+    assert found["first"] is None
+    # A step that was measured before it is repeated is counted once.
+    run.context.telemetry.every = 1
+    run.context.telemetry.begin(1)
+    repeat()
+    assert run.context.telemetry.rows()
+    assert diagnose(run.model, run.context.telemetry, repeat)["rows"] == found["rows"]
     assert all(torch.equal(before[name], value) for name, value in run.model.state_dict().items())
     for name, role in (("3.weight", "weight"), ("4.bias", "weight")):
         parameter = run.model.get_parameter(name)

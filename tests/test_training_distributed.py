@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed_worker import fp8_config, synchronized_config, without_dropout
+from torch import nn
 from training_tools import rows
 
 import fp8repro.training.image
@@ -16,6 +18,7 @@ from fp8repro.errors import UserError
 from fp8repro.training import train
 from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint
 from fp8repro.training.distributed import World, join_world
+from fp8repro.training.normalization import SyncBatchNorm2d
 
 HERE = Path(__file__).parent
 
@@ -156,3 +159,21 @@ def test_one_process_is_a_world_whatever_slurm_says(environment, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert join_world("cpu") == World()
+
+
+def test_synchronized_normalization_keeps_no_copy_in_fp64_for_backward(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        plain, synchronized = nn.BatchNorm2d(3), SyncBatchNorm2d(3)
+        x = (torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 3 + 2).requires_grad_()
+        kept, results = [], []
+        for norm in (plain, synchronized):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+                y = norm(x)
+            results.append((y, *torch.autograd.grad(y.square().sum(), (x, *norm.parameters())), *norm.buffers()))
+    finally:
+        dist.destroy_process_group()
+    for given, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
+    assert kept
+    assert not any(t.dtype == torch.float64 for t in kept)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8repro.formats import FloatFormat
+from fp8repro.engines import address, check_rounding, plain
+from fp8repro.formats import E4M3, E5M2, FloatFormat
 from fp8repro.native import build
 from fp8repro.native.layout import plan
 
@@ -80,26 +81,61 @@ def round_into(
     """See `fp8repro.quantize.round_into`; `engine` is another build of the library.
 
     With `add`, what is rounded is added to `values`, an FP32 tensor that lies as `x` does.
+
+    Raises:
+        TypeError, ValueError: a tensor is not what the engine takes (`check_rounding`); nothing was written.
     """
-    if x.numel() == 0:
+    check_rounding(x, format, values, codes, stats)
+    if not x.is_cpu:
+        raise ValueError(f"x: got a tensor on {x.device}, expected one on the CPU")
+    signed = x.is_neg()
+    for out in (values, codes):
+        if out is not None:
+            signed = signed or out.is_neg()
+            address(out)
+    (_round_copies if signed else round_unchecked)(
+        x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats, engine, add
+    )
+
+
+def round_unchecked(
+    x: Tensor,
+    format: FloatFormat,
+    rounding: str,
+    overflow: str,
+    seed: int,
+    stream: int,
+    subnormal_rounding: str,
+    values: Tensor | None,
+    codes: Tensor | None,
+    stats: Tensor | None,
+    engine: Any = None,
+    add: bool = False,
+) -> None:
+    """`round_into` for an input that is checked (`check_input`, `plain`) and outputs that were made for it."""
+    count = x.numel()
+    if count == 0:
         return
     engine = engine or library()
-    outputs = [out for out in (values, codes) if out is not None]
-    if x.is_contiguous() and all(out.is_contiguous() for out in outputs):
-        kernel, arguments = "linear", (x.numel(),)
+    contiguous = x.is_contiguous() and (values is None or values.is_contiguous())
+    if contiguous and (codes is None or codes.is_contiguous()):
+        kernel, arguments = engine.fp8repro_linear, (count,)
     else:
-        strides = tuple(out.stride() for out in outputs)
-        kernel, arguments = plan(tuple(x.shape), x.stride(), strides, values is not None, rounding == "stochastic")
-        if kernel == "copy":
-            _round_copies(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats, engine)
+        strides = tuple(out.stride() for out in (values, codes) if out is not None)
+        name, arguments = plan(tuple(x.shape), x.stride(), strides, values is not None, rounding == "stochastic")
+        if name == "copy":
+            _round_copies(
+                x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats, engine, add
+            )
             return
+        kernel = getattr(engine, "fp8repro_" + name)
     types = _TYPES[x.dtype]
     if values is not None:
         types |= _TYPES[values.dtype] << 4 | add << 12
     if codes is not None:
         types |= (4 if codes.element_size() == 1 else 5) << 8
-    getattr(engine, "fp8repro_" + kernel)(
-        x.data_ptr(),
+    kernel(
+        address(x),
         None if values is None else values.data_ptr(),
         None if codes is None else codes.data_ptr(),
         types,
@@ -107,7 +143,7 @@ def round_into(
         seed,
         stream,
         None if stats is None else stats.data_ptr(),
-        _threads(x.numel()),
+        _threads(count),
         *arguments,
     )
 
@@ -115,53 +151,53 @@ def round_into(
 def decode(codes: Tensor, values: Tensor) -> None:
     """Write the values of FP8 bytes into an FP32 or BF16 tensor of the same shape and layout; exact.
 
+    What else there is (other dtypes, layouts, devices; tensors that are traced) torch converts.
+
     Args:
         codes: float8_e5m2 or float8_e4m3fn tensor.
         values: float32 or bfloat16 tensor.
     """
-    if codes.stride() != values.stride() or not _dense(codes):
+    alike = codes.shape == values.shape and codes.stride() == values.stride() and codes.device == values.device
+    typed = codes.dtype in (E5M2.dtype, E4M3.dtype) and values.dtype in (torch.float32, torch.bfloat16)
+    if not (alike and typed and codes.is_cpu and plain(codes, values) and _dense(codes)):
         values.copy_(codes)
         return
     count = codes.numel()
-    is_e4m3 = int(codes.dtype is torch.float8_e4m3fn)
-    library().fp8repro_decode(
-        codes.data_ptr(), values.data_ptr(), is_e4m3, _TYPES[values.dtype], _threads(count), count
-    )
+    is_e4m3 = int(codes.dtype is E4M3.dtype)
+    library().fp8repro_decode(address(codes), address(values), is_e4m3, _TYPES[values.dtype], _threads(count), count)
 
 
 def add_relu(x: Tensor, residual: Tensor | None) -> Tensor:
-    """ReLU of `x` (+ `residual`), in place; gives a bit a value that says which are over zero.
+    """ReLU of `x` (+ `residual`), in place; gives a bit a value that says which are over zero. Asks `walks` of them.
 
     Args:
         x: dense FP32 tensor.
-        residual: FP32 tensor with the strides of `x`, or None.
+        residual: FP32 tensor with the shape and strides of `x`, or None.
 
     Returns:
         Bytes of 8 bits each, the lowest first, in memory order; padded with zeros.
     """
     count = x.numel()
-    bits = torch.empty((count + 7) // 8, dtype=torch.uint8)
-    other = None if residual is None else residual.data_ptr()
-    library().fp8repro_add_relu(x.data_ptr(), other, bits.data_ptr(), _threads(count), count)
+    bits = torch.empty((count + 7) // 8, dtype=torch.uint8, device="cpu")
+    other = None if residual is None else address(residual)
+    library().fp8repro_add_relu(address(x), other, address(bits), _threads(count), count)
     return bits
 
 
 def keep_where(x: Tensor, bits: Tensor) -> Tensor:
-    """The values of a dense FP32 tensor whose bit (in memory order, see `add_relu`) is set, zero elsewhere."""
+    """The values of a dense FP32 tensor (`walks`) whose bit (in memory order, see `add_relu`) is set, else zero."""
     count = x.numel()
     out = torch.empty_like(x)
-    library().fp8repro_keep_where(x.data_ptr(), bits.data_ptr(), out.data_ptr(), _threads(count), count)
+    library().fp8repro_keep_where(address(x), address(bits), address(out), _threads(count), count)
     return out
 
 
 def walks(*tensors: Tensor) -> bool:
-    """Whether the engine is there for dense FP32 CPU tensors that lie in memory alike, as `add_relu` asks."""
+    """Whether the engine takes these: dense FP32 CPU tensors that lie in memory alike, and nobody traces."""
     first = tensors[0]
-    return (
-        available()
-        and all(t.device.type == "cpu" and t.dtype == torch.float32 and t.stride() == first.stride() for t in tensors)
-        and _dense(first)
-    )
+    place = (first.shape, first.stride())
+    fit = all(t.is_cpu and t.dtype == torch.float32 and (t.shape, t.stride()) == place for t in tensors)
+    return fit and available() and plain(*tensors) and _dense(first)
 
 
 def _threads(count: int) -> int:
@@ -180,16 +216,18 @@ def _round_copies(
     codes: Tensor | None,
     stats: Tensor | None,
     engine: Any,
+    add: bool,
 ) -> None:
-    """Layouts that no kernel walks: round a copy in logical order."""
-    inner = [None if out is None else torch.empty(out.shape, dtype=out.dtype) for out in (values, codes)]
-    x = x.contiguous()
-    round_into(x, format, rounding, overflow, seed, stream, subnormal_rounding, inner[0], inner[1], stats, engine)
+    """Layouts that no kernel walks, and signs that memory does not hold: round a copy in logical order."""
+    inner = [None if out is None else torch.empty(out.shape, dtype=out.dtype, device="cpu") for out in (values, codes)]
+    x = x.resolve_neg().contiguous()
+    round_unchecked(x, format, rounding, overflow, seed, stream, subnormal_rounding, inner[0], inner[1], stats, engine)
     for out, copy in zip((values, codes), inner, strict=True):
         if out is not None and copy is not None:
-            out.copy_(copy)
+            (out.add_ if add and out is values else out.copy_)(copy)
 
 
+@functools.cache
 def format_address(format: FloatFormat, rounding: str, overflow: str, subnormal_rounding: str) -> int:
     """Where the kernels find a format and how to round to it."""
     return ctypes.addressof(_format(format, rounding, overflow, subnormal_rounding))

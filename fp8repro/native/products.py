@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8repro.engines import address, plain
 from fp8repro.formats import FloatFormat
 from fp8repro.native import build, format_address
 from fp8repro.products import Conv2dGeometry, EmulateBackend, Operand, Rounding
@@ -102,53 +103,54 @@ class Bf16Backend(EmulateBackend):
 
     def linear(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
         """See `Backend`."""
-        if not _multiplies(x, weight):
+        if not (_multiplies(x, weight) and _pair(x.codes, weight.codes.t()) and _adds(bias, weight.codes)):
             return self._rounded(super().linear(x, weight, bias))
         result = self._gemm(x, x.codes.flatten(0, -2), weight, weight.codes.t(), bias, keep=True)
         return result.view(*x.codes.shape[:-1], result.shape[-1])
 
     def linear_error(self, error: Operand, weight: Operand) -> Tensor:
         """See `Backend`."""
-        if not _multiplies(error, weight):
+        if not (_multiplies(error, weight) and _pair(error.codes, weight.codes)):
             return self._rounded(super().linear_error(error, weight))
         result = self._gemm(error, error.codes.flatten(0, -2), weight, weight.codes, keep=True)
         return result.view(*error.codes.shape[:-1], result.shape[-1])
 
     def linear_gradient(self, error: Operand, x: Operand) -> Tensor:
         """See `Backend`."""
-        if not _multiplies(error, x):
+        if not (_multiplies(error, x) and _rows(error.codes) == _rows(x.codes)):
             return self._rounded(super().linear_gradient(error, x))
         return self._gemm(error, error.codes.flatten(0, -2).t(), x, x.codes.flatten(0, -2))
 
     def matmul(self, a: Operand, b: Operand) -> Tensor:
         """See `Backend`."""
-        if not _multiplies(a, b):
+        if not (_multiplies(a, b) and _pair(a.codes, b.codes, True)):
             return self._rounded(super().matmul(a, b))
         return self._gemm(a, a.codes, b, b.codes)
 
     def matmul_error_a(self, error: Operand, b: Operand) -> Tensor:
         """See `Backend`."""
-        if not _multiplies(error, b):
+        if not (_multiplies(error, b) and _pair(error.codes, b.codes.transpose(-1, -2), True)):
             return self._rounded(super().matmul_error_a(error, b))
         return self._gemm(error, error.codes, b, b.codes.transpose(-1, -2))
 
     def matmul_error_b(self, error: Operand, a: Operand) -> Tensor:
         """See `Backend`."""
-        if not _multiplies(error, a):
+        if not (_multiplies(error, a) and _pair(a.codes.transpose(-1, -2), error.codes, True)):
             return self._rounded(super().matmul_error_b(error, a))
         return self._gemm(a, a.codes.transpose(-1, -2), error, error.codes)
 
     def conv2d(self, x: Operand, weight: Operand, bias: Tensor | None, geometry: Conv2dGeometry) -> Tensor:
         """See `Backend`."""
-        if not (_multiplies(x, weight) and _convolves(x.codes.shape[1], weight, geometry)):
+        fits = _multiplies(x, weight) and _convolves(x.codes, weight, geometry, forward=True)
+        if not (fits and _adds(bias, weight.codes)):
             return self._rounded(super().conv2d(x, weight, bias, geometry))
         convolution = _forward(geometry, tuple(x.codes.shape), tuple(weight.codes.shape))
-        result = torch.empty(convolution.shape, memory_format=torch.channels_last)
+        result = _channels_last_empty(convolution.shape)
         return self._rounded(_convolve(convolution, x, weight, bias, result))
 
     def conv2d_error(self, error: Operand, weight: Operand, geometry: Conv2dGeometry, like: Tensor) -> Tensor:
         """See `Backend`."""
-        if not (_multiplies(error, weight) and _convolves(error.codes.shape[1], weight, geometry)):
+        if not (_multiplies(error, weight) and _convolves(error.codes, weight, geometry, forward=False)):
             return self._rounded(super().conv2d_error(error, weight, geometry, like))
         convolution = _backward(geometry, tuple(error.codes.shape), tuple(weight.codes.shape), tuple(like.shape))
         result = _empty(like)
@@ -158,7 +160,7 @@ class Bf16Backend(EmulateBackend):
 
     def conv2d_gradient(self, error: Operand, x: Operand, geometry: Conv2dGeometry, like: Tensor) -> Tensor:
         """See `Backend`."""
-        if not _multiplies(error, x):
+        if not (_multiplies(error, x) and error.codes.dim() == x.codes.dim() == 4):
             return self._rounded(super().conv2d_gradient(error, x, geometry, like))
         source, target = _channels_last(x.codes), _channels_last(error.codes)
         shapes = (source.shape[0], geometry.groups, *source.shape[2:], source.shape[1], *target.shape[2:])
@@ -167,11 +169,11 @@ class Bf16Backend(EmulateBackend):
         result = _empty(like)
         library().fp8repro_convolution_gradient(
             _longs(sizes),
-            source.data_ptr(),
+            address(source),
             _decoder(source.dtype),
-            target.data_ptr(),
+            address(target),
             _decoder(target.dtype),
-            result.data_ptr(),
+            address(result),
             torch.get_num_threads(),
         )
         return self._rounded(_like(_unscaled(result, error, x), like))
@@ -200,20 +202,21 @@ class Bf16Backend(EmulateBackend):
         # A scale is divided out, and a bias added, before a result is rounded.
         how = None if scaled else self.how
         total = None if how is None else self.total
-        result = torch.empty((*a_codes.shape[:-1], columns)) if total is None else total
+        shape = (*a_codes.shape[:-1], columns)
+        result = torch.empty(shape, dtype=torch.float32, device="cpu") if total is None else total
         a_codes, b_codes = _walkable(a_codes), _walkable(b_codes)
         sizes = _gemm_sizes(tuple(a_codes.shape), a_codes.stride(), tuple(b_codes.shape), b_codes.stride())
         threads = torch.get_num_threads() if result.numel() * a_codes.shape[-1] > _GRAIN else 1
         panels = _panels(sizes, b, b_codes, threads) if keep else None
         library().fp8repro_gemm(
             sizes,
-            a_codes.data_ptr(),
+            address(a_codes),
             _decoder(a_codes.dtype),
-            None if panels is not None else b_codes.data_ptr(),
+            None if panels is not None else address(b_codes),
             _decoder(b_codes.dtype),
-            None if panels is None else panels.data_ptr(),
-            None if bias is None or scaled else bias.data_ptr(),
-            result.data_ptr(),
+            None if panels is None else address(panels),
+            None if bias is None or scaled else address(bias),
+            address(result),
             None if how is None else format_address(how.format, how.rounding, how.overflow, how.subnormal_rounding),
             0 if how is None else how.seed,
             0 if how is None else how.stream,
@@ -224,7 +227,31 @@ class Bf16Backend(EmulateBackend):
 
 
 def _multiplies(a: Operand, b: Operand) -> bool:
-    return all(o.fmt.is_fp8 and o.codes.element_size() == 1 and o.codes.numel() > 0 for o in (a, b))
+    """Whether the engine can read both; torch's FP32 products take the rest, and what is traced."""
+    return plain(a.codes, b.codes) and _holds_bytes(a) and _holds_bytes(b)
+
+
+def _holds_bytes(o: Operand) -> bool:
+    codes = o.codes
+    return o.fmt.is_fp8 and codes.dtype == o.fmt.dtype and codes.is_cpu and codes.numel() > 0
+
+
+def _pair(a: Tensor, b: Tensor, batched: bool = False) -> bool:
+    """Whether shapes fit for a product; torch finds the words where they do not."""
+    fits = a.dim() > 1 and b.dim() > 1 and a.shape[-1] == b.shape[-2]
+    return fits and a.shape[:-2] == b.shape[:-2] if batched else fits
+
+
+def _rows(codes: Tensor) -> int:
+    return codes.numel() // codes.shape[-1]
+
+
+def _adds(bias: Tensor | None, weight: Tensor) -> bool:
+    """Whether the engine reads the bias: a number for each output, one behind the other."""
+    if bias is None:
+        return True
+    fits = bias.dtype == torch.float32 and bias.shape == weight.shape[:1] and bias.is_contiguous()
+    return fits and bias.is_cpu and plain(bias)
 
 
 def _unscaled(result: Tensor, a: Operand, b: Operand, bias: Tensor | None = None) -> Tensor:
@@ -242,7 +269,7 @@ def _longs(values: tuple[int, ...]) -> Any:
 @functools.cache
 def _decoder(dtype: torch.dtype) -> Any:
     """BF16 bits of the 128 magnitudes of an FP8 format."""
-    bits = torch.arange(128, dtype=torch.uint8).view(dtype).to(torch.bfloat16).view(torch.int16)
+    bits = torch.arange(128, dtype=torch.uint8, device="cpu").view(dtype).to(torch.bfloat16).view(torch.int16)
     return (ctypes.c_int16 * 128)(*bits.tolist())
 
 
@@ -256,8 +283,8 @@ def _panels(sizes: Any, b: Operand, codes: Tensor, threads: int) -> Tensor:
         # Whole blocks, which matrix tiles take.
         pairs = -(-codes.shape[0] // (2 * _BLOCK_PAIRS)) * _BLOCK_PAIRS
         groups = -(-codes.shape[1] // _PANEL_COLUMNS)
-        panels = torch.empty(pairs * groups * _PANEL_COLUMNS, dtype=torch.int32)
-        library().fp8repro_pack_right(sizes, codes.data_ptr(), _decoder(codes.dtype), panels.data_ptr(), threads)
+        panels = torch.empty(pairs * groups * _PANEL_COLUMNS, dtype=torch.int32, device="cpu")
+        library().fp8repro_pack_right(sizes, address(codes), _decoder(codes.dtype), address(panels), threads)
         b.packed[codes.stride()] = panels
     return panels
 
@@ -309,10 +336,19 @@ class _Convolution:
         self.packed_size = panels * taps * (source_channels // groups // 2) * _PANEL_COLUMNS
 
 
-def _convolves(terms: int, weight: Operand, geometry: Conv2dGeometry) -> bool:
-    """Whether channels come in pairs, and the kernel has a size that the engine expects."""
-    taps = weight.codes.shape[2] * weight.codes.shape[3]
-    return terms // geometry.groups % 2 == 0 and taps <= _MOST_TAPS
+def _convolves(codes: Tensor, weight: Operand, geometry: Conv2dGeometry, forward: bool) -> bool:
+    """Whether shapes fit, channels come in pairs, and the kernel has a size that the engine expects."""
+    if codes.dim() != 4 or weight.codes.dim() != 4:
+        return False
+    outputs, inputs, *kernel = weight.codes.shape
+    terms = inputs * geometry.groups if forward else outputs
+    if forward:
+        reach = [d * (k - 1) + 1 - 2 * p for d, k, p in zip(geometry.dilation, kernel, geometry.padding, strict=True)]
+        fits = all(size >= least for size, least in zip(codes.shape[2:], reach, strict=True))
+    else:
+        fits = True
+    fits = fits and codes.shape[1] == terms and outputs % geometry.groups == 0
+    return fits and terms // geometry.groups % 2 == 0 and kernel[0] * kernel[1] <= _MOST_TAPS
 
 
 def _convolve(
@@ -324,24 +360,24 @@ def _convolve(
     key = ("convolution", convolution.backward)
     panels = weight.packed.get(key)
     if panels is None:
-        panels = torch.empty(convolution.packed_size, dtype=torch.int32)
+        panels = torch.empty(convolution.packed_size, dtype=torch.int32, device="cpu")
         weight_codes = _channels_last(weight.codes)
         library().fp8repro_pack_weight(
             convolution.sizes,
-            weight_codes.data_ptr(),
+            address(weight_codes),
             _decoder(weight_codes.dtype),
             int(convolution.backward),
-            panels.data_ptr(),
+            address(panels),
             threads,
         )
         weight.packed[key] = panels
     library().fp8repro_convolve(
         convolution.sizes,
-        codes.data_ptr(),
+        address(codes),
         _decoder(codes.dtype),
-        panels.data_ptr(),
-        None if bias is None or scaled else bias.data_ptr(),
-        result.data_ptr(),
+        address(panels),
+        None if bias is None or scaled else address(bias),
+        address(result),
         threads,
     )
     if scaled:
@@ -396,7 +432,12 @@ def _empty(like: Tensor) -> Tensor:
     """An FP32 tensor of that shape in channels_last, with the strides of `like` where it is that already."""
     if like.is_contiguous(memory_format=torch.channels_last):
         return torch.empty_like(like, dtype=torch.float32)
-    return torch.empty(like.shape, memory_format=torch.channels_last)
+    return _channels_last_empty(like.shape)
+
+
+def _channels_last_empty(shape: tuple[int, ...]) -> Tensor:
+    # By name: what torch makes by default is the caller's to change.
+    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
 
 
 def _like(result: Tensor, like: Tensor) -> Tensor:

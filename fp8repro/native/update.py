@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8repro.engines import address, addressable
 from fp8repro.fused_step import Parameter, Rule
 from fp8repro.native import build, format_address
 from fp8repro.native.layout import plan
 from fp8repro.recipe import RoleSpec
+from fp8repro.streams import signed64
 
 _TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _KINDS = {"sgd": 0, "adam": 1, "adamw": 2}
@@ -49,9 +51,9 @@ def _library() -> Any:
 
 
 def takes(parameters: Sequence[Tensor]) -> bool:
-    """Whether the engine is there, and can update these parameters: dense CPU tensors of 16 or 32 bits."""
+    """Whether the engine is there, and can update these parameters: dense CPU tensors with values of 16 or 32 bits."""
     fits = all(p.device.type == "cpu" and p.dtype in _TYPES and _layout(p) is not None for p in parameters)
-    return fits and _library() is not None
+    return fits and addressable(*parameters) and _library() is not None
 
 
 def gradient_control(parameters: Sequence[Parameter], scale: float = 1.0, clip_norm: float | None = None) -> Tensor:
@@ -60,10 +62,10 @@ def gradient_control(parameters: Sequence[Parameter], scale: float = 1.0, clip_n
     square = _library().fp8repro_sum_of_squares(table, count, torch.get_num_threads())
     # The squares of FP32 values do not overflow in FP64.
     if not math.isfinite(square):
-        return torch.tensor([1.0, 1.0, math.inf], dtype=torch.float64)
+        return torch.tensor([1.0, 1.0, math.inf], dtype=torch.float64, device="cpu")
     norm = math.sqrt(square) / scale
     factor = 1.0 if clip_norm is None or norm <= clip_norm else clip_norm / (norm + 1e-6)
-    return torch.tensor([0.0, factor, norm], dtype=torch.float64)
+    return torch.tensor([0.0, factor, norm], dtype=torch.float64, device="cpu")
 
 
 def update(
@@ -109,18 +111,18 @@ def _table(parameters: Sequence[Parameter], ordered: bool = False) -> tuple[Any,
         if not p.master.numel():
             continue
         layout = _check(p)
-        states = [t.data_ptr() for t in p.state] + [0] * (2 - len(p.state))
-        updated = 0 if p.updated is None else p.updated.data_ptr()
+        states = [address(t) for t in p.state] + [0] * (2 - len(p.state))
+        updated = 0 if p.updated is None else address(p.updated)
         where = layout if ordered else (1, 0, p.master.numel())
-        stream = p.master_stream - (p.master_stream >> 63 << 64)  # the same 64 bits with a sign
-        columns += (p.grad.data_ptr(), p.master.data_ptr(), *states, updated, stream, _TYPES[p.master.dtype], *where)
+        stream = signed64(p.master_stream)
+        columns += (address(p.grad), address(p.master), *states, updated, stream, _TYPES[p.master.dtype], *where)
     return (ctypes.c_int64 * len(columns))(*columns), len(columns) // _COLUMNS
 
 
 def _check(p: Parameter) -> tuple[int, int, int]:
     """The master's layout, if all else fits it."""
     layout = _layout(p.master)
-    if p.master.device.type != "cpu" or p.master.dtype not in _TYPES or layout is None:
+    if p.master.device.type != "cpu" or p.master.dtype not in _TYPES or layout is None or not addressable(p.master):
         given = f"{p.master.dtype}, strides {p.master.stride()}, on {p.master.device}"
         raise ValueError(f"master: got {given}, expected a dense tensor of 16 or 32 bits on the CPU")
     if p.weight is not None:
@@ -128,8 +130,9 @@ def _check(p: Parameter) -> tuple[int, int, int]:
     shape, strides = p.master.shape, p.master.stride()
     others = [("grad", p.grad), *(("state", t) for t in p.state)]
     for name, tensor in others if p.updated is None else [*others, ("updated", p.updated)]:
-        if tensor.dtype != torch.float32 or tensor.shape != shape or tensor.stride() != strides:
-            given = f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+        fits = tensor.dtype == torch.float32 and tensor.shape == shape and tensor.stride() == strides
+        if not fits or tensor.device.type != "cpu" or not addressable(tensor):
+            given = f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
             place = f"shape {tuple(shape)}, strides {strides}"
             raise ValueError(f"{name}: got {given}, expected torch.float32 of {place}")
     return layout

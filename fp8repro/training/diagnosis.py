@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fp8repro.injection import sites
 from fp8repro.telemetry import Telemetry
 
 
@@ -68,7 +69,7 @@ def diagnose(model: nn.Module, telemetry: Telemetry, repeat: Callable[[], object
 
     Args:
         model: the run's.
-        telemetry: of the run; counts the repeated step.
+        telemetry: of the run; counts the repeated step alone, and forgets what was measured before.
         repeat: forward and backward of the step, without an update.
 
     Returns:
@@ -76,7 +77,10 @@ def diagnose(model: nn.Module, telemetry: Telemetry, repeat: Callable[[], object
     """
     watcher = FirstNonfinite()
     model.zero_grad(set_to_none=True)
-    telemetry.active = True
+    telemetry.measure()
+    for site in sites(model).values():
+        # Or the weights that the step has rounded would not be counted.
+        site.forget_weight()
     with watcher.watching(model):
         repeat()
     telemetry.active = False

@@ -57,6 +57,16 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         """[B, C, H, W] -> the same."""
         if not self.training:
             return super().forward(input)
+        mean, inverse, count = self._statistics(input)
+        result: Tensor = _Normalize.apply(input, self.weight, self.bias, mean, inverse, count)
+        return result
+
+    @torch.no_grad()
+    def _statistics(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, inverse deviation and number of values of each channel over all ranks, FP32; the running ones move.
+
+        What their derivatives need is in `_Normalize`: autograd would keep FP64 copies of the input for them.
+        """
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -68,14 +78,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         mean = sums[0] / count
         squares = (input - mean.float().view(1, -1, 1, 1)).double().square().sum((0, 2, 3))
         dist.all_reduce(squares)
-        variance = squares / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.float(), self.momentum)
-            self.running_var.lerp_((squares / (count - 1)).float(), self.momentum)
-        inverse = (variance + self.eps).rsqrt().float()
-        result: Tensor = _Normalize.apply(input, self.weight, self.bias, mean.float(), inverse, count.float())
-        return result
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.float(), self.momentum)
+        self.running_var.lerp_((squares / (count - 1)).float(), self.momentum)
+        inverse = (squares / count + self.eps).rsqrt()
+        return mean.float(), inverse.float(), count.float()
 
 
 class _Normalize(torch.autograd.Function):
