@@ -250,7 +250,8 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     if scaling.get("policy") == "auto":
         scaling["policy"] = default.get("policy", "none")
     # Single settings hold over the recipe's, which are those of the same policy however it was chosen.
-    if scaling.get("policy") == default.get("policy"):
+    policy = default.get("policy")
+    if isinstance(policy, str) and scaling.get("policy") == policy:
         scaling = default | scaling
     values["loss_scaling"] = scaling
     config: RunConfig = build_dataclass(RunConfig, values, "", precision=recipe)

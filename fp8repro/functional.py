@@ -258,8 +258,10 @@ def quantized_product(
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Autocast off inside: products take what the recipe rounded, and sums are FP32."""
-    # Asked first: an autocast block costs every call microseconds.
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    # Asked first: an autocast block costs every call microseconds. Tensors without data have no autocast.
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 class _QuantizedProduct(torch.autograd.Function):

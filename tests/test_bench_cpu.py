@@ -88,8 +88,7 @@ def test_a_profile_counts_the_roundings_and_products_of_a_step():
     x = torch.randn(50, 64, requires_grad=True)
     kinds = profile.roundings(lambda: model(x).sum().backward())
     values = {(rounding, outputs): round(count) for (_, rounding, outputs), (_, count, _) in kinds.items()}
-    # Input and weight do not change within a step's number: rounded once in all these steps. Their gradients are new.
-    operands = (50 * 64 + 32 * 64) // profile.STEPS
+    operands = 50 * 64 + 32 * 64
     emulated = injected.backend == "emulate"
     # Products of FP8 bytes round their results themselves.
     assert sum(values[kind] for kind in values if kind[0] == "nearest") == operands + 50 * 32 * emulated

@@ -208,5 +208,5 @@ def test_shipped_schedules_are_those_of_their_publications() -> None:
     assert rates(gnmt, 10_000, [0.0, 0.01, 0.02, 0.66, 0.667, 0.76, 0.85, 0.93, 0.99]) == pytest.approx(
         [2e-5, 2e-4, 2e-3, 2e-3, 1e-3, 5e-4, 2.5e-4, 1.25e-4, 1.25e-4]
     )
-    scaler = make_scaler(gnmt.loss_scaling, 10_000, gnmt.trainer.epochs)
-    assert (scaler.window, scaler.floors) == (100, ((0, 1.0), (1200, 8192), (4400, 32768)))
+    scaler = make_scaler(gnmt.loss_scaling, 20_000, gnmt.trainer.epochs)
+    assert (scaler.window, scaler.floors) == (200, ((0, 1.0), (2400, 8192), (8800, 32768)))

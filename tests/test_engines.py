@@ -13,6 +13,7 @@ from torchvision.models import resnet18
 
 from fp8repro import inject, native, quantize, quantizer, reference
 from fp8repro.engines import read_format, spell_format, untraced
+from fp8repro.errors import UserError
 from fp8repro.formats import E4M3, E5M2, FORMATS, FP16, FloatFormat
 from fp8repro.kernels import quantize as kernels
 from fp8repro.kernels.launch import INTERPRETED
@@ -368,7 +369,7 @@ def test_options_that_no_engine_can_follow_are_named(arguments, error, message):
 def test_a_layer_refuses_fp64():
     model, x = layers()
     inject(model, "fp8")
-    with pytest.raises(TypeError, match=r"x: got torch\.float64, expected"):
+    with pytest.raises(UserError, match=r"layer \w+: got an input of torch\.float64, expected float32"):
         model(x.double())
 
 

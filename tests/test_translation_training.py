@@ -311,7 +311,7 @@ def test_two_processes_find_what_one_finds(text: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"decode": {"beam": 0}}, r"decode\.beam: got 0, expected a number over 0"),
+        ({"decode": {"beam": 0}}, r"decode\.beam: got 0, expected a whole number from 1"),
         ({"model": "lstm"}, r"model\.name: got 'lstm', expected one of transformer"),
         ({"trainer": {"batch_size": 4}}, r"trainer\.batch_size: got 4 tokens, expected at least"),
         ({"decode": {"coverage": 0.1}, "trainer": {"batch_size": 120, "max_steps": 1}}, r"decode\.coverage: got 0\.1"),
