@@ -57,6 +57,10 @@ class ImageTask:
         """See `Task`."""
         return {"classes": len(self.data.classes), "train_images": self.batches.size, "data": self.data.identity}
 
+    def batch_report(self) -> dict[str, Any]:
+        """See `Task`."""
+        return {}
+
     def count(self, batch: ImageBatch) -> int:
         """See `Task`."""
         return len(batch.labels)
