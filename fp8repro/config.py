@@ -87,7 +87,7 @@ class TrainerConfig:
 
     epochs: float = 10
     max_steps: int | None = None  # stop early, schedules unchanged
-    batch_size: int = 64  # images, or target tokens, over all ranks and micro-steps
+    batch_size: int = 64  # images, or target tokens (padding counted), over all ranks and micro-steps
     micro_steps: int = 1  # accumulate this many batches into one update
     eval_batch_size: int = 256
     label_smoothing: float = 0.0

@@ -82,6 +82,24 @@ def test_logits_and_gradients_equal_fairseqs(form: str) -> None:
         torch.testing.assert_close(ours_gradients[name], gradient, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
 
 
+def test_more_padding_changes_neither_fairseqs_logits_nor_its_gradients() -> None:
+    model, _ = pair()
+    found = []
+    for source_width, target_width in ((5, 4), (16, 8), (8, 24)):
+        model.zero_grad()
+        padded = [
+            nn.functional.pad(ids, (0, width - ids.shape[1]), value=1)
+            for ids, width in ((SOURCE, source_width), (DECODER_INPUT, target_width), (TARGET, target_width))
+        ]
+        logits = model(*padded[:2])
+        smoothed_loss(logits, padded[2], 0.1)[0].backward()
+        found.append((logits[:, :4][PRESENT].detach(), {n: g.clone() for n, g in named_gradients(model).items()}))
+    (expected, gradients), *others = found
+    for logits, theirs in others:
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(theirs, gradients, rtol=1e-3, atol=1e-4)
+
+
 @torch.no_grad()
 def test_incremental_logits_equal_fairseqs_whole_and_incremental_ones() -> None:
     theirs, ours = (model.eval() for model in pair(1))

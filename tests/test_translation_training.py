@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp8repro.config import RunConfig, compose_group, run_config
+from fp8repro.data.translation import buckets
 from fp8repro.data.translation.batching import make_batch
 from fp8repro.data.translation.corpus import read_lines
 from fp8repro.data.translation.synthetic import synthetic_corpus
@@ -124,6 +125,29 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens_whatever_the_batches(t
     torch.testing.assert_close(whole[1], parts[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp8_nearest"])
+@pytest.mark.parametrize("model", list(SIZES))
+def test_more_padding_changes_neither_the_loss_nor_a_gradient(text: Path, model: str, precision: str) -> None:
+    run = build(config(text, model, precision), World())
+    network = run.model.eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    found = []
+    for widths in ((24, 24), (40, 24), (24, 48)):
+        network.zero_grad()
+        run.context.begin(0)
+        loss, _ = run.task.loss(network, make_batch(run.task.data.train, list(range(9)), widths))  # type: ignore[attr-defined]
+        (loss / 100).backward()
+        found.append((loss.item(), [p.grad.clone() for p in network.parameters() if p.grad is not None]))
+    # Longer sums run in another order: FP32's tolerance, and in FP8 now and then another rounding behind it.
+    rounds = precision != "fp32"
+    (loss, gradients), *others = found
+    for their_loss, theirs in others:
+        assert their_loss == pytest.approx(loss, rel=1e-4 if rounds else 1e-6)
+        for mine, their in zip(gradients, theirs, strict=True):
+            assert float((mine - their).norm()) <= (5e-3 if rounds else 1e-5) * float(mine.norm()) + 1e-6
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("model", list(SIZES))
 def test_perplexity_and_translations_do_not_depend_on_batches(text: Path, model: str) -> None:
@@ -147,6 +171,9 @@ def test_perplexity_and_translations_do_not_depend_on_batches(text: Path, model:
     found = work.translate(network, work.data.test)
     assert len(found) == 25
     assert small.translate(network, work.data.test) == found
+    sources = [torch.from_numpy(work.data.test.source[i])[None] for i in range(25)]
+    assert any(source.shape[1] % 8 for source in sources)
+    assert translate(network, sources, settings.decode) == found  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("model", "precision"), [("transformer", "fp8"), ("gnmt", "fp32")])
@@ -179,6 +206,9 @@ def test_a_run_learns_and_sacrebleu_finds_its_scores_in_the_files(
     assert perplexities[-1] < 0.1 * perplexities[0]
     assert all(row["tokens_per_second"] > 0 for row in rows if row["kind"] == "train")
     assert {row["split"] for row in rows if row["kind"] == "eval"} == {"val"}
+    report = TranslationTask(settings, World()).batches.report()
+    assert report.items() <= summary.items()
+    assert [{key: row[key] for key in report} for row in rows if row["kind"] == "batches"] == [report]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -264,6 +294,14 @@ def test_a_checkpoint_of_another_vocabulary_or_other_codes_is_refused(text: Path
         train(again)
     (other / "train.de").write_bytes((text / "train.de").read_bytes())
     assert train(again)["steps"] == 2
+
+
+def test_a_checkpoint_of_other_batches_is_refused(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(text, run_dir=str(tmp_path), trainer={"max_steps": 1, "batch_size": 120})
+    train(settings)
+    monkeypatch.setattr(buckets, "MOST_SHAPES", 2)
+    with pytest.raises(UserError, match=r"resume: task\.batches is \d in the checkpoint and \d in this run"):
+        train(replace(settings, resume="auto", trainer=replace(settings.trainer, max_steps=2)))
 
 
 def test_the_final_score_is_that_of_the_averaged_weights(text: Path, tmp_path: Path) -> None:

@@ -64,6 +64,10 @@ class ImageTask:
             "data": self.data.identity,
         }
 
+    def batch_report(self) -> dict[str, Any]:
+        """See `Task`."""
+        return {}
+
     def count(self, batch: ImageBatch) -> int:
         """See `Task`."""
         return len(batch.labels)

@@ -96,6 +96,9 @@ def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
         record.event(run.step, "resume", f"continued from the checkpoint after step {run.step}")
     else:
         record.row("convert", 0, rows=[vars(row) for row in run.report.rows])
+        if report := run.task.batch_report():
+            record.row("batches", 0, **report)
+            display.say(_batches_line(report))
     tracker = _tracker(run, record, display)
     clock = time.monotonic()
     saved_at, saved_step = clock, run.step
@@ -259,6 +262,11 @@ def _groups(run: Run) -> Generator[list[Any], None, None]:
         with closing(iter(run.task.batches)) as batches:  # type: ignore[type-var]
             while group := list(islice(batches, run.config.trainer.micro_steps)):
                 yield group
+
+
+def _batches_line(report: dict[str, Any]) -> str:
+    padding = ", ".join(f"{100 * share:.1f} % of {side} tokens" for side, share in report["padding_share"].items())
+    return f"{report['batches_per_epoch']} batches an epoch in {report['batch_shapes']} shapes; padding: {padding}"
 
 
 def _stopped(run: Run, stop: StopRequest, display: Display) -> SystemExit:

@@ -222,4 +222,5 @@ def summary(run: Run, status: str) -> dict[str, Any]:
         "backend": run.report.backend,
         "graphs": run.replays.summary(),
         "version": fp8repro.__version__,
+        **run.task.batch_report(),
     }

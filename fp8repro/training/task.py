@@ -86,6 +86,10 @@ class Task(Protocol[B]):
         """Plain values that tell this data from other data, as a checkpoint must know it (vocabulary, classes)."""
         ...
 
+    def batch_report(self) -> dict[str, Any]:
+        """Number, shapes and padding of an epoch's batches of all ranks, for the record; empty if nothing is padded."""
+        ...
+
     def count(self, batch: B) -> int:
         """Images or target tokens in a batch."""
         ...

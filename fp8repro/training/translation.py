@@ -13,18 +13,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fp8repro.config import RunConfig
 from fp8repro.data.translation import text
-from fp8repro.data.translation.batching import (
-    Batch,
-    TranslationBatches,
-    bucket_batches,
-    make_batch,
-    pad_sequences,
-    pair_lengths,
-)
+from fp8repro.data.translation.batching import Batch, TranslationBatches, make_batch, pad_sequences, pair_lengths
+from fp8repro.data.translation.buckets import Rows, evaluation_batches, padded_lengths
 from fp8repro.data.translation.datasets import CODES_FILE, Split, load_translation
 from fp8repro.data.translation.languages import CUT_BY_SCRIPT, scoring_language
 from fp8repro.data.translation.vocabulary import EOS, PAD
@@ -85,7 +80,13 @@ class TranslationTask:
             "bpe_codes": _digest(codes.read_bytes()) if codes.is_file() else None,
             "train_pairs": len(self.data.train.source),
             "train_tokens": int(self.data.train.target.sizes.sum()),
+            # A position in the data means nothing among other batches.
+            "batches": len(self.batches),
         }
+
+    def batch_report(self) -> dict[str, Any]:
+        """See `Task`."""
+        return self.batches.report()
 
     def count(self, batch: Batch) -> int:
         """See `Task`."""
@@ -107,8 +108,8 @@ class TranslationTask:
         """See `Task`: loss without smoothing and perplexity; of the split "test" BLEU and chrF too."""
         pairs: Split = {"val": self.data.valid, "train": self.data.train, "test": self.data.test}[split]
         total, count = 0.0, 0
-        for indices in self._eval_batches(pair_lengths(pairs), 1, poll):
-            batch = make_batch(pairs, indices.tolist()).to(self.world.device)
+        for rows in self._eval_batches(pair_lengths(pairs), 1, poll):
+            batch = make_batch(pairs, rows.indices.tolist(), rows.widths).to(self.world.device)
             _, nll = smoothed_loss(model(batch.source, batch.decoder_input), batch.target)
             total, count = total + nll.item(), count + batch.target_tokens
         loss_sum, tokens = self.world.sum([total, count])
@@ -169,10 +170,10 @@ class TranslationTask:
         found: dict[int, list[int]] = {}
         filled = np.flatnonzero(split.source.sizes > 1)
         # A sentence takes `beam` rows.
-        for batch in self._eval_batches(split.source.sizes[filled], decode.beam, poll):
-            indices = filled[batch]
-            source = pad_sequences(split.source, indices.tolist()).to(self.world.device)
-            found |= dict(zip(indices.tolist(), translate(model, [source], decode), strict=True))  # type: ignore[arg-type]
+        for rows in self._eval_batches(split.source.sizes[filled, None], decode.beam, poll):
+            indices = filled[rows.indices].tolist()
+            source = pad_sequences(split.source, indices, *rows.widths).to(self.world.device)
+            found |= dict(zip(indices, translate(model, [source], decode), strict=True))  # type: ignore[arg-type]
         if self.world.size > 1:
             shares: list[Any] = [None] * self.world.size
             dist.all_gather_object(shares, found)
@@ -185,12 +186,10 @@ class TranslationTask:
         language = self.data.languages[1]
         return tokenized_bleu(words, [text.tokenize(line, language) for line in self.data.test.references])
 
-    def _eval_batches(
-        self, lengths: np.ndarray[Any, np.dtype[np.int64]], rows: int, poll: Poll
-    ) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
+    def _eval_batches(self, lengths: NDArray[np.int64], rows: int, poll: Poll) -> Iterator[Rows]:
         """This rank's batches of `trainer.eval_batch_size` tokens with `rows` rows a sentence; the longest first."""
-        budget = max(self.config.trainer.eval_batch_size // rows, int(lengths.max(initial=0)))
-        batches = bucket_batches(lengths, budget)[::-1]
+        longest = int(padded_lengths(lengths).max(initial=0))
+        batches = evaluation_batches(lengths, max(self.config.trainer.eval_batch_size // rows, longest))
         return polled(batches[self.world.rank :: self.world.size], -(-len(batches) // self.world.size), poll)
 
     def _samples(self, hypotheses: list[str]) -> list[str]:
