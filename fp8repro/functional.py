@@ -38,6 +38,7 @@ class Site:
         context: where the run stands.
         backend: what multiplies.
         round_outputs, round_input_errors, recurrent_gradients: see `Recipe`.
+        order: how the elements of the layer's tensors are counted for their random bits (`reference.counted`).
     """
 
     name: str
@@ -47,6 +48,7 @@ class Site:
     round_outputs: bool = True
     round_input_errors: bool = True
     recurrent_gradients: str = "step"
+    order: str = "row_major"
     _call: int = 0
     _generation: int = -1
     _weight: Operand | None = None
@@ -86,7 +88,7 @@ class Site:
             scale = self._round(x, spec, role, name, stream, values=rounded)
             return Operand(rounded, fmt, scale)
         values = turned = None
-        # Random bits count elements in logical order, which rows of a matrix share with the tensor.
+        # Random bits count elements row-major, in which rows of a matrix and their tensor agree.
         if turn and self.backend.turns(fmt) and (x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1)):
             rows = x.flatten(0, -2)
             codes, turned = (torch.empty(m.shape, dtype=fmt.dtype, device=x.device) for m in (rows, rows.t()))
@@ -153,7 +155,7 @@ class Site:
         if spec.scaling == "none" and not self.context.telemetry.active:
             fmt, seed = spec.float_format, self.context.seed
             backend = self.backend.rounding(
-                Rounding(fmt, spec.rounding, spec.overflow, spec.subnormal_rounding, seed, stream)
+                Rounding(fmt, spec.rounding, spec.overflow, spec.subnormal_rounding, seed, stream, self.order)
             )
         if backend is not None:
             if total is None:
@@ -200,6 +202,7 @@ class Site:
             turned=turned,
             stats=self.context.telemetry.buffer(self.name, role, name, x.device),
             add=add,
+            order=self.order,
         )
         return scale
 

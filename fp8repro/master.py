@@ -29,6 +29,7 @@ class MasterWeights:
     torch's own layers compute with them. Gradients stay FP32, and the optimizer's state is made from FP32 parameters.
 
     Attributes:
+        orders: how the elements of each parameter are counted for their random bits, by name.
         grad_norm: norm of the unscaled gradient in the last step, before clipping; NaN or inf if it was skipped.
     """
 
@@ -48,6 +49,10 @@ class MasterWeights:
         self.context = context or getattr(model, "fp8_context", None) or StepContext()
         self.grad_norm = math.nan
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        convolutions = _convolution_weights(model)
+        self.orders = {
+            name: "channels_last" if id(p) in convolutions else "row_major" for name, p in self._parameters.items()
+        }
         self._real_products = any(site.backend.name == "triton" for site in sites(model).values())
         stored = _stored_parameters(model) if self.spec.float_format.dtype is not None else set()
         for name, parameter in self._parameters.items():
@@ -73,7 +78,8 @@ class MasterWeights:
         """
         engine = self._engine()
         if engine is not None:
-            norm = fused_step(engine, self._parameters, self.optimizer, self.spec, self.context, scale, clip_norm)
+            what = (self._parameters, self.optimizer, self.spec, self.context)
+            norm = fused_step(engine, *what, scale, clip_norm, self.orders)
             self.grad_norm = math.inf if norm is None else norm
             self.context.weight_version += 1
             return norm is not None
@@ -138,6 +144,7 @@ class MasterWeights:
             subnormal_rounding=self.spec.subnormal_rounding,
             values=target if target.dtype == torch.float32 else None,
             codes=None if target.dtype == torch.float32 else target,
+            order=self.orders[name],
         )
 
     def finite(self) -> bool:
@@ -173,6 +180,11 @@ def _stored_parameters(model: nn.Module) -> set[int]:
         for name, parameter in module.named_parameters(recurse=False):
             (able if isinstance(module, readers) and name == "weight" else unable).add(id(parameter))
     return able - unable
+
+
+def _convolution_weights(model: nn.Module) -> set[int]:
+    """Ids of the kernels of convolutions, whose elements count channels last."""
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)}
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fp8repro import native, reference
 from fp8repro.formats import FP32, FloatFormat, get_format
-from fp8repro.reference import OVERFLOWS, ROUNDINGS, SUBNORMAL_ROUNDINGS
+from fp8repro.reference import ORDERS, OVERFLOWS, ROUNDINGS, SUBNORMAL_ROUNDINGS, counted
 from fp8repro.streams import Stream
 
 INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,18 +29,22 @@ def quantize(
     out: str = "float8",
     *,
     subnormal_rounding: str = "same",
+    order: str = "row_major",
 ) -> Tensor:
     """Round each element of `x` once to a low-precision format (paper, section 3).
 
     Args:
         x: FP32, FP16 or BF16 tensor of any shape and strides, empty included.
         format: "e5m2", "e4m3", "fp16", "bf16", "fp16_1_6_9" or a `FloatFormat`.
-        rounding: "nearest" (ties to even), "stochastic" (32 Philox bits a value) or "toward_zero".
+        rounding: "nearest" (ties to even), "stochastic" (16 Philox bits a value) or "toward_zero".
         overflow: "inf" (E4M3, which has no infinity: NaN) or "saturate".
         seed: 64-bit key of the random bits; used by stochastic rounding only.
         stream: 64-bit stream of the random bits; tensors that must not share bits need different streams.
         out: "float8" for the format's storage dtype, "float32" for the same values in FP32.
         subnormal_rounding: "same", or "nearest" to round subnormal results to nearest in stochastic mode.
+        order: how elements are counted for their random bits, whatever the layout in memory: "row_major", or
+            "channels_last", in which dimension 1 counts last where there are at least three (a batch is one of them:
+            an image [C, H, W] counts so as `x.unsqueeze(0)`). The layers' convolutions count channels last.
 
     Returns:
         Tensor of x's shape; memory layout follows x where x is dense.
@@ -50,7 +54,7 @@ def quantize(
         ValueError: an option is not one of those above, or the format has no storage dtype.
     """
     fmt = get_format(format)
-    _check_options(x, rounding, overflow, subnormal_rounding)
+    _check_options(x, rounding, overflow, subnormal_rounding, order)
     if out not in ("float8", "float32"):
         raise ValueError(f"out: got {out!r}, expected one of float8, float32")
     if out == "float32":
@@ -71,6 +75,7 @@ def quantize(
         subnormal_rounding=subnormal_rounding,
         values=values,
         codes=codes,
+        order=order,
     )
     return result
 
@@ -89,6 +94,7 @@ def round_into(
     turned: Tensor | None = None,
     stats: Tensor | None = None,
     add: bool = False,
+    order: str = "row_major",
 ) -> None:
     """Round `x` in one pass into preallocated outputs; the arguments are those of `quantize`.
 
@@ -102,6 +108,10 @@ def round_into(
     """
     if x.numel() == 0:
         return
+    if order != "row_major":
+        # Engines count row-major; to them channels_last memory is contiguous.
+        x = counted(x, order)
+        values, codes = (None if out is None else counted(out, order) for out in (values, codes))
     engine: Any
     options = (format, rounding, overflow, seed, stream, subnormal_rounding)
     if add and values is not None:
@@ -190,7 +200,7 @@ def _add_statistics(stats: Tensor, x: Tensor, rounded: Tensor, format: FloatForm
     stats[3] = torch.maximum(stats[3], magnitude.max().to(torch.float64))
 
 
-def _check_options(x: Tensor, rounding: str, overflow: str, subnormal_rounding: str) -> None:
+def _check_options(x: Tensor, rounding: str, overflow: str, subnormal_rounding: str, order: str) -> None:
     if not isinstance(x, Tensor) or x.dtype not in INPUT_DTYPES:
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x: got {given}, expected a torch.float32, torch.float16 or torch.bfloat16 tensor")
@@ -198,6 +208,7 @@ def _check_options(x: Tensor, rounding: str, overflow: str, subnormal_rounding: 
         ("rounding", rounding, ROUNDINGS),
         ("overflow", overflow, OVERFLOWS),
         ("subnormal_rounding", subnormal_rounding, SUBNORMAL_ROUNDINGS),
+        ("order", order, ORDERS),
     ):
         if value not in accepted:
             raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(accepted)}")

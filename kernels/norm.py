@@ -79,7 +79,7 @@ def batch_norm(
         _check_like("residual", residual, x)
     batch, channels, height, width = x.shape
     dense = _rows(x)
-    rows, pixels = batch * height * width, height * width
+    rows = batch * height * width
     partial, counts = _sums(kernels.channel_statistics, (dense,), rows, channels)
     mean, variance = _combine(partial, counts)
     inverse = (variance + eps).rsqrt()
@@ -106,9 +106,8 @@ def batch_norm(
         flags,
         x.numel(),
         channels,
-        pixels,
         *epilogue.words(),
-        **epilogue.options(),
+        **epilogue.options(x.device),
         KEPT_EB=kept.exponent_bits,
         KEPT_MB=kept.mantissa_bits,
         KEPT_INF=kept.has_infinity,
@@ -146,7 +145,7 @@ def batch_norm_backward(
     _check_like("grad", grad, x)
     _check_vectors(x.shape[1], x.device, weight=weight)
     batch, channels, height, width = x.shape
-    rows, pixels = batch * height * width, height * width
+    rows = batch * height * width
     dense, dense_grad = _rows(x), _rows(grad)
     mean, inverse = forward.mean, forward.inverse_deviation
     tensors = (dense_grad, forward.flags, dense, mean, inverse)
@@ -166,10 +165,9 @@ def batch_norm_backward(
         residual,
         x.numel(),
         channels,
-        pixels,
         1 / rows,
         *epilogue.words(),
-        **epilogue.options(),
+        **epilogue.options(x.device),
         BLOCK=block,
         WIDE=x.numel() > NARROW,
     )
@@ -214,7 +212,7 @@ def layer_norm(
         width,
         eps,
         *epilogue.words(),
-        **epilogue.options(),
+        **epilogue.options(x.device),
         ROWS=height,
         BLOCK=block,
     )
@@ -256,7 +254,7 @@ def layer_norm_backward(
         rows,
         width,
         *epilogue.words(),
-        **epilogue.options(),
+        **epilogue.options(x.device),
         ROWS=height,
         BLOCK=block,
     )

@@ -50,15 +50,6 @@ def _flat(BLOCK: tl.constexpr, WIDE: tl.constexpr):
     return program * BLOCK + tl.arange(0, BLOCK)
 
 
-@triton.jit
-def _logical_index(offset, channels, pixels):
-    """Index in [batch, channels, pixels] of an element that lies at `offset` of [batch, pixels, channels]."""
-    channel = offset % channels
-    pixel = offset // channels % pixels
-    image = (offset // (channels * pixels)).to(tl.int64)
-    return (image * channels + channel) * pixels + pixel
-
-
 @triton.jit(do_not_specialize=RANDOM_WORDS)
 def batch_apply(
     x_ptr,
@@ -73,7 +64,6 @@ def batch_apply(
     flags_ptr,
     count,
     channels,
-    pixels,
     seed0,
     seed1,
     stream0,
@@ -117,11 +107,11 @@ def batch_apply(
         tl.store(flags_ptr + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < count)
     if values_ptr is not None:
         tl.store(values_ptr + offset, y, mask=mask)
-    index = _logical_index(offset, channels, pixels)
     store_rounded(
         y_ptr + offset,
         y,
-        index,
+        offset.to(tl.int64),
+        None,
         mask,
         None,
         seed0,
@@ -208,7 +198,6 @@ def batch_gradient_apply(
     grad_residual_ptr,
     count,
     channels,
-    pixels,
     inverse_rows,
     seed0,
     seed1,
@@ -238,11 +227,11 @@ def batch_gradient_apply(
     product = tl.load(sums_ptr + channels + channel, mask=mask, other=0.0)
     centred = gradient - (total + normalized * product) * inverse_rows
     result = centred * (inverse * tl.load(weight_ptr + channel, mask=mask, other=0.0))
-    index = _logical_index(offset, channels, pixels)
     store_rounded(
         grad_x_ptr + offset,
         result,
-        index,
+        offset.to(tl.int64),
+        None,
         mask,
         None,
         seed0,
@@ -308,6 +297,7 @@ def layer_forward(
         y_ptr + offset,
         y,
         offset,
+        None,
         mask,
         None,
         seed0,
@@ -374,6 +364,7 @@ def layer_backward(
             grad_x_ptr + offset,
             result,
             offset,
+            None,
             mask,
             None,
             seed0,

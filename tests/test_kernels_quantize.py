@@ -99,6 +99,24 @@ def test_nearest_equals_ml_dtypes(format, oracle):
     assert torch.equal(codes.view(torch.uint8)[numbers], expected[numbers])
 
 
+@pytest.mark.parametrize(
+    ("format", "quanta", "exponent"),
+    [(E5M2, 3, 0), (E5M2, 2, -15), (E4M3, 7, -7), (FP16, 5, -14), (FP16, 63, -15), (FP16, 900, -15), (BF16, 9, 3)],
+    ids=lambda v: getattr(v, "name", v),
+)
+def test_a_value_rounds_up_from_its_draws_threshold_on(format, quanta, exponent):
+    """`quanta` over a binade's start, or over zero among the subnormals: at half a step over the draw, and below."""
+    draw = reference.random_draws(2000, SEED, STREAM).double()
+    quantum = 2.0 ** (max(exponent, format.min_exponent) - format.mantissa_bits)
+    lower = quanta * quantum + (2.0**exponent if exponent >= format.min_exponent else 0.0)
+    exact = (draw + 0.5) * 2.0**-16 * quantum + lower
+    least = exact.float()
+    least = torch.where(least.double() < exact, least.nextafter(least + 1), least)
+    for x, up in ((least, True), (least.nextafter(torch.zeros(())), False)):
+        values, _, _ = run(x, format, "stochastic", "inf")
+        assert bool(((values > lower) == up).all())
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("format", [E5M2, E4M3], ids=lambda f: f.name)
 def test_ten_million_fp32_patterns(format):
@@ -117,6 +135,8 @@ def strided_tensors():
     yield "transposed, odd", base[: 7 * 129].view(7, 129).t()
     yield "channels_last, whole groups", base[: 2 * 5 * 4 * 6].view(2, 5, 4, 6).to(memory_format=torch.channels_last)
     yield "channels_last, odd", base[: 2 * 5 * 7 * 7].view(2, 5, 7, 7).to(memory_format=torch.channels_last)
+    yield "contiguous images that count channels last", base[: 2 * 8 * 5 * 7].view(2, 8, 5, 7).movedim(1, -1)
+    yield "the same, three channels", base[: 4 * 3 * 5 * 7].view(4, 3, 5, 7).movedim(1, -1)
     yield "slice of a matrix", base[: 24 * 40].view(24, 40)[3:19, 5:17]
     yield "expanded", base[:12].view(12, 1).expand(12, 5)
     yield "five dimensions", base[: 2 * 3 * 4 * 5 * 6].view(2, 3, 4, 5, 6).permute(4, 2, 0, 3, 1)[::2, :, :, 1:, :2]

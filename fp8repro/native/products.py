@@ -181,7 +181,7 @@ class Bf16Backend(EmulateBackend):
         h = self.how
         if h is None:
             return result
-        options = {"seed": h.seed, "stream": h.stream, "subnormal_rounding": h.subnormal_rounding}
+        options = {"seed": h.seed, "stream": h.stream, "subnormal_rounding": h.subnormal_rounding, "order": h.order}
         round_into(result, h.format, h.rounding, h.overflow, **options, values=result)  # type: ignore[arg-type]
         return result if self.total is None else self.total.add_(result)
 
