@@ -17,6 +17,7 @@ from fp8repro.errors import UserError
 from fp8repro.injection import InjectionReport, inject
 from fp8repro.loss_scaling import LossScaler, make_scaler
 from fp8repro.master import MasterWeights
+from fp8repro.reference import BITS_VERSION
 from fp8repro.telemetry import Telemetry
 from fp8repro.training import checkpoint as checkpoints
 from fp8repro.training.distributed import World
@@ -31,7 +32,7 @@ from fp8repro.training.untrusted import Harmful, require_like
 
 def no_results() -> dict[str, Any]:
     """`Run.results` at step 0."""
-    return {"evaluated": 0, "metrics": {}, "best": {}, "rollbacks": 0}
+    return {"evaluated": 0, "metrics": {}, "best": {}, "rollbacks": 0, "bits": BITS_VERSION}
 
 
 @dataclass
@@ -41,7 +42,8 @@ class Run:
     Attributes:
         step: updates so far, skipped ones counted.
         seconds: spent in the loop, by former processes too.
-        results: plain values that a checkpoint keeps: last evaluation, its step, the best one; rollbacks so far.
+        results: plain values that a checkpoint keeps: last evaluation, its step, the best one; rollbacks so far; the
+            version of the bits (`reference.BITS_VERSION`) that the run began with.
     """
 
     config: RunConfig
@@ -78,6 +80,7 @@ class Run:
         """A checkpoint's content. Random numbers are functions of (seed, step), so no generator is part of it."""
         return {
             "format": checkpoints.FORMAT,
+            "bits": BITS_VERSION,
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.masters.state_dict(),
@@ -96,8 +99,8 @@ class Run:
             UserError: it is another run's.
         """
         checkpoints.require_same_run(state["identity"], self.identity())
-        # Before there were rollbacks, checkpoints did not count them.
-        state = state | {"results": {"rollbacks": 0, **state["results"]}}
+        # Before there were rollbacks, checkpoints did not count them; nor did they name their bits.
+        state = state | {"results": {"rollbacks": 0, "bits": checkpoints.bits_of(state), **state["results"]}}
         own = self.state() | {"results": no_results()}
         try:
             for part in ("model", "scaler", "data", "results"):
@@ -147,6 +150,12 @@ def resume(run: Run, record: RunFolder, display: Display) -> None:
     state = _newest(run, record, display) if wanted == "auto" else checkpoints.read_checkpoint(Path(wanted))
     if state:
         run.load(state)
+        saved = checkpoints.bits_of(state)
+        if run.step and saved != BITS_VERSION:
+            display.say(
+                f"resume: the checkpoint has random bits of version {saved}, this code has those of version "
+                f"{BITS_VERSION}: the run goes on, but to other bits than it would have come to"
+            )
 
 
 def roll_back(run: Run, record: RunFolder, display: Display) -> int | None:
@@ -202,4 +211,6 @@ def summary(run: Run, status: str) -> dict[str, Any]:
         "backend": run.report.backend,
         "graphs": run.replays.summary(),
         "version": fp8repro.__version__,
+        "bits": BITS_VERSION,
+        **({} if run.results["bits"] == BITS_VERSION else {"bits_at_first": run.results["bits"]}),
     }
