@@ -250,7 +250,7 @@ def _norm_cases(capability: tuple[int, int]) -> Iterator[Case]:
     """As a recipe launches them: FP32 in and out, rounded results beside; backward reads the kept FP8 input."""
     rounded = quantize.rounding_options(E5M2, "nearest", "inf", "same", capability)
     plain = quantize.rounding_options(FP32, "nearest", "inf", "same", capability)
-    kept = {"KEPT_EB": 5, "KEPT_MB": 2, "KEPT_INF": True}
+    kept = {"KEPT_EB": 5, "KEPT_MB": 2, "KEPT_INF": True, "KEPT_ROUNDING": rounded["ROUNDING"]}
     codes = ("y_ptr", "flags_ptr", "kept_ptr")
 
     def norm(name: str, kernel: Any, fp8: tuple[str, ...] = (), **constants: Any) -> Case:

@@ -12,8 +12,9 @@ import triton
 from torch import Tensor
 
 from fp8repro.formats import FP32, FloatFormat
+from fp8repro.kernels import codec
 from fp8repro.kernels import normalizations as kernels
-from fp8repro.kernels.launch import INTERPRETED, block_size, cdiv, check_device, launch
+from fp8repro.kernels.launch import INTERPRETED, block_size, capability, cdiv, check_device, launch
 from fp8repro.kernels.matmul import Epilogue, raw_result
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn)
@@ -111,6 +112,7 @@ def batch_norm(
         KEPT_EB=kept.exponent_bits,
         KEPT_MB=kept.mantissa_bits,
         KEPT_INF=kept.has_infinity,
+        KEPT_ROUNDING=codec.rounding_code(kept, "nearest", capability(x.device)),
         RELU=relu,
         BLOCK=block,
         WIDE=x.numel() > NARROW,

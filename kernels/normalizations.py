@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from fp8repro.kernels import codec
-from fp8repro.kernels.codec import NEAREST
 from fp8repro.kernels.rounding import RANDOM_WORDS
 from fp8repro.kernels.tiles import store_rounded, to_fp32
 
@@ -78,6 +77,7 @@ def batch_apply(
     KEPT_EB: tl.constexpr,
     KEPT_MB: tl.constexpr,
     KEPT_INF: tl.constexpr,
+    KEPT_ROUNDING: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
@@ -91,7 +91,7 @@ def batch_apply(
     channel = offset % channels
     x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
     if kept_ptr is not None:
-        code = codec.encode(x, offset, KEPT_EB, KEPT_MB, KEPT_INF, NEAREST, False, False)
+        code = codec.encode(x, offset, KEPT_EB, KEPT_MB, KEPT_INF, KEPT_ROUNDING, False, False)
         tl.store(kept_ptr + offset, code.to(kept_ptr.dtype.element_ty), mask=mask)
     scale = tl.load(inverse_ptr + channel, mask=mask, other=0.0) * tl.load(weight_ptr + channel, mask=mask, other=0.0)
     y = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * scale

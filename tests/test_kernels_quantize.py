@@ -9,6 +9,7 @@ import torch
 
 from fp8repro import reference
 from fp8repro.formats import BF16, E4M3, E5M2, FP16, FP16_169, FP32
+from fp8repro.kernels import codec
 from fp8repro.kernels.launch import LAUNCHES
 from fp8repro.kernels.quantize import round_into, round_transpose
 
@@ -123,6 +124,24 @@ def test_ten_million_fp32_patterns(format):
     x = random_fp32(10_000_000)
     for rounding in reference.ROUNDINGS:
         assert_like_reference(x, format, rounding, "inf")
+
+
+@pytest.mark.skipif(DEVICE == "cpu" or torch.cuda.get_device_capability() < (8, 9), reason="no such conversion")
+@pytest.mark.parametrize("overflow", reference.OVERFLOWS)
+@pytest.mark.parametrize("format", [E5M2, E4M3], ids=lambda f: f.name)
+def test_the_hardwares_conversion_of_all_patterns_is_the_one_on_bits(format, overflow, monkeypatch):
+    """A NaN may have lost its sign."""
+    found = [torch.empty(2**24, dtype=format.dtype, device=DEVICE) for _ in range(2)]
+    in_hardware = codec.rounding_code
+    assert in_hardware(format, "nearest", torch.cuda.get_device_capability()) == codec.NEAREST_IN_HARDWARE.value
+    for start in range(-(2**31), 2**31, 2**24):
+        x = torch.arange(start, start + 2**24, device=DEVICE).to(torch.int32).view(torch.float32)
+        for code, choice in zip(found, (in_hardware, lambda *_: codec.NEAREST.value), strict=True):
+            monkeypatch.setattr(codec, "rounding_code", choice)
+            round_into(x, format, "nearest", overflow, 0, 0, "same", None, code, None)
+        hardware, bits = (code.view(torch.uint8) for code in found)
+        different = (hardware != bits) & ~(x.isnan() & (hardware & 0x7F == 0x7F))
+        assert not bool(different.any()), x[different][:3].tolist()
 
 
 def strided_tensors():
