@@ -44,6 +44,7 @@ class Parameter:
         weight: FP8 tensor that receives the next step's weight, or None.
         weight_stream: 64-bit stream of the weight's random bits.
         updated: FP32 tensor that receives the result before it is rounded, or None.
+        order: how the elements of master and weight are counted for their random bits.
     """
 
     master: Tensor
@@ -53,6 +54,7 @@ class Parameter:
     weight: Tensor | None = None
     weight_stream: int = 0
     updated: Tensor | None = None
+    order: str = "row_major"
 
 
 class Engine(Protocol):
@@ -165,6 +167,7 @@ def fused_step(
     context: StepContext,
     scale: float = 1.0,
     clip_norm: float | None = None,
+    orders: Mapping[str, str] | None = None,
 ) -> float | None:
     """Unscale, check, clip, update and round: what `MasterWeights.step` does, in two passes.
 
@@ -176,6 +179,7 @@ def fused_step(
         context: seed and step.
         scale: what the loss was multiplied by.
         clip_norm: largest norm of the unscaled gradient, or None.
+        orders: how the elements of parameters are counted for their random bits, by name; row-major by default.
 
     Returns:
         Norm of the unscaled gradient; None when a gradient was not finite, and nothing changed.
@@ -184,6 +188,7 @@ def fused_step(
         ValueError: a tensor's device, dtype or layout is not what the engine takes.
     """
     names = {id(p): name for name, p in parameters.items()}
+    orders = orders or {}
     measuring = context.telemetry.active
     groups: list[tuple[dict[str, Any], list[tuple[nn.Parameter, Parameter]]]] = []
     for group in optimizer.param_groups:
@@ -191,7 +196,12 @@ def fused_step(
         streams = [context.stream_number(names[id(p)], context.updates, "master", "master") for p in members]
         made = [
             Parameter(
-                p.data, _like_master(p), (), stream, updated=torch.empty_like(p.data).float() if measuring else None
+                p.data,
+                _like_master(p),
+                (),
+                stream,
+                updated=torch.empty_like(p.data).float() if measuring else None,
+                order=orders.get(names[id(p)], "row_major"),
             )
             for p, stream in zip(members, streams, strict=True)
         ]

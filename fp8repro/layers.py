@@ -57,7 +57,8 @@ class FP8Conv2d(nn.Conv2d):
     op: Op
 
     def prepare(self) -> None:
-        """Fix the geometry once."""
+        """Fix the geometry, and the order in which elements are counted, once."""
+        self.site.order = "channels_last"
         padding = (0, 0) if self._pads_apart() else tuple(self.padding)
         geometry = Conv2dGeometry(tuple(self.stride), padding, tuple(self.dilation), self.groups)  # type: ignore[arg-type]
         self.op = conv2d_op(geometry)

@@ -76,6 +76,7 @@ class MasterWeights:
         self._parameters: dict[str, nn.Parameter] = {}
         self._names: dict[int, str] = {}
         self._real_products = any(site.backend.name == "triton" for site in sites(model).values())
+        self._convolutions = _convolution_weights(model)
         fresh = [(name, p) for name, p in self._held() if p.requires_grad]
         for name, parameter in fresh:
             self._check(name, parameter)
@@ -168,7 +169,8 @@ class MasterWeights:
             self._check_gradients()
         engine = self._engine(moving)
         if engine is not None:
-            norm = fused_step(engine, moving, self.optimizer, self.spec, self.context, scale, clip_norm)
+            what = (moving, self.optimizer, self.spec, self.context)
+            norm = fused_step(engine, *what, scale, clip_norm, self.orders)
             applied, self.grad_norm = norm is not None, math.inf if norm is None else norm
         else:
             applied = self._step_of_torch(moving, scale, clip_norm)
@@ -257,7 +259,16 @@ class MasterWeights:
             subnormal_rounding=self.spec.subnormal_rounding,
             values=target if target.dtype == torch.float32 else None,
             codes=None if target.dtype == torch.float32 else target,
+            order=self._order(parameter),
         )
+
+    def _order(self, parameter: nn.Parameter) -> str:
+        return "channels_last" if id(parameter) in self._convolutions else "row_major"
+
+    @property
+    def orders(self) -> dict[str, str]:
+        """How the elements of each parameter are counted for their random bits, by name."""
+        return {name: self._order(p) for name, p in self._parameters.items()}
 
     def finite(self) -> bool:
         """True when no parameter holds NaN or infinity."""
@@ -315,6 +326,11 @@ def _norm(grads: list[Tensor]) -> float:
 def _values(grad: Tensor) -> Tensor:
     """What a gradient holds, of a coalesced sparse one too."""
     return grad.values() if grad.is_sparse else grad
+
+
+def _convolution_weights(model: nn.Module) -> set[int]:
+    """Ids of the kernels of convolutions, whose elements count channels last."""
+    return {id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

@@ -75,7 +75,10 @@ class Conv2dGeometry:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How results are to be rounded, in FP32 tensors; the arguments of `fp8repro.quantizer.round_into`."""
+    """How results are to be rounded, in FP32 tensors; the arguments of `fp8repro.quantizer.round_into`.
+
+    Backends may know the order by the product: those of convolutions count channels last, all others row-major.
+    """
 
     format: FloatFormat
     rounding: str
@@ -83,6 +86,7 @@ class Rounding:
     subnormal_rounding: str
     seed: int
     stream: Stream
+    order: str = "row_major"
 
 
 class Backend(Protocol):

@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 from fp8repro import native, reference
 from fp8repro.engines import check_format, check_input, check_rounding, read_format, spell_format, untraced
 from fp8repro.formats import FP32, FloatFormat, get_format
-from fp8repro.reference import OVERFLOWS, ROUNDINGS, SUBNORMAL_ROUNDINGS
+from fp8repro.reference import ORDERS, OVERFLOWS, ROUNDINGS, SUBNORMAL_ROUNDINGS, counted
 from fp8repro.streams import Stream, StreamSlot, signed64
 
 STATISTICS = ("nonzero", "underflow", "overflow", "absmax")
@@ -34,6 +34,7 @@ def quantize(
     out: str = "float8",
     *,
     subnormal_rounding: str = "same",
+    order: str = "row_major",
 ) -> Tensor:
     """Round each element of `x` once to a low-precision format (paper, section 3).
 
@@ -43,12 +44,15 @@ def quantize(
     Args:
         x: FP32, FP16 or BF16 tensor of any shape and strides, empty included; FP64 is refused, not rounded twice.
         format: "e5m2", "e4m3", "fp16", "bf16", "fp16_1_6_9" or a `FloatFormat`.
-        rounding: "nearest" (ties to even), "stochastic" (32 Philox bits a value) or "toward_zero".
+        rounding: "nearest" (ties to even), "stochastic" (16 Philox bits a value) or "toward_zero".
         overflow: "inf" (E4M3, which has no infinity: NaN) or "saturate".
         seed: 64-bit key of the random bits; used by stochastic rounding only.
         stream: 64-bit stream of the random bits; tensors that must not share bits need different streams.
         out: "float8" for the format's storage dtype, "float32" for the same values in FP32.
         subnormal_rounding: "same", or "nearest" to round subnormal results to nearest in stochastic mode.
+        order: how elements are counted for their random bits, whatever the layout in memory: "row_major", or
+            "channels_last", in which dimension 1 counts last where there are at least three (a batch is one of them:
+            an image [C, H, W] counts so as `x.unsqueeze(0)`). The layers' convolutions count channels last.
 
     Returns:
         Tensor of x's shape; memory layout follows x where x is dense. On the meta device one without data.
@@ -60,7 +64,11 @@ def quantize(
     """
     fmt = get_format(format)
     check_input(x)
-    _check_options(rounding, overflow, subnormal_rounding)
+    _check_options(rounding, overflow, subnormal_rounding, order)
+    if order != "row_major" and x.dim() > 2:
+        # Engines count row-major; to them channels_last memory is contiguous.
+        options = {"subnormal_rounding": subnormal_rounding}
+        return quantize(counted(x, order), fmt, rounding, overflow, seed, stream, out, **options).movedim(-1, 1)
     if type(seed) is not int or type(stream) is not int:
         seed, stream = _integer("seed", seed), _integer("stream", stream)
     dtype = _result_dtype(fmt, out)
@@ -162,6 +170,7 @@ def round_into(
     turned: Tensor | None = None,
     stats: Tensor | None = None,
     add: bool = False,
+    order: str = "row_major",
 ) -> None:
     """Round `x` in one pass into preallocated outputs, without a derivative; the arguments are those of `quantize`.
 
@@ -177,6 +186,10 @@ def round_into(
         TypeError: `x` is no dense floating-point tensor of the three input types.
         ValueError: the dtype, shape or device of an output does not fit; nothing was written.
     """
+    if order != "row_major" and isinstance(x, Tensor):
+        # Engines count row-major; to them channels_last memory is contiguous.
+        x = counted(x, order)
+        values, codes = (None if out is None else counted(out, order) for out in (values, codes))
     engine: Any
     x = x.detach() if isinstance(x, Tensor) and x.requires_grad else x
     if add and values is not None:
@@ -368,11 +381,12 @@ def _add_statistics(stats: Tensor, x: Tensor, rounded: Tensor, format: FloatForm
     stats[3] = torch.maximum(stats[3], magnitude.max().to(torch.float64))
 
 
-def _check_options(rounding: str, overflow: str, subnormal_rounding: str) -> None:
+def _check_options(rounding: str, overflow: str, subnormal_rounding: str, order: str) -> None:
     for name, value, accepted in (
         ("rounding", rounding, ROUNDINGS),
         ("overflow", overflow, OVERFLOWS),
         ("subnormal_rounding", subnormal_rounding, SUBNORMAL_ROUNDINGS),
+        ("order", order, ORDERS),
     ):
         if value not in accepted:
             raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(accepted)}")

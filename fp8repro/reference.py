@@ -13,6 +13,14 @@ from fp8repro.formats import FloatFormat
 ROUNDINGS = ("nearest", "stochastic", "toward_zero")
 OVERFLOWS = ("inf", "saturate")
 SUBNORMAL_ROUNDINGS = ("same", "nearest")
+ORDERS = ("row_major", "channels_last")
+
+# Which bits this code makes numbers with. 1 was 32 random bits a value, four values a Philox call, every tensor counted
+# row-major; 2 is what stands below.
+BITS_VERSION = 2
+
+# A random draw decides in steps of 2^-16 whether a value rounds up.
+DRAW_BITS = 16
 
 _MASK32 = 0xFFFFFFFF
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -51,19 +59,38 @@ def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[in
     return c0, c1, c2, c3
 
 
-def random_words(count: int, seed: int, stream: int, device: torch.device | str = "cpu") -> Tensor:
-    """The first `count` random words of a stream, as int64 in [0, 2^32).
+def random_draws(count: int, seed: int, stream: int, device: torch.device | str = "cpu") -> Tensor:
+    """The first `count` random draws of a stream, as int64 in [0, 2^16).
 
-    Element i takes word i % 4 of the Philox block with counter (i // 4, stream) and key `seed`;
-    `seed` and `stream` are unsigned 64-bit integers.
+    Element i takes half a word of the Philox block with counter (i // 8, stream) and key `seed`: word i % 8 // 2, its
+    low half if i is even; `seed` and `stream` are unsigned 64-bit integers.
     """
-    block = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)
+    block = torch.arange((count + 7) // 8, dtype=torch.int64, device=device)
     stream_low = torch.full_like(block, stream & _MASK32)
     stream_high = torch.full_like(block, (stream >> 32) & _MASK32)
     words = philox_4x32_10(
         (block & _MASK32, block >> 32, stream_low, stream_high), (seed & _MASK32, (seed >> 32) & _MASK32)
     )
-    return torch.stack(words, dim=1).reshape(-1)[:count]
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, dim=1).reshape(-1)[:count]
+
+
+def counted(x: Tensor, order: str) -> Tensor:
+    """A view of `x` whose row-major order is the one in which its elements are counted, whatever its strides.
+
+    Args:
+        x: any tensor.
+        order: "row_major", or "channels_last": dimension 1 counts last where there are at least three dimensions, so
+            images [B, C, H, W] count as [B, H, W, C], sequences [B, C, L] as [B, L, C], volumes and kernels likewise.
+            What has fewer dimensions counts row-major. An image without a batch dimension is `x.unsqueeze(0)`.
+    """
+    return x.movedim(1, -1) if order == "channels_last" and x.dim() > 2 else x
+
+
+def threshold(fraction: Tensor) -> Tensor:
+    """Draws under it round up: floor(f * 2^16 + 1/2) of the discarded fraction f in [0, 1), both FP64."""
+    # Exact where it matters: f has at most 24 significant bits, and the sum of a tiny f and 1/2 rounds to under 1.
+    return torch.floor(fraction * 2.0**DRAW_BITS + 0.5)
 
 
 def _binade(magnitude: Tensor, format: FloatFormat) -> Tensor:
@@ -86,6 +113,7 @@ def round_to_format(
     seed: int = 0,
     stream: int = 0,
     subnormal_rounding: str = "same",
+    order: str = "row_major",
 ) -> Tensor:
     """Round every element of `x` once to `format`.
 
@@ -94,9 +122,10 @@ def round_to_format(
         format: the target format.
         rounding: "nearest" (ties to even), "stochastic" or "toward_zero".
         overflow: "inf" (in a format without infinity: NaN) or "saturate".
-        seed: 64-bit key of the random words (stochastic only).
-        stream: 64-bit stream of the random words (stochastic only).
+        seed: 64-bit key of the random draws (stochastic only).
+        stream: 64-bit stream of the random draws (stochastic only).
         subnormal_rounding: "same", or "nearest" to round magnitudes under the smallest normal value to nearest.
+        order: how elements are counted (stochastic only); see `counted`.
 
     Returns:
         FP32 tensor of x's shape (contiguous) whose values all lie in the format's set.
@@ -112,8 +141,10 @@ def round_to_format(
     elif rounding == "toward_zero":
         rounded = lower
     else:
-        draw = random_words(exact.numel(), seed, stream, exact.device).reshape(exact.shape).to(torch.float64)
-        rounded = torch.where(draw < (steps - lower) * 2.0**32, lower + 1, lower)
+        draw = torch.empty_like(exact)
+        in_order = counted(draw, order)
+        in_order.copy_(random_draws(exact.numel(), seed, stream, exact.device).view(in_order.shape))
+        rounded = torch.where(draw < threshold(steps - lower), lower + 1, lower)
         if subnormal_rounding == "nearest":
             rounded = torch.where(magnitude < format.smallest_normal, nearest, rounded)
     result = rounded * quantum

@@ -49,6 +49,7 @@ class Site:
         context: where the run stands.
         backend: what multiplies.
         round_outputs, round_input_errors, recurrent_gradients: see `Recipe`.
+        order: how the elements of the layer's tensors are counted for their random bits (`reference.counted`).
     """
 
     name: str
@@ -58,6 +59,7 @@ class Site:
     round_outputs: bool = True
     round_input_errors: bool = True
     recurrent_gradients: str = "step"
+    order: str = "row_major"
     _kept: KeptWeight | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,7 +110,7 @@ class Site:
             scale = self._round(x, spec, role, name, stream, values=rounded)
             return Operand(rounded, fmt, scale)
         values = turned = None
-        # Random bits count elements in logical order, which rows of a matrix share with the tensor.
+        # Random bits count elements row-major, in which rows of a matrix and their tensor agree.
         if turn and self.backend.turns(fmt) and (x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1)):
             rows = x.flatten(0, -2)
             codes, turned = (torch.empty(m.shape, dtype=fmt.dtype, device=x.device) for m in (rows, rows.t()))
@@ -191,7 +193,7 @@ class Site:
         if spec.scaling == "none" and not self.context.telemetry.active:
             fmt, seed = spec.float_format, self.context.seed
             backend = self.backend.rounding(
-                Rounding(fmt, spec.rounding, spec.overflow, spec.subnormal_rounding, seed, stream)
+                Rounding(fmt, spec.rounding, spec.overflow, spec.subnormal_rounding, seed, stream, self.order)
             )
         if backend is not None:
             if total is None:
@@ -239,6 +241,7 @@ class Site:
             turned=turned,
             stats=self.context.telemetry.buffer(self.name, role, name, x.device),
             add=add,
+            order=self.order,
         )
         return scale
 

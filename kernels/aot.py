@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from fp8repro.formats import E4M3, E5M2, FP16, FP32, FloatFormat
 from fp8repro.kernels import (
     bulk_convolutions,
+    codec,
     configs,
     convolutions,
     normalizations,
@@ -51,36 +52,48 @@ class Case:
     minimum: int = 80  # least compute capability
     group: str = "quantize"
     aligned: tuple[str, ...] = field(default=())  # integer arguments that are multiples of 16
+    values: int = 0  # how many a program rounds, where that is all it does
 
 
 WORDS = dict.fromkeys(rounding.RANDOM_WORDS, "i32")
 STREAM_IN_MEMORY = {"stream0": "*i32", "stream1": "*i32"}
 
 
-def _quantize_cases() -> Iterator[Case]:
+def _quantize_cases(capability: tuple[int, int]) -> Iterator[Case]:
     flat = {"x_ptr": "*fp32", "codes_ptr": "*u8", "count": "i32", **WORDS}
-    nothing = {"values_ptr": None, "stats_ptr": None}
+    nothing = ("values_ptr", "codes_ptr", "stats_ptr")
 
     def options(format: FloatFormat, mode: str) -> dict[str, Any]:
-        return quantize.rounding_options(format, mode, "inf", "same")
+        return quantize.rounding_options(format, mode, "inf", "same", capability)
+
+    def flat_case(
+        name: str, format: FloatFormat, mode: str, types: dict[str, str] = flat, whole: bool = True, **more: Any
+    ) -> Case:
+        block = quantize.FLAT_BLOCK if whole else quantize.FLAT_BLOCK // 2
+        absent = {argument: None for argument in nothing if argument not in types}
+        constants = {**absent, **options(format, mode), "BLOCK": block}
+        aligned = ("count",) if whole else ()
+        return Case(name, rounding.round_flat, types, constants, aligned=aligned, values=block)
 
     for format in (E5M2, E4M3):
         for mode in ("nearest", "stochastic"):
-            constants = {**nothing, **options(format, mode), "BLOCK": quantize.FLAT_BLOCK}
-            yield Case(f"quantize {format.name} {mode}", rounding.round_flat, flat, constants)
-    constants = {**nothing, **options(E5M2, "stochastic"), "BLOCK": quantize.FLAT_BLOCK}
-    yield Case("quantize e5m2, stream in memory", rounding.round_flat, {**flat, **STREAM_IN_MEMORY}, constants)
+            yield flat_case(f"quantize {format.name} {mode}", format, mode)
+    yield flat_case("quantize e5m2 stochastic, odd count", E5M2, "stochastic", whole=False)
+    in_memory = {**flat, **STREAM_IN_MEMORY}
+    yield flat_case("quantize e5m2 stochastic, stream in memory", E5M2, "stochastic", in_memory)
+    yield flat_case("quantize e5m2, stream in memory, odd count", E5M2, "stochastic", in_memory, whole=False)
     counted = {**flat, "x_ptr": "*i16", "values_ptr": "*i16", "stats_ptr": "*fp64"}
-    constants = {**options(E5M2, "stochastic"), "BLOCK": quantize.FLAT_BLOCK}
-    yield Case("quantize bf16 e5m2 stochastic, values, statistics", rounding.round_flat, counted, constants)
-    master = {**flat, "codes_ptr": "*i16"}
-    constants = {**nothing, **options(FP16, "stochastic"), "BLOCK": quantize.FLAT_BLOCK}
-    yield Case("quantize fp16 stochastic", rounding.round_flat, master, constants)
+    yield flat_case("quantize bf16 e5m2 stochastic, values, statistics", E5M2, "stochastic", counted)
+    values = {"values_ptr": "*fp32", **{k: v for k, v in flat.items() if k != "codes_ptr"}}
+    yield flat_case("quantize e5m2 stochastic, values", E5M2, "stochastic", values)
+    yield flat_case("quantize fp16 stochastic", FP16, "stochastic", {**flat, "codes_ptr": "*i16"})
     integers = dict.fromkeys(("columns", "rows", "outer_stride", "row_stride"), "i32")
     columns = {"x_ptr": "*fp32", "codes_ptr": "*u8", **integers, **WORDS}
-    constants = {**nothing, **options(E5M2, "stochastic"), "GROUPS": 4, "BLOCK": 128}
+    absent = {"values_ptr": None, "stats_ptr": None}
+    constants = {**absent, **options(E5M2, "stochastic"), "GROUPS": 4, "BLOCK": 128}
     aligned = ("columns", "outer_stride", "row_stride")
-    yield Case("quantize channels_last e5m2 stochastic", rounding.round_columns, columns, constants, aligned=aligned)
+    name, values_of = "quantize columns e5m2 stochastic", 4 * quantize.PER_CALL * 128
+    yield Case(name, rounding.round_columns, columns, constants, aligned=aligned, values=values_of)
     types = {"x_ptr": "*fp32", "codes_ptr": "*u8", "transposed_ptr": "*u8", "rows": "i32", "columns": "i32"}
     types = {**types, "x_stride": "i32", **WORDS}
     for mode in ("nearest", "stochastic"):
@@ -88,21 +101,21 @@ def _quantize_cases() -> Iterator[Case]:
         constants = {**options(E5M2, mode), **tile}
         aligned = ("rows", "columns", "x_stride")
         name = f"quantize + transpose e5m2 {mode}"
-        yield Case(name, rounding.round_transpose, types, constants, aligned=aligned)
+        yield Case(name, rounding.round_transpose, types, constants, aligned=aligned, values=64 * 64)
 
 
-def _product_cases(capability: int) -> Iterator[Case]:
+def _product_cases(capability: tuple[int, int]) -> Iterator[Case]:
     """Products as `configs.choose` picks their tiles; an E5M2 epilogue takes the small one.
 
     "values": results rounded to E5M2 in FP32 tensors, as a recipe's layers give them.
     """
-    generation = configs.generation((capability // 10, capability % 10))
+    generation = configs.generation(capability)
     table = configs.TILES[generation]
     large, little = (t for t in table if t.halves == 1)
-    promoted = configs.accumulation("promoted", (capability // 10, capability % 10))
+    promoted = configs.accumulation("promoted", capability)
     words = rounding.RANDOM_WORDS
-    plain = quantize.rounding_options(FP32, "nearest", "inf", "same")
-    rounded = quantize.rounding_options(E5M2, "stochastic", "inf", "same")
+    plain = quantize.rounding_options(FP32, "nearest", "inf", "same", capability)
+    rounded = quantize.rounding_options(E5M2, "stochastic", "inf", "same", capability)
     sizes = ("M", "N", "K", "chunk", "a_batch", "a_row", "a_column", "b_batch", "b_row", "b_column")
     integers = dict.fromkeys((*sizes, *words, "batches"), "i32")
     pointers = {"a_ptr": "*fp8e5", "b_ptr": "*fp8e5", "c_ptr": "*fp32", "inverse_scale": "fp32"}
@@ -117,6 +130,7 @@ def _product_cases(capability: int) -> Iterator[Case]:
             "GROUP": 8,
             "EVEN_K": True,
             "BULK": False,
+            "WHOLE_GROUPS": True,
         }
         constants |= {
             "bias_ptr": None,
@@ -152,7 +166,7 @@ def _product_cases(capability: int) -> Iterator[Case]:
         constants: dict[str, Any] = {"ACCUMULATE": promoted, "BM": tile.m, "BN": tile.n, "BK": tile.k}
         if kernel is convolutions.gather_product:
             options = rounded if result == "*u8" or "values" in name else plain
-            constants |= {**options, "GROUP": 8, "bias_ptr": None, "overflow_ptr": None}
+            constants |= {**options, "GROUP": 8, "WHOLE_GROUPS": True, "bias_ptr": None, "overflow_ptr": None}
         else:
             constants["SPLITS"] = 8
         types = {name: "i32" for name in kernel.arg_names if name not in constants}
@@ -188,7 +202,7 @@ def _bulk_cases(generation: str, promoted: int, plain: dict[str, Any]) -> Iterat
     for tile in configs.BULK_TILES[generation]:
         m, n, k = tile.m, tile.n, tile.k
         constants = {**nothing, **plain, "ACCUMULATE": promoted, "SPLITS": 1, "BM": m, "BN": n, "BK": k, "HALVES": 1}
-        constants |= {"GROUP": 8, "EVEN_K": True, "BULK": True}
+        constants |= {"GROUP": 8, "EVEN_K": True, "BULK": True, "WHOLE_GROUPS": True}
         blocks = {"a_ptr": [1, m, k], "b_ptr": [1, n, k]}
         yield case(f"matmul e5m2 x e5m2, bulk copies, {m} x {n}", products.multiply, blocks, "c_ptr", tile, constants)
     gather = bulk_convolutions.bulk_gather_product
@@ -196,7 +210,7 @@ def _bulk_cases(generation: str, promoted: int, plain: dict[str, Any]) -> Iterat
         m, n, k = tile.m, tile.n, tile.k
         boxes = {"IMAGES": m // 16, "ROWS": 4, "COLUMNS": 4}
         code = promoted_by_steps(promoted)
-        constants = {**nothing, **plain, **boxes, "ACCUMULATE": code, "STEP": 1, "BN": n, "BK": k}
+        constants = {**nothing, **plain, **boxes, "ACCUMULATE": code, "STEP": 1, "BN": n, "BK": k, "WHOLE_GROUPS": True}
         blocks = {"x_desc": [m // 16, 4, 1, 4, k], "weight_desc": [n, 1, k]}
         name = f"conv2d forward and error, bulk copies, {m} x {n}"
         yield case(name, gather, blocks, "y_ptr", tile, constants)
@@ -209,7 +223,7 @@ def _bulk_cases(generation: str, promoted: int, plain: dict[str, Any]) -> Iterat
     yield case("conv2d weight gradient, bulk copies, fp16_mma", gradient, blocks, "partial_ptr", tile, constants)
 
 
-def _update_cases() -> Iterator[Case]:
+def _update_cases(capability: tuple[int, int]) -> Iterator[Case]:
     pointers = {"table": "*i64", "chunks": "*i64", "control_ptr": "*fp64"}
     scalars = ("inverse_scale", "lr", "weight_decay", "momentum", "beta2", "eps", "correction1", "correction2")
     types = {**pointers, **dict.fromkeys(scalars, "fp32"), "seed0": "i32", "seed1": "i32"}
@@ -217,23 +231,27 @@ def _update_cases() -> Iterator[Case]:
     constants |= {"MASTER_EB": 5, "MASTER_MB": 10, "MASTER_ROUNDING": 1, "MASTER_SATURATE": False}
     constants |= {"MASTER_SUBNORMAL_NEAREST": False, "HAS_UPDATED": True, "HAS_WEIGHT": True}
     constants |= {"WEIGHT_EB": 5, "WEIGHT_MB": 2}
-    constants |= {"WEIGHT_INF": True, "WEIGHT_ROUNDING": 0, "WEIGHT_SATURATE": False}
+    constants |= {
+        "WEIGHT_INF": True,
+        "WEIGHT_ROUNDING": codec.rounding_code(E5M2, "nearest", capability),
+        "WEIGHT_SATURATE": False,
+    }
     constants |= {"WEIGHT_SUBNORMAL_NEAREST": False, "ALIGNED": True, "BLOCK": update.BLOCK}
     for rule, name in enumerate(("sgd", "adam", "adamw")):
         for permuted in (False, True):
             specific = {"RULE": rule, "FP8_GRADIENT": name == "sgd", "PERMUTED": permuted}
-            layout = " channels_last" if permuted else ""
+            layout = " permuted" if permuted else ""
             yield Case(f"update {name}{layout}", updates.update, types, constants | specific, group="update")
     types = {"table": "*i64", "chunks": "*i64", "partial_ptr": "*fp64", "inverse_scale": "fp32"}
     constants = {"FP8_GRADIENT": False, "ALIGNED": True, "BLOCK": update.BLOCK}
     yield Case("gradient norms", updates.gradient_norms, types, constants, group="update")
 
 
-def _norm_cases() -> Iterator[Case]:
+def _norm_cases(capability: tuple[int, int]) -> Iterator[Case]:
     """As a recipe launches them: FP32 in and out, rounded results beside; backward reads the kept FP8 input."""
-    rounded = quantize.rounding_options(E5M2, "nearest", "inf", "same")
-    plain = quantize.rounding_options(FP32, "nearest", "inf", "same")
-    kept = {"KEPT_EB": 5, "KEPT_MB": 2, "KEPT_INF": True}
+    rounded = quantize.rounding_options(E5M2, "nearest", "inf", "same", capability)
+    plain = quantize.rounding_options(FP32, "nearest", "inf", "same", capability)
+    kept = {"KEPT_EB": 5, "KEPT_MB": 2, "KEPT_INF": True, "KEPT_ROUNDING": rounded["ROUNDING"]}
     codes = ("y_ptr", "flags_ptr", "kept_ptr")
 
     def norm(name: str, kernel: Any, fp8: tuple[str, ...] = (), **constants: Any) -> Case:
@@ -243,7 +261,7 @@ def _norm_cases() -> Iterator[Case]:
                 pointer = "*fp8e5" if argument in fp8 else "*u8" if argument in codes else "*fp32"
                 scalar = "fp32" if argument in ("eps", "inverse_rows") else "i32"
                 types[argument] = pointer if argument.endswith("_ptr") else scalar
-        return Case(name, kernel, types, constants, group="norm", aligned=("channels", "count", "width", "pixels"))
+        return Case(name, kernel, types, constants, group="norm", aligned=("channels", "count", "width"))
 
     apply, block = normalizations.batch_apply, norms.FLAT_BLOCK
     fp8_only = {"values_ptr": None, "kept_ptr": None}
@@ -270,10 +288,11 @@ def _norm_cases() -> Iterator[Case]:
 
 def cases(capability: int) -> Iterator[Case]:
     """Every kernel, in the configurations that training launches."""
-    yield from _quantize_cases()
-    yield from _product_cases(capability)
-    yield from _update_cases()
-    yield from _norm_cases()
+    version = (capability // 10, capability % 10)
+    yield from _quantize_cases(version)
+    yield from _product_cases(version)
+    yield from _update_cases(version)
+    yield from _norm_cases(version)
 
 
 def compile_case(case: Case, capability: int) -> dict[str, Any]:
@@ -301,9 +320,10 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", cubin.name], check=True, capture_output=True, text=True
-        ).stdout
+        usage, code = (
+            subprocess.run([tool, option, cubin.name], check=True, capture_output=True, text=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
     # The frame that ptxas reports is spills alone: no kernel here has arrays in local memory.
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))  # type: ignore[union-attr]
     return {
@@ -313,6 +333,9 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
         "registers": registers,
         "spilled": stack,
         "shared": compiled.metadata.shared,
+        # What pads the code to whole lines is never executed.
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!\s|NOP)", code, re.MULTILINE)) - 1,
+        "values_a_thread": case.values // (32 * case.warps),
         "satfinite": len(re.findall(r"cvt[.\w]*satfinite", ptx)),
         "products": sorted(set(re.findall(r"(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[.\w:]*", ptx))),
         "fp32_adds": len(re.findall(r"\badd(?:\.rn)?\.f32(?:x2)?", ptx)),

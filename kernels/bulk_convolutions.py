@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fp8repro.kernels.rounding import RANDOM_WORDS
-from fp8repro.kernels.tiles import multiply_add, store_rounded
+from fp8repro.kernels.tiles import groups_of_row, multiply_add, store_rounded
 
 FARTHEST = tl.constexpr(1024)  # padding, in steps, that positions may lie in
 
@@ -84,6 +84,7 @@ def bulk_gather_product(
     COLUMNS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    WHOLE_GROUPS: tl.constexpr,
 ):
     """`convolutions.gather_product` over boxes of IMAGES x ROWS x COLUMNS pixels; names are those there.
 
@@ -125,13 +126,17 @@ def bulk_gather_product(
         mask = ((image < batch) & (i < grid_h) & (j < grid_w))[:, None] & (n < outputs)[None, :]
         y_row = (start_h + i * stride_h)[:, None]
         y_column = (start_w + j * stride_w)[:, None]
-        place = ((image.to(tl.int64)[:, None] * y_height + y_row) * y_width + y_column) * outputs + n[None, :]
-        # Random bits count elements in logical order, which is [batch, outputs, height, width].
-        index = ((image.to(tl.int64)[:, None] * outputs + n[None, :]) * y_height + y_row) * y_width + y_column
+        # Random bits count elements as they lie: [batch, height, width, outputs].
+        pixel_row = ((image.to(tl.int64)[:, None] * y_height + y_row) * y_width + y_column) * outputs
+        place = pixel_row + n[None, :]
+        groups = None
+        if WHOLE_GROUPS:
+            groups = groups_of_row(pixel_row, n0, BN)
         store_rounded(
             y_ptr + place,
             result,
-            index,
+            place,
+            groups,
             mask,
             overflow_ptr,
             seed0,

@@ -154,8 +154,7 @@ def takes_epilogue(device: torch.device, tile: Tile, splits: int, rounding: str)
     """True when a product that was to be stored as it is can be rounded on the way without spilling registers.
 
     From sm_90 on only the small tiles have registers left. Where the bulk copy engine leaves more, stochastic rounding
-    would still draw four times the random words of a pass of its own, in code that takes four to ten times as long to
-    compile. A sum in parts is rounded when complete.
+    takes what further resident programs need, and larger tiles spill. A sum in parts is rounded when complete.
     """
     if INTERPRETED or splits > 1:
         return splits == 1

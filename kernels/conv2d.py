@@ -27,6 +27,7 @@ from fp8repro.kernels.matmul import (
     raw_result,
     summed_step,
 )
+from fp8repro.kernels.quantize import PER_CALL
 from fp8repro.products import Conv2dGeometry
 
 CHANNELS = 128  # at most so many of a pixel's channels in one step of a tile
@@ -62,7 +63,7 @@ def conv2d(
     check_operands(x, weight, "x", "weight")
     _check_geometry(x, weight, geometry)
     check_bias(bias, weight.shape[0], x.device)
-    if _pointwise(weight, geometry, epilogue):
+    if _pointwise(weight, geometry):
         return _pixel_product(x, weight.flatten(1).t(), bias, inverse_scale, accumulate, epilogue, bulk)
     axes = [_forward_axis(geometry, axis, x.shape[2 + axis], weight.shape[2 + axis]) for axis in (0, 1)]
     shape = output_size(x.shape, weight.shape, geometry)
@@ -92,7 +93,7 @@ def conv2d_error(
     shape = torch.Size(input_shape)
     _check_geometry(torch.empty(shape, device="meta"), weight, geometry)
     _check_shape("error", error, output_size(shape, weight.shape, geometry))
-    if _pointwise(weight, geometry, epilogue):
+    if _pointwise(weight, geometry):
         return _pixel_product(error, weight.flatten(1), None, inverse_scale, accumulate, epilogue, bulk)
     # Sums over output channels, which become the contiguous ones: a copy of the weight's bytes.
     turned = weight.transpose(0, 1)
@@ -246,7 +247,8 @@ def _gather(
         by_name: list[tuple[int, ...]] = list(zip(*axes, strict=True))
         grid, start, stride, step, first, taps, apart_by, tap, tap_step = by_name
         shared: tuple[Any, ...] = (bias, raw_result(result), stored.overflows, inverse_scale)
-        options: dict[str, Any] = {**stored.options(), "BN": tile.n, "num_warps": tile.warps, "num_stages": tile.stages}
+        options: dict[str, Any] = {**stored.options(x.device), "WHOLE_GROUPS": outputs % PER_CALL == 0}
+        options |= {"BN": tile.n, "num_warps": tile.warps, "num_stages": tile.stages}
         if viewed is not None:
             block = _channel_block(tile, x)
             images, rows, columns = box(shape[0], *grid, tile.m)
@@ -289,14 +291,13 @@ def _gather(
             GROUP=configs.GROUP,
         )
     if apart:
-        epilogue.round(result)
+        epilogue.round(result.movedim(1, -1))
     return result
 
 
-def _pointwise(weight: Tensor, g: Conv2dGeometry, epilogue: Epilogue) -> bool:
-    """True when a convolution is a matrix product of pixels; stochastic codes count elements as an image has them."""
-    whole = weight.shape[2:] == (1, 1) and g.stride == (1, 1) and g.padding == (0, 0)
-    return whole and (epilogue.values or epilogue.plain or epilogue.rounding != "stochastic")
+def _pointwise(weight: Tensor, g: Conv2dGeometry) -> bool:
+    """True when a convolution is a matrix product of pixels, whose rows count as the image's channels do."""
+    return weight.shape[2:] == (1, 1) and g.stride == (1, 1) and g.padding == (0, 0)
 
 
 def _pixel_product(
@@ -309,20 +310,16 @@ def _pixel_product(
     bulk: bool | None,
 ) -> Tensor:
     """x [B, C, H, W] times weight [C, O], pixel by pixel."""
-    later = epilogue.rounding == "stochastic" and not epilogue.plain
     y = matmul(
         _channels_last(x).flatten(0, 2),
         weight,
         bias,
         inverse_scale=inverse_scale,
         accumulate=accumulate,
-        epilogue=Epilogue() if later else epilogue,
+        epilogue=epilogue,
         bulk=bulk,
     )
-    result = y.view(x.shape[0], *x.shape[2:], y.shape[1]).permute(0, 3, 1, 2)
-    if later:
-        epilogue.round(result)
-    return result
+    return y.view(x.shape[0], *x.shape[2:], y.shape[1]).permute(0, 3, 1, 2)
 
 
 def _bulk_view(source: Tensor, steps: tuple[int, ...], first: tuple[int, ...]) -> Tensor | None:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fp8repro.kernels.rounding import RANDOM_WORDS
-from fp8repro.kernels.tiles import multiply_add, store_rounded
+from fp8repro.kernels.tiles import groups_of_row, multiply_add, store_rounded
 
 
 @triton.jit(
@@ -62,12 +62,14 @@ def gather_product(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    WHOLE_GROUPS: tl.constexpr,
 ):
     """Forward and error products: each output pixel sums taps of a source image times rows of a weight.
 
     Output pixel (i, j) of the grid lies at (start_h + i * stride_h, ...) of y [batch, y_height, y_width, outputs] and
     sums, over taps (u, v) and channels, x[batch, i * step_h + first_h + u * apart_h, ...] (zero outside)
-    times weight[output, tap_h + u * tap_step_h, tap_w + v * tap_step_w, channel].
+    times weight[output, tap_h + u * tap_step_h, tap_w + v * tap_step_w, channel]. WHOLE_GROUPS: `outputs` is a multiple
+    of 8.
     """
     pixels = batch * grid_h * grid_w
     tiles_m = tl.cdiv(pixels, BM)
@@ -114,14 +116,18 @@ def gather_product(
             result += tl.load(bias_ptr + n, mask=n < outputs, other=0.0)[None, :]
         y_row = (start_h + i * stride_h)[:, None]
         y_column = (start_w + j * stride_w)[:, None]
-        place = ((image.to(tl.int64)[:, None] * y_height + y_row) * y_width + y_column) * outputs + n[None, :]
-        # Random bits count elements in logical order, which is [batch, outputs, height, width].
-        index = ((image.to(tl.int64)[:, None] * outputs + n[None, :]) * y_height + y_row) * y_width + y_column
+        # Random bits count elements as they lie: [batch, height, width, outputs].
+        pixel_row = ((image.to(tl.int64)[:, None] * y_height + y_row) * y_width + y_column) * outputs
+        place = pixel_row + n[None, :]
+        groups = None
+        if WHOLE_GROUPS:
+            groups = groups_of_row(pixel_row, tile_n * BN, BN)
         mask = inside_m & (n < outputs)[None, :]
         store_rounded(
             y_ptr + place,
             result,
-            index,
+            place,
+            groups,
             mask,
             overflow_ptr,
             seed0,

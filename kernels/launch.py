@@ -37,6 +37,11 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
         kernel[grid](*arguments, **options)
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability that kernels are compiled for on a device; (0, 0) where they are interpreted."""
+    return (0, 0) if INTERPRETED else torch.cuda.get_device_capability(device)
+
+
 def check_device(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless the kernels, as they were built, can reach the tensor.
 

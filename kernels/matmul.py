@@ -14,9 +14,9 @@ from torch import Tensor
 from fp8repro.formats import FP32, FloatFormat
 from fp8repro.kernels import configs
 from fp8repro.kernels.bulk import ALIGNMENT, describe, fits
-from fp8repro.kernels.launch import INTERPRETED, cdiv, check_device, launch, signed_words
+from fp8repro.kernels.launch import INTERPRETED, capability, cdiv, check_device, launch, signed_words
 from fp8repro.kernels.products import multiply, turn
-from fp8repro.kernels.quantize import raw_codes, round_into, rounding_options
+from fp8repro.kernels.quantize import PER_CALL, raw_codes, round_into, rounding_options
 from fp8repro.kernels.tiles import PROMOTED_FMA
 from fp8repro.streams import Stream
 
@@ -31,7 +31,7 @@ class Epilogue:
 
     Attributes:
         format, rounding, overflow, subnormal_rounding, seed, stream: see `fp8repro.quantize`; elements are
-            counted in the result's logical order.
+            counted in the result's row-major order, those of images channels last.
         overflows: int32 tensor of one value that finite results beyond the format's largest value are added to.
         values: store FP32 values of the format, not its codes. Such results are rounded on the way where that costs
             no registers that the product needs, else in a pass of their own; the bytes are the same.
@@ -51,9 +51,10 @@ class Epilogue:
         """True when nothing is rounded."""
         return self.format.mantissa_bits == FP32.mantissa_bits
 
-    def options(self) -> dict[str, Any]:
+    def options(self, device: torch.device) -> dict[str, Any]:
         """Compile-time arguments."""
-        return rounding_options(self.format, self.rounding, self.overflow, self.subnormal_rounding)
+        options = (self.format, self.rounding, self.overflow, self.subnormal_rounding)
+        return rounding_options(*options, capability(device))
 
     def words(self) -> tuple[Any, ...]:
         """The key and stream words of the random bits, as `signed_words` gives them."""
@@ -180,7 +181,7 @@ def matmul(
         *(a3.stride() if described is None else (0, 0, 0)),
         *(b3.stride() if described is None else (0, 0, 0)),
         *stored.words(),
-        **stored.options(),
+        **stored.options(a.device),
         ACCUMULATE=accumulation_of(a, accumulate, step),
         SPLITS=splits,
         BM=tile.m,
@@ -190,6 +191,7 @@ def matmul(
         GROUP=configs.GROUP,
         EVEN_K=described is not None or (k % step == 0 and chunk % step == 0),
         BULK=described is not None,
+        WHOLE_GROUPS=n % PER_CALL == 0,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -233,8 +235,7 @@ def turned(x: Tensor) -> Tensor:
 
 def accumulation_of(operand: Tensor, accumulate: str, step: int = 128) -> int:
     """The accumulation code for the GPU that holds `operand`; `step`: elements of K in one step of the tile."""
-    capability = (0, 0) if INTERPRETED else torch.cuda.get_device_capability(operand.device)
-    code = configs.accumulation(accumulate, capability)
+    code = configs.accumulation(accumulate, capability(operand.device))
     # Sums cannot be promoted less often than once a step.
     return min(code, step) if code >= PROMOTE_MOST_OFTEN else code
 
@@ -256,11 +257,9 @@ def check_operands(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
     if not both_fp8 and (a.dtype != b.dtype or a.dtype not in (torch.float16, torch.bfloat16)):
         raise ValueError(f"{name_a}, {name_b}: got {a.dtype} and {b.dtype}, expected {OPERANDS}")
     if not INTERPRETED and torch.float8_e4m3fn in (a.dtype, b.dtype):
-        capability = torch.cuda.get_device_capability(a.device)
-        if capability < (8, 9):
-            raise ValueError(
-                f"{name_a}, {name_b}: got E4M3 on sm_{capability[0]}{capability[1]}, expected sm_89 or later"
-            )
+        major, minor = capability(a.device)
+        if (major, minor) < (8, 9):
+            raise ValueError(f"{name_a}, {name_b}: got E4M3 on sm_{major}{minor}, expected sm_89 or later")
 
 
 def check_bias(bias: Tensor | None, size: int, device: torch.device) -> None:

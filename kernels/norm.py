@@ -12,8 +12,9 @@ import triton
 from torch import Tensor
 
 from fp8repro.formats import FP32, FloatFormat
+from fp8repro.kernels import codec
 from fp8repro.kernels import normalizations as kernels
-from fp8repro.kernels.launch import INTERPRETED, block_size, cdiv, check_device, launch
+from fp8repro.kernels.launch import INTERPRETED, block_size, capability, cdiv, check_device, launch
 from fp8repro.kernels.matmul import Epilogue, raw_result
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn)
@@ -79,7 +80,7 @@ def batch_norm(
         _check_like("residual", residual, x)
     batch, channels, height, width = x.shape
     dense = _rows(x)
-    rows, pixels = batch * height * width, height * width
+    rows = batch * height * width
     partial, counts = _sums(kernels.channel_statistics, (dense,), rows, channels)
     mean, variance = _combine(partial, counts)
     inverse = (variance + eps).rsqrt()
@@ -106,12 +107,12 @@ def batch_norm(
         flags,
         x.numel(),
         channels,
-        pixels,
         *epilogue.words(),
-        **epilogue.options(),
+        **epilogue.options(x.device),
         KEPT_EB=kept.exponent_bits,
         KEPT_MB=kept.mantissa_bits,
         KEPT_INF=kept.has_infinity,
+        KEPT_ROUNDING=codec.rounding_code(kept, "nearest", capability(x.device)),
         RELU=relu,
         BLOCK=block,
         WIDE=x.numel() > NARROW,
@@ -146,7 +147,7 @@ def batch_norm_backward(
     _check_like("grad", grad, x)
     _check_vectors(x.shape[1], x.device, weight=weight)
     batch, channels, height, width = x.shape
-    rows, pixels = batch * height * width, height * width
+    rows = batch * height * width
     dense, dense_grad = _rows(x), _rows(grad)
     mean, inverse = forward.mean, forward.inverse_deviation
     tensors = (dense_grad, forward.flags, dense, mean, inverse)
@@ -166,10 +167,9 @@ def batch_norm_backward(
         residual,
         x.numel(),
         channels,
-        pixels,
         1 / rows,
         *epilogue.words(),
-        **epilogue.options(),
+        **epilogue.options(x.device),
         BLOCK=block,
         WIDE=x.numel() > NARROW,
     )
@@ -214,7 +214,7 @@ def layer_norm(
         width,
         eps,
         *epilogue.words(),
-        **epilogue.options(),
+        **epilogue.options(x.device),
         ROWS=height,
         BLOCK=block,
     )
@@ -256,7 +256,7 @@ def layer_norm_backward(
         rows,
         width,
         *epilogue.words(),
-        **epilogue.options(),
+        **epilogue.options(x.device),
         ROWS=height,
         BLOCK=block,
     )

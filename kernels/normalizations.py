@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from fp8repro.kernels import codec
-from fp8repro.kernels.codec import NEAREST
 from fp8repro.kernels.rounding import RANDOM_WORDS
 from fp8repro.kernels.tiles import store_rounded, to_fp32
 
@@ -50,15 +49,6 @@ def _flat(BLOCK: tl.constexpr, WIDE: tl.constexpr):
     return program * BLOCK + tl.arange(0, BLOCK)
 
 
-@triton.jit
-def _logical_index(offset, channels, pixels):
-    """Index in [batch, channels, pixels] of an element that lies at `offset` of [batch, pixels, channels]."""
-    channel = offset % channels
-    pixel = offset // channels % pixels
-    image = (offset // (channels * pixels)).to(tl.int64)
-    return (image * channels + channel) * pixels + pixel
-
-
 @triton.jit(do_not_specialize=RANDOM_WORDS)
 def batch_apply(
     x_ptr,
@@ -73,7 +63,6 @@ def batch_apply(
     flags_ptr,
     count,
     channels,
-    pixels,
     seed0,
     seed1,
     stream0,
@@ -88,6 +77,7 @@ def batch_apply(
     KEPT_EB: tl.constexpr,
     KEPT_MB: tl.constexpr,
     KEPT_INF: tl.constexpr,
+    KEPT_ROUNDING: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
@@ -101,7 +91,7 @@ def batch_apply(
     channel = offset % channels
     x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
     if kept_ptr is not None:
-        code = codec.encode(x, offset, KEPT_EB, KEPT_MB, KEPT_INF, NEAREST, False, False)
+        code = codec.encode(x, offset, KEPT_EB, KEPT_MB, KEPT_INF, KEPT_ROUNDING, False, False)
         tl.store(kept_ptr + offset, code.to(kept_ptr.dtype.element_ty), mask=mask)
     scale = tl.load(inverse_ptr + channel, mask=mask, other=0.0) * tl.load(weight_ptr + channel, mask=mask, other=0.0)
     y = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * scale
@@ -117,11 +107,11 @@ def batch_apply(
         tl.store(flags_ptr + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < count)
     if values_ptr is not None:
         tl.store(values_ptr + offset, y, mask=mask)
-    index = _logical_index(offset, channels, pixels)
     store_rounded(
         y_ptr + offset,
         y,
-        index,
+        offset.to(tl.int64),
+        None,
         mask,
         None,
         seed0,
@@ -208,7 +198,6 @@ def batch_gradient_apply(
     grad_residual_ptr,
     count,
     channels,
-    pixels,
     inverse_rows,
     seed0,
     seed1,
@@ -238,11 +227,11 @@ def batch_gradient_apply(
     product = tl.load(sums_ptr + channels + channel, mask=mask, other=0.0)
     centred = gradient - (total + normalized * product) * inverse_rows
     result = centred * (inverse * tl.load(weight_ptr + channel, mask=mask, other=0.0))
-    index = _logical_index(offset, channels, pixels)
     store_rounded(
         grad_x_ptr + offset,
         result,
-        index,
+        offset.to(tl.int64),
+        None,
         mask,
         None,
         seed0,
@@ -308,6 +297,7 @@ def layer_forward(
         y_ptr + offset,
         y,
         offset,
+        None,
         mask,
         None,
         seed0,
@@ -374,6 +364,7 @@ def layer_backward(
             grad_x_ptr + offset,
             result,
             offset,
+            None,
             mask,
             None,
             seed0,

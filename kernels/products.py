@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fp8repro.kernels.rounding import RANDOM_WORDS
-from fp8repro.kernels.tiles import multiply_add, store_rounded
+from fp8repro.kernels.tiles import groups_of_row, multiply_add, store_rounded
 
 
 @triton.jit(do_not_specialize=[*RANDOM_WORDS, "inverse_scale"])
@@ -48,11 +48,12 @@ def multiply(
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     BULK: tl.constexpr,
+    WHOLE_GROUPS: tl.constexpr,
 ):
     """c[batch, split, M, N] = a @ b * inverse_scale + bias, where a split sums `chunk` of K; c is contiguous.
 
     BULK: a_ptr and b_ptr are descriptors of [batch, M, K] and [batch, N, K] whose blocks the bulk copy engine brings,
-    with zeros beyond the ends; strides and EVEN_K are not read.
+    with zeros beyond the ends; strides and EVEN_K are not read. WHOLE_GROUPS: N is a multiple of 8.
 
     With two HALVES a program computes two tiles side by side from the same rows of a. That halves the traffic of a,
     and promoted sums need registers for one tile at a time, where one tile of twice the width would spill.
@@ -116,7 +117,11 @@ def multiply(
             result = accumulator * inverse_scale if half == 0 else accumulator2 * inverse_scale
             if bias_ptr is not None:
                 result += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
-            index = (plane.to(tl.int64) * M + m[:, None]) * N + n[None, :]
+            row = (plane.to(tl.int64) * M + m[:, None]) * N
+            index = row + n[None, :]
+            groups = None
+            if WHOLE_GROUPS:
+                groups = groups_of_row(row, tile_n * (BN * HALVES) + half * BN, BN)
             mask = (m[:, None] < M) & (n[None, :] < N)
             if BULK:
                 # 64 bits up to the tile's first row; 32 bits from there on save registers.
@@ -128,6 +133,7 @@ def multiply(
                 place,
                 result,
                 index,
+                groups,
                 mask,
                 overflow_ptr,
                 seed0,

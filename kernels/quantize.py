@@ -15,10 +15,11 @@ from fp8repro.engines import check_rounding
 from fp8repro.formats import FloatFormat
 from fp8repro.kernels import codec
 from fp8repro.kernels import rounding as kernels
-from fp8repro.kernels.launch import block_size, cdiv, check_device, launch, signed_words
+from fp8repro.kernels.launch import block_size, capability, cdiv, check_device, launch, signed_words
 from fp8repro.streams import Stream
 
 FLAT_BLOCK = 2048
+PER_CALL = 8  # elements that draw from one Philox block
 MAX_DIMS = 4
 
 
@@ -49,7 +50,7 @@ def round_into(
     if any(t is not None and t.is_neg() for t in (x, values, codes)):
         _round_copies(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
         return
-    options = rounding_options(format, rounding, overflow, subnormal_rounding)
+    options = rounding_options(format, rounding, overflow, subnormal_rounding, capability(x.device))
     words = (*signed_words(seed), *signed_words(stream))
     outputs = (None if values is None else _raw(values), None if codes is None else raw_codes(codes))
     present = [_raw(x), *(t for t in outputs if t is not None)]
@@ -58,7 +59,8 @@ def round_into(
     pointers = (_raw(x), *outputs, stats)
 
     if len(sizes) == 1 and all(s == (1,) for s in strides):
-        block = block_size(FLAT_BLOCK, count)
+        # Where threads cannot load vectors, each mask takes a register.
+        block = block_size(FLAT_BLOCK if count % 16 == 0 else FLAT_BLOCK // 2, count)
         blocks = cdiv(count, block)
         grid = min(blocks, _resident_programs(x.device)) if stats is not None else blocks
         launch(kernels.round_flat, (grid,), x.device, *pointers, count, *words, **options, BLOCK=block)
@@ -67,8 +69,8 @@ def round_into(
     if shape is not None:
         outer, columns, rows, outer_stride, row_stride = shape
         block = block_size(64 if columns <= 64 else 128, columns, 1024)
-        groups = block_size(512 // block if block <= 128 else 4, cdiv(rows, 4), 64)
-        grid3 = (cdiv(columns, block), cdiv(rows, 4 * groups), outer)
+        groups = block_size(512 // block if block <= 128 else 4, cdiv(rows, PER_CALL), 64)
+        grid3 = (cdiv(columns, block), cdiv(rows, PER_CALL * groups), outer)
         arguments = (*pointers, columns, rows, outer_stride, row_stride, *words)
         launch(kernels.round_columns, grid3, x.device, *arguments, **options, GROUPS=groups, BLOCK=block)
         return
@@ -153,8 +155,8 @@ def round_transpose(
         dense.stride(-2),
         *signed_words(seed),
         *signed_words(stream),
-        **rounding_options(format, rounding, overflow, subnormal_rounding),
-        WHOLE_GROUPS=columns % 4 == 0,
+        **rounding_options(format, rounding, overflow, subnormal_rounding, capability(x.device)),
+        WHOLE_GROUPS=columns % PER_CALL == 0,
         ROWS=row_block,
         COLUMNS=column_block,
     )
@@ -171,14 +173,16 @@ def _check_turned(codes: Tensor, transposed: Tensor) -> None:
             raise ValueError(f"{name}: got strides {tensor.stride()}, expected contiguous")
 
 
-def rounding_options(format: FloatFormat, rounding: str, overflow: str, subnormal_rounding: str) -> dict[str, Any]:
-    """The compile-time arguments that say how a kernel rounds."""
+def rounding_options(
+    format: FloatFormat, rounding: str, overflow: str, subnormal_rounding: str, capability: tuple[int, int]
+) -> dict[str, Any]:
+    """The compile-time arguments that say how a kernel rounds; `capability`: see `launch.capability`."""
     return {
         "MAX": format.max,
         "EB": format.exponent_bits,
         "MB": format.mantissa_bits,
         "INF": format.has_infinity,
-        "ROUNDING": codec.ROUNDING_CODES[rounding],
+        "ROUNDING": codec.rounding_code(format, rounding, capability),
         "SATURATE": overflow == "saturate",
         "SUBNORMAL_NEAREST": subnormal_rounding == "nearest",
     }
@@ -238,7 +242,7 @@ def _collapse(
 
 def _as_columns(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tuple[int, int, int, int, int] | None:
     """(outer, columns, rows, outer stride, row stride) when `_round_columns` can walk the tensors, else None."""
-    if len(sizes) not in (2, 3) or len(set(strides)) != 1 or strides[0][-2] != 1 or sizes[-1] % 4:
+    if len(sizes) not in (2, 3) or len(set(strides)) != 1 or strides[0][-2] != 1 or sizes[-1] % PER_CALL:
         return None
     outer, outer_stride = (sizes[0], strides[0][0]) if len(sizes) == 3 else (1, 0)
     # Grid limits of CUDA in the two outer directions.

@@ -96,17 +96,17 @@ def round_flat(
     BLOCK: tl.constexpr,
 ):
     """All tensors contiguous; with a statistics buffer the grid is small and strides over the blocks."""
-    # Four elements a thread, as many as a Philox block has words: no word has to change threads.
-    local = tl.max_contiguous(tl.arange(0, BLOCK), 4)
+    # Eight elements a thread, as many as draw from a Philox block: no bit has to change threads.
+    local = tl.max_contiguous(tl.arange(0, BLOCK), 8)
     for block in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
         base = tl.cast(block, tl.int64) * BLOCK
         mask = local < tl.minimum(count - base, BLOCK).to(tl.int32)
         x = load_fp32(x_ptr + base + local, mask)
         draw = local
         if ROUNDING == STOCHASTIC:
-            group = (base >> 2) + tl.arange(0, BLOCK // 4)
+            group = (base >> 3) + tl.arange(0, BLOCK // 8)
             w0, w1, w2, w3 = codec.words_of_blocks(group, seed0, seed1, stream0, stream1)
-            draw = tl.reshape(codec.interleave4(w0, w1, w2, w3), [BLOCK])
+            draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), [BLOCK])
         values = None if values_ptr is None else values_ptr + base + local
         codes = None if codes_ptr is None else codes_ptr + base + local
         code = round_elements(x, draw, values, codes, mask, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
@@ -138,26 +138,28 @@ def round_columns(
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Logical [outer, columns, rows] with the columns contiguous in memory, as channels_last and transposes are.
+    """Logical [outer, columns, rows] with the columns contiguous in memory: transposes, contiguous images that count
+    channels last.
 
-    rows % 4 == 0, so a Philox block covers four rows of one column and each thread uses all its words.
+    rows % 8 == 0, so a Philox block covers eight rows of one column and each thread uses all its words.
     """
     outer = tl.program_id(2).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.max_contiguous(tl.arange(0, BLOCK), 4)[None, :]
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[:, None]
-    mask = (column < columns) & (group * 4 < rows)
-    block = (outer * columns + column) * (rows // 4) + group
+    mask = (column < columns) & (group * 8 < rows)
+    block = (outer * columns + column) * (rows // 8) + group
     w0, w1, w2, w3 = codec.words_of_blocks(block, seed0, seed1, stream0, stream1)
-    for lane in tl.static_range(4):
-        if lane == 0:
-            draw = w0
-        elif lane == 1:
-            draw = w1
-        elif lane == 2:
-            draw = w2
+    for lane in tl.static_range(8):
+        if lane // 2 == 0:
+            word = w0
+        elif lane // 2 == 1:
+            word = w1
+        elif lane // 2 == 2:
+            word = w2
         else:
-            draw = w3
-        offset = outer * outer_stride + (group * 4 + lane).to(tl.int64) * row_stride + column
+            word = w3
+        draw = word << 16 if lane % 2 == 0 else word & 0xFFFF0000
+        offset = outer * outer_stride + (group * 8 + lane).to(tl.int64) * row_stride + column
         x = load_fp32(x_ptr + offset, mask)
         values = None if values_ptr is None else values_ptr + offset
         codes = None if codes_ptr is None else codes_ptr + offset
@@ -205,7 +207,7 @@ def round_strided(
     x = load_fp32(x_ptr + _offset(index, n1, n2, n3, x_strides[0], x_strides[1], x_strides[2], x_strides[3]), mask)
     draw = index
     if ROUNDING == STOCHASTIC:
-        draw = codec.word_of_index(index, seed0, seed1, stream0, stream1)
+        draw = codec.draw_of_index(index, seed0, seed1, stream0, stream1)
     values = None
     if values_ptr is not None:
         s = values_strides
@@ -258,12 +260,12 @@ def round_transpose(
     draw = index
     if ROUNDING == STOCHASTIC:
         if WHOLE_GROUPS:
-            group = first_column // 4 + tl.arange(0, COLUMNS // 4)[None, :]
-            block = (batch * rows + row) * (columns // 4) + group
+            group = first_column // 8 + tl.arange(0, COLUMNS // 8)[None, :]
+            block = (batch * rows + row) * (columns // 8) + group
             w0, w1, w2, w3 = codec.words_of_blocks(block, seed0, seed1, stream0, stream1)
-            draw = tl.reshape(codec.interleave4(w0, w1, w2, w3), [ROWS, COLUMNS])
+            draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), [ROWS, COLUMNS])
         else:
-            draw = codec.word_of_index(index, seed0, seed1, stream0, stream1)
+            draw = codec.draw_of_index(index, seed0, seed1, stream0, stream1)
     code = codec.encode(x, draw, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
     byte = code.to(codes_ptr.dtype.element_ty)
     tl.store(codes_ptr + index, byte, mask=mask)

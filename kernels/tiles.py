@@ -51,10 +51,23 @@ def multiply_add(a, b, accumulator, ACCUMULATE: tl.constexpr):
 
 
 @triton.jit
+def groups_of_row(rows, first, WIDTH: tl.constexpr):
+    """The Philox blocks of a tile [M, WIDTH], each of which serves eight neighbours in a row; all numbers are multiples
+    of 8.
+
+    Args:
+        rows: int64 [M, 1], how the first elements of the whole rows count.
+        first: the tile's first column.
+    """
+    return (rows >> 3) + (first // 8 + tl.arange(0, WIDTH // 8))[None, :]
+
+
+@triton.jit
 def store_rounded(
     pointers,
     result,
     index,
+    groups,
     mask,
     overflow_ptr,
     seed0,
@@ -69,7 +82,9 @@ def store_rounded(
     SATURATE: tl.constexpr,
     SUBNORMAL_NEAREST: tl.constexpr,
 ):
-    """Store an FP32 tile as it is (MB == 23), or rounded once to a format; `index` is the logical one.
+    """Store an FP32 tile as it is (MB == 23), or rounded once to a format; `index` is how its elements count.
+
+    `groups`: `groups_of_row` where eight neighbours draw from one Philox block, else None.
 
     Rounded tiles are stored as codes, or as FP32 values where the pointers are FP32.
     """
@@ -78,7 +93,11 @@ def store_rounded(
     else:
         draw = index
         if ROUNDING == STOCHASTIC:
-            draw = codec.word_of_index(index, seed0, seed1, stream0, stream1)
+            if groups is None:
+                draw = codec.draw_of_index(index, seed0, seed1, stream0, stream1)
+            else:
+                w0, w1, w2, w3 = codec.words_of_blocks(groups, seed0, seed1, stream0, stream1)
+                draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), result.shape)
         code = codec.encode(result, draw, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
         if pointers.dtype.element_ty == tl.float32:
             tl.store(pointers, codec.decode(code, EB, MB, INF), mask=mask)

@@ -19,8 +19,10 @@ from fp8repro.engines import address
 from fp8repro.formats import get_format
 from fp8repro.fused_step import Parameter, Rule
 from fp8repro.kernels import codec, updates
-from fp8repro.kernels.launch import INTERPRETED, cdiv, check_device, launch, signed_words
+from fp8repro.kernels.launch import INTERPRETED, capability, cdiv, check_device, launch, signed_words
+from fp8repro.native.layout import turned_matrices
 from fp8repro.recipe import RoleSpec
+from fp8repro.reference import counted
 from fp8repro.streams import signed64
 
 BLOCK = (1 << 15) if INTERPRETED else 1024
@@ -91,6 +93,7 @@ def update(
             *(field for spec in (master, weight) for field in _rounding(spec)),
             scale,
             signed64(seed),
+            members[0].order,
         )
 
 
@@ -121,6 +124,7 @@ def update_group(
     weight_subnormal_rounding: str,
     scale: float,
     seed: int,
+    order: str = "row_major",
 ) -> None:
     """One launch of `update`, for parameters alike in dtypes and kind of layout. No fake: it makes no tensor.
 
@@ -133,6 +137,7 @@ def update_group(
         rule: sgd, adam or adamw.
         numbers: learning rate, momentum or first beta, second beta, epsilon, weight decay.
         nesterov, step, scale, seed: as in `update`; the seed is signed.
+        order: how elements are counted for their random bits.
         master_format, weight_format and the rest: fields of a `RoleSpec`.
     """
     count = len(masters)
@@ -146,6 +151,7 @@ def update_group(
             weights[i] if weights else None,
             streams[2 * i + 1],
             updated[i] if updated else None,
+            order=order,
         )
         for i in range(count)
     ]
@@ -184,10 +190,10 @@ def update_group(
         WEIGHT_EB=weight.exponent_bits,
         WEIGHT_MB=weight.mantissa_bits,
         WEIGHT_INF=weight.has_infinity,
-        WEIGHT_ROUNDING=codec.ROUNDING_CODES[weight_rounding],
+        WEIGHT_ROUNDING=codec.rounding_code(weight, weight_rounding, capability(table.device)),
         WEIGHT_SATURATE=weight_overflow == "saturate",
         WEIGHT_SUBNORMAL_NEAREST=weight_subnormal_rounding == "nearest",
-        PERMUTED=_permuted(masters[0]),
+        PERMUTED=_permuted(members[0]),
         ALIGNED=_aligned(members),
         BLOCK=BLOCK,
     )
@@ -199,13 +205,20 @@ def _groups(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
     for p in parameters:
         if p.master.numel():
             outputs = (p.weight is not None, p.updated is not None)
-            key = (p.master.device, p.master.dtype, p.grad.dtype, outputs, _permuted(p.master))
+            key = (p.master.device, p.master.dtype, p.grad.dtype, outputs, p.order, _permuted(p))
             groups.setdefault(key, []).append(p)
     return list(groups.values())
 
 
-def _permuted(t: Tensor) -> bool:
-    return not t.is_contiguous()
+def _permuted(p: Parameter) -> bool:
+    return not counted(p.master, p.order).is_contiguous()
+
+
+def _matrix(p: Parameter) -> tuple[int, int]:
+    """Rows and columns of the matrices that lie in a master whose elements count in another order than they lie."""
+    in_order = counted(p.master, p.order)
+    _, rows, columns = turned_matrices(tuple(in_order.shape), in_order.stride()) or (1, 0, 0)
+    return (rows, columns) if rows else (1, 1)
 
 
 def _aligned(members: Sequence[Parameter]) -> bool:
@@ -219,10 +232,9 @@ def _tables(members: Sequence[Parameter]) -> tuple[Tensor, Tensor]:
     for p in members:
         state = [address(t) for t in p.state] + [0] * (2 - len(p.state))
         weight, updated = (0 if t is None else address(t) for t in (p.weight, p.updated))
-        channels, taps = (p.master.shape[1], p.master.shape[2:].numel()) if _permuted(p.master) else (1, 1)
         streams = (signed64(p.master_stream), signed64(p.weight_stream))
         where = (address(p.grad), address(p.master), *state, weight)
-        rows.append((*where, p.master.numel(), *streams, channels, taps, updated))
+        rows.append((*where, p.master.numel(), *streams, *_matrix(p), updated))
     device = members[0].master.device
     table = torch.tensor(rows, dtype=torch.int64)
     if device.type == "cuda":
@@ -248,10 +260,8 @@ def _check(p: Parameter, states: int, weight: RoleSpec) -> None:
     check_device("master", p.master)
     if p.master.dtype not in MASTER_TYPES:
         raise ValueError(f"master: got {p.master.dtype}, expected torch.float16 or torch.float32")
-    dense = p.master.is_contiguous() or (
-        p.master.dim() == 4 and p.master.is_contiguous(memory_format=torch.channels_last)
-    )
-    if not dense:
+    in_order = counted(p.master, p.order)
+    if not (in_order.is_contiguous() or turned_matrices(tuple(in_order.shape), in_order.stride())):
         raise ValueError(f"master: got strides {p.master.stride()}, expected contiguous or channels_last")
     if len(p.state) != states:
         raise ValueError(f"state: got {len(p.state)} tensors, expected {states}")

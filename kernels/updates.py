@@ -20,8 +20,8 @@ WEIGHT = tl.constexpr(4)
 COUNT = tl.constexpr(5)
 MASTER_STREAM = tl.constexpr(6)
 WEIGHT_STREAM = tl.constexpr(7)
-CHANNELS = tl.constexpr(8)
-TAPS = tl.constexpr(9)
+ROWS = tl.constexpr(8)
+PER_ROW = tl.constexpr(9)
 UPDATED = tl.constexpr(10)
 COLUMNS = tl.constexpr(11)
 
@@ -66,22 +66,21 @@ def gradient_norms(
 
 @triton.jit
 def _draws(row, STREAM: tl.constexpr, first, offset, seed0, seed1, PERMUTED: tl.constexpr, BLOCK: tl.constexpr):
-    """Random words of a chunk's elements, counted in logical order."""
+    """Random draws of a chunk's elements, in the order in which they count."""
     stream = tl.load(row + STREAM)
     stream0 = (stream & 0xFFFFFFFF).to(tl.uint32)
     stream1 = (stream >> 32).to(tl.uint32)
     if PERMUTED:
-        # channels_last memory [outputs, taps, channels] of a logical [outputs, channels, taps].
-        channels = tl.load(row + CHANNELS)
-        taps = tl.load(row + TAPS)
-        channel = offset % channels
-        tap = offset // channels % taps
-        index = (offset // (channels * taps) * channels + channel) * taps + tap
-        draw = codec.word_of_index(index, seed0, seed1, stream0, stream1)
+        # Matrices that lie as [rows, columns] and count as [columns, rows].
+        rows = tl.load(row + ROWS)
+        columns = tl.load(row + PER_ROW)
+        inner = offset % (rows * columns)
+        index = offset - inner + inner % columns * rows + inner // columns
+        draw = codec.draw_of_index(index, seed0, seed1, stream0, stream1)
     else:
-        group = first // 4 + tl.arange(0, BLOCK // 4)
+        group = first // 8 + tl.arange(0, BLOCK // 8)
         w0, w1, w2, w3 = codec.words_of_blocks(group, seed0, seed1, stream0, stream1)
-        draw = tl.reshape(codec.interleave4(w0, w1, w2, w3), [BLOCK])
+        draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), [BLOCK])
     return draw
 
 
@@ -131,8 +130,8 @@ def update(
         chunk = tl.program_id(0).to(tl.int64)
         row = table + tl.load(chunks + 2 * chunk) * COLUMNS
         first = tl.load(chunks + 2 * chunk + 1) * BLOCK
-        # Four elements a thread, as in `rounding.round_flat`.
-        offset = first + tl.max_contiguous(tl.arange(0, BLOCK), 4)
+        # Eight elements a thread, as in `rounding.round_flat`.
+        offset = first + tl.max_contiguous(tl.arange(0, BLOCK), 8)
         mask = offset < tl.load(row + COUNT)
         gradient = _load_gradient(row, offset, mask, FP8_GRADIENT, ALIGNED) * inverse_scale
         gradient *= tl.load(control_ptr + 1).to(tl.float32)

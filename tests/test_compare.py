@@ -285,3 +285,29 @@ def test_the_papers_figures_are_the_ones_of_its_tables() -> None:
     for row in (*paper["figures"].values(), *paper["claims"].values()):
         assert row["mark"] in paper["marks"]
     assert paper["not_recovered"]
+
+
+@pytest.mark.parametrize("other", [{"bits": 2}, {"bits": 2, "bits_at_first": 1}])
+def test_two_versions_of_the_bits_are_not_mixed(runs: Path, other: dict[str, int], capsys: Any) -> None:
+    newer = record(runs / "newer", "precision=fp8", seed=5, top1=98.0, **other)
+    version = "1, then 2" if "bits_at_first" in other else str(other["bits"])
+    old = runs / "fp32-0"
+    line = (
+        f"fp8repro: runs: got {old} with random bits of version 1 and {newer} with those of version {version}, "
+        "expected one version: what differs may be chance\n"
+    )
+    for command in ([str(runs)], [str(old), str(newer)]):  # a table; two runs side by side
+        assert cli.main(["compare", *command]) == 2
+        assert capsys.readouterr().err == line
+    # Versions that no record names are 1, and those that agree stand beside each other.
+    for folder in runs.iterdir():
+        summary = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps(summary | {"bits_at_first": 1} | other))
+    assert cli.main(["compare", str(runs)]) == 0
+
+
+def test_a_version_that_is_no_number_is_a_broken_record(tmp_path: Path) -> None:
+    record(tmp_path / "run", "precision=fp8", top1=98.0, bits="two")
+    records, problems = read_records([tmp_path])
+    assert not records
+    assert problems == [f"{tmp_path / 'run'}: summary.json: bits: got 'two', expected a version's number"]

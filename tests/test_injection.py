@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
-from fp8repro import products
+from fp8repro import products, reference
 from fp8repro.errors import UserError
+from fp8repro.formats import E5M2
 from fp8repro.injection import inject, sites
 from fp8repro.models.layers import AttentionProduct, MatMul
 from fp8repro.recipe import ROLES, RoleSpec, load_recipe
@@ -183,6 +184,45 @@ def test_reused_layers_micro_steps_steps_and_ranks_never_share_random_bits() -> 
     assert len(weights) == 2 * 2 * 2 * 3
     assert weights[:12] == weights[12:]
     assert [len(set(weights[:6])), len(set(weights[6:12])), len(set(weights[:12]))] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("shape", "groups"), [((3, 16, 7, 5), 1), ((16, 6, 6), 2), ((2, 3, 6, 6), 1)])
+def test_convolutions_count_channels_last_in_every_role(shape, groups, channels_last) -> None:  # type: ignore[no-untyped-def]
+    """All roundings stochastic; of small integers, whose sums are exact, so that bytes do not depend on their order."""
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(*sizes: int) -> Tensor:
+        t = torch.randint(-40, 41, sizes, generator=generator) / 4
+        return t.contiguous(memory_format=torch.channels_last) if channels_last and t.dim() == 4 else t
+
+    channels = shape[-3]
+    conv = nn.Conv2d(channels, 8, 3, stride=2, padding=1, groups=groups, bias=False)
+    conv.weight.data = integers(*conv.weight.shape)
+    model = nn.Sequential(conv)
+    spec = RoleSpec(rounding="stochastic")
+    inject(model, replace(FP8, exempt=(), weight=spec, activation=spec, error=spec, gradient=spec), backend="emulate")
+    context = model.fp8_context
+    context.begin(3)
+
+    def rounded(x: Tensor, name: str, role: str) -> Tensor:
+        stream = context.stream_number("0", 0, name, role)
+        return reference.round_to_format(x, E5M2, "stochastic", "inf", context.seed, stream, order="channels_last")
+
+    x = integers(*shape).requires_grad_()
+    y = model(x)
+    error = integers(*y.shape)
+    (grad_x, grad_weight) = torch.autograd.grad(y, [x, conv.weight], error)
+
+    batch = x.detach() if x.dim() == 4 else x.detach().unsqueeze(0)
+    qx, qw = rounded(batch, "input", "activation"), rounded(conv.weight.detach(), "weight", "weight")
+    qe = rounded(error.view(-1, *error.shape[-3:]), "output_error", "error")
+    options = ([2, 2], [1, 1], [1, 1], False, [0, 0], groups)
+    exact = torch.convolution(qx, qw, None, *options)
+    assert torch.equal(y.detach().view_as(exact), rounded(exact, "output", "activation"))
+    wanted = torch.ops.aten.convolution_backward(qe, qx, qw, None, *options, (True, True, False))
+    assert torch.equal(grad_x.view_as(batch), rounded(wanted[0], "input_error", "error"))
+    assert torch.equal(grad_weight, rounded(wanted[1], "weight_gradient", "gradient"))
 
 
 def test_evaluation_always_rounds_to_nearest() -> None:

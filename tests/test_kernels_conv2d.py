@@ -104,26 +104,40 @@ def test_gradient_in_splits_is_the_same_at_every_run():
         assert torch.equal(result, conv2d_gradient(error, x, (16, 8, 3, 3), geometry, splits=splits))
 
 
+def channels_last(x, rounding):
+    return reference.round_to_format(x.cpu(), E5M2, rounding, "inf", 3, 2**40, order="channels_last")
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_epilogue_rounds_like_the_reference(rounding):
-    # Overflowing results included; random bits count elements in logical order, not in memory order.
-    x, weight = (operand(2, 8, 7, 5).float() * 256).to(torch.float8_e5m2), operand(6, 8, 3, 3)
+@pytest.mark.parametrize("outputs", [6, 16])
+def test_epilogue_rounds_like_the_reference(rounding, outputs):
+    # Overflowing results included; random bits count elements channels last.
+    x, weight = (operand(2, 8, 7, 5).float() * 256).to(torch.float8_e5m2), operand(outputs, 8, 3, 3)
     geometry = Conv2dGeometry((2, 2), (1, 1))
     exact = conv2d(x, weight, None, geometry)
     count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     epilogue = Epilogue(E5M2, rounding, seed=3, stream=2**40, overflows=count)
     result = conv2d(x, weight, None, geometry, inverse_scale=64.0, epilogue=epilogue)
-    expected = reference.round_to_format(exact.cpu() * 64, E5M2, rounding, "inf", 3, 2**40)
+    expected = channels_last(exact * 64, rounding)
     assert torch.equal(result.float().cpu(), expected)
     assert int(count) == int((exact.abs() * 64 > E5M2.max).sum()) > 0
     error = operand(*exact.shape)
     back = conv2d_error(error, weight, tuple(x.shape), geometry, epilogue=epilogue)
     exact_back = conv2d_error(error, weight, tuple(x.shape), geometry)
-    expected = reference.round_to_format(exact_back.cpu(), E5M2, rounding, "inf", 3, 2**40)
+    expected = channels_last(exact_back, rounding)
     assert torch.equal(back.float().cpu(), expected)
     values = Epilogue(E5M2, rounding, seed=3, stream=2**40, values=True)
     assert torch.equal(conv2d(x, weight, None, geometry, inverse_scale=64.0, epilogue=values), result.float())
     assert torch.equal(conv2d_error(error, weight, tuple(x.shape), geometry, epilogue=values), back.float())
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("outputs", [6, 16])
+def test_pointwise_products_count_channels_last_too(outputs, stored):
+    x, weight = operand(2, 8, 7, 5), operand(outputs, 8, 1, 1)
+    epilogue = Epilogue(E5M2, "stochastic", seed=3, stream=2**40, values=stored)
+    expected = channels_last(conv2d(x, weight), "stochastic")
+    assert torch.equal(conv2d(x, weight, epilogue=epilogue).float().cpu(), expected)
 
 
 def test_empty_batch():

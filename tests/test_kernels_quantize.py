@@ -9,6 +9,7 @@ import torch
 
 from fp8repro import reference
 from fp8repro.formats import BF16, E4M3, E5M2, FP16, FP16_169, FP32
+from fp8repro.kernels import codec
 from fp8repro.kernels.launch import LAUNCHES
 from fp8repro.kernels.quantize import round_into, round_transpose
 
@@ -99,12 +100,48 @@ def test_nearest_equals_ml_dtypes(format, oracle):
     assert torch.equal(codes.view(torch.uint8)[numbers], expected[numbers])
 
 
+@pytest.mark.parametrize(
+    ("format", "quanta", "exponent"),
+    [(E5M2, 3, 0), (E5M2, 2, -15), (E4M3, 7, -7), (FP16, 5, -14), (FP16, 63, -15), (FP16, 900, -15), (BF16, 9, 3)],
+    ids=lambda v: getattr(v, "name", v),
+)
+def test_a_value_rounds_up_from_its_draws_threshold_on(format, quanta, exponent):
+    """`quanta` over a binade's start, or over zero among the subnormals: at half a step over the draw, and below."""
+    draw = reference.random_draws(2000, SEED, STREAM).double()
+    quantum = 2.0 ** (max(exponent, format.min_exponent) - format.mantissa_bits)
+    lower = quanta * quantum + (2.0**exponent if exponent >= format.min_exponent else 0.0)
+    exact = (draw + 0.5) * 2.0**-16 * quantum + lower
+    least = exact.float()
+    least = torch.where(least.double() < exact, least.nextafter(least + 1), least)
+    for x, up in ((least, True), (least.nextafter(torch.zeros(())), False)):
+        values, _, _ = run(x, format, "stochastic", "inf")
+        assert bool(((values > lower) == up).all())
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("format", [E5M2, E4M3], ids=lambda f: f.name)
 def test_ten_million_fp32_patterns(format):
     x = random_fp32(10_000_000)
     for rounding in reference.ROUNDINGS:
         assert_like_reference(x, format, rounding, "inf")
+
+
+@pytest.mark.skipif(DEVICE == "cpu" or torch.cuda.get_device_capability() < (8, 9), reason="no such conversion")
+@pytest.mark.parametrize("overflow", reference.OVERFLOWS)
+@pytest.mark.parametrize("format", [E5M2, E4M3], ids=lambda f: f.name)
+def test_the_hardwares_conversion_of_all_patterns_is_the_one_on_bits(format, overflow, monkeypatch):
+    """A NaN may have lost its sign."""
+    found = [torch.empty(2**24, dtype=format.dtype, device=DEVICE) for _ in range(2)]
+    in_hardware = codec.rounding_code
+    assert in_hardware(format, "nearest", torch.cuda.get_device_capability()) == codec.NEAREST_IN_HARDWARE.value
+    for start in range(-(2**31), 2**31, 2**24):
+        x = torch.arange(start, start + 2**24, device=DEVICE).to(torch.int32).view(torch.float32)
+        for code, choice in zip(found, (in_hardware, lambda *_: codec.NEAREST.value), strict=True):
+            monkeypatch.setattr(codec, "rounding_code", choice)
+            round_into(x, format, "nearest", overflow, 0, 0, "same", None, code, None)
+        hardware, bits = (code.view(torch.uint8) for code in found)
+        different = (hardware != bits) & ~(x.isnan() & (hardware & 0x7F == 0x7F))
+        assert not bool(different.any()), x[different][:3].tolist()
 
 
 def strided_tensors():
@@ -117,6 +154,8 @@ def strided_tensors():
     yield "transposed, odd", base[: 7 * 129].view(7, 129).t()
     yield "channels_last, whole groups", base[: 2 * 5 * 4 * 6].view(2, 5, 4, 6).to(memory_format=torch.channels_last)
     yield "channels_last, odd", base[: 2 * 5 * 7 * 7].view(2, 5, 7, 7).to(memory_format=torch.channels_last)
+    yield "contiguous images that count channels last", base[: 2 * 8 * 5 * 7].view(2, 8, 5, 7).movedim(1, -1)
+    yield "the same, three channels", base[: 4 * 3 * 5 * 7].view(4, 3, 5, 7).movedim(1, -1)
     yield "slice of a matrix", base[: 24 * 40].view(24, 40)[3:19, 5:17]
     yield "expanded", base[:12].view(12, 1).expand(12, 5)
     yield "five dimensions", base[: 2 * 3 * 4 * 5 * 6].view(2, 3, 4, 5, 6).permute(4, 2, 0, 3, 1)[::2, :, :, 1:, :2]

@@ -73,26 +73,28 @@ def test_three_steps_equal_torch(name):
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_masters_and_weights_are_rounded_like_the_reference(rounding):
+@pytest.mark.parametrize("order", reference.ORDERS)
+def test_masters_and_weights_are_rounded_like_the_reference(rounding, order):
     # Without momentum and with a power of two as learning rate, the FP32 result is exact whatever the order.
     rule, seed = Rule("sgd", 0.5, 0.0), 2**63 + 9
-    made, grads = tensors(), tensors(seed=1)
+    # The last kernel in both layouts.
+    made, grads = ([*ts, ts[-1].contiguous()] for ts in (tensors(), tensors(seed=1)))
     master_spec, weight_spec = RoleSpec("fp16", rounding), RoleSpec("e5m2", rounding)
     parameters = []
     for i, (m, g) in enumerate(zip(made, grads, strict=True)):
         weight = torch.empty_like(m, dtype=torch.float8_e5m2)
-        # The last two keep FP16 values in FP32 tensors, as normalization parameters do.
+        # The last ones keep FP16 values in FP32 tensors, as normalization parameters do.
         master = m.half() if i < 3 else m.half().float()
-        parameters.append(Parameter(master, g, (), 2**64 - 1 - i, weight, i))
-    expected = [
-        reference.round_to_format((p.master.float() - 0.5 * p.grad).cpu(), FP16, rounding, "inf", seed, p.master_stream)
-        for p in parameters
-    ]
+        parameters.append(Parameter(master, g, (), 2**64 - 1 - i, weight, i, order=order))
+
+    def rounded(x, format, stream):
+        return reference.round_to_format(x.cpu(), format, rounding, "inf", seed, stream, order=order)
+
+    expected = [rounded(p.master.float() - 0.5 * p.grad, FP16, p.master_stream) for p in parameters]
     update(parameters, rule, 1, master_spec, weight_spec, gradient_control(parameters), seed=seed)
     for p, master in zip(parameters, expected, strict=True):
         assert torch.equal(p.master.float().cpu(), master)
-        weight = reference.round_to_format(master, E5M2, rounding, "inf", seed, p.weight_stream)
-        assert torch.equal(p.weight.float().cpu(), weight)
+        assert torch.equal(p.weight.float().cpu(), rounded(master, E5M2, p.weight_stream))
 
 
 def test_fp8_gradients():
@@ -251,7 +253,7 @@ def test_fused_step_is_the_masters_step(name, rounding):
         inject(model, recipe, StepContext(seed=4), "emulate")
         optimizer = OPTIMIZERS[name](model.parameters())
         models.append((model, MasterWeights(model, optimizer, recipe), optimizer))
-    (model, masters, optimizer), (fused, _, fused_optimizer) = models
+    (model, masters, optimizer), (fused, fused_masters, fused_optimizer) = models
     parameters = dict(fused.named_parameters())
     assert unsupported(fused_optimizer) is None
     for step in range(3):
@@ -262,7 +264,8 @@ def test_fused_step_is_the_masters_step(name, rounding):
         model.fp8_context.begin(step)
         fused.fp8_context.begin(step)
         assert masters.step(64.0, clip_norm=3.0)
-        norm = fused_step(engine, parameters, fused_optimizer, recipe.master, fused.fp8_context, 64.0, clip_norm=3.0)
+        given = (recipe.master, fused.fp8_context, 64.0, 3.0, fused_masters.orders)
+        norm = fused_step(engine, parameters, fused_optimizer, *given)
         assert norm == pytest.approx(masters.grad_norm, rel=1e-5)
     for key, p in model.named_parameters():
         q = parameters[key].data

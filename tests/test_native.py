@@ -66,7 +66,9 @@ def test_lesser_machines_get_the_same_bytes(march):
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randint(-(2**31), 2**31, (6000,), generator=generator).to(torch.int32).view(torch.float32)
     x = torch.cat([patterns, torch.randn(6000, generator=generator) * 1e-5])[:11_970].reshape(7, 18, 5, 19)
-    for source in (x, x.contiguous(memory_format=torch.channels_last), x.half(), x.bfloat16()):
+    channels_last = x.contiguous(memory_format=torch.channels_last)
+    in_eights = x[:, :16].contiguous()
+    for source in (x, channels_last, channels_last.movedim(1, -1), in_eights.movedim(1, -1), x.half(), x.bfloat16()):
         for format in (E5M2, E4M3, FP16, BF16):
             for rounding in reference.ROUNDINGS:
                 got, mine = (torch.empty_like(source, dtype=torch.float32) for _ in range(2))
@@ -83,8 +85,12 @@ def test_lesser_machines_get_the_same_bytes(march):
     [
         (lambda: torch.empty(4, 8, 6, 6), True, ("linear", (1152,))),
         (lambda: torch.empty(4, 8, 6, 6).to(memory_format=torch.channels_last), False, ("linear", (1152,))),
-        (lambda: torch.empty(4, 8, 6, 6).to(memory_format=torch.channels_last), True, ("transposed", (4, 36, 8))),
-        (lambda: torch.empty(5, 7).t(), True, ("transposed", (1, 5, 7))),
+        (lambda: torch.empty(4, 16, 6, 4).to(memory_format=torch.channels_last), True, ("transposed", (4, 24, 16))),
+        (lambda: torch.empty(4, 16, 6, 6).to(memory_format=torch.channels_last), True, ("copy", ())),
+        (lambda: torch.empty(8, 17).t(), True, ("transposed", (1, 8, 17))),
+        (lambda: torch.empty(17, 8).t(), True, ("copy", ())),
+        (lambda: torch.empty(12, 17).t(), True, ("copy", ())),
+        (lambda: torch.empty(4, 8, 6, 6).movedim(1, -1), True, ("transposed", (4, 8, 36))),
         (lambda: torch.empty(6, 1, 7, 1), True, ("linear", (42,))),
         (lambda: torch.empty(40)[::2], True, ("copy", ())),
     ],

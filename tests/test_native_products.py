@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fp8repro
+from fp8repro import reference
 from fp8repro.backends import select_backend
 from fp8repro.formats import E4M3, E5M2, FP16, FloatFormat
 from fp8repro.native import products
@@ -259,7 +260,6 @@ def test_results_rounded_on_the_way_are_those_of_a_pass_of_its_own(rounding, sca
     fmt = E4M3 if scale else E5M2
     how = Rounding(fmt, rounding, "saturate", "same", 5, 6)
     bias = torch.randn(70)
-    geometry = Conv2dGeometry((2, 2), (1, 1))
     pairs = {
         # Many panels and blocks of rows, a width that is no multiple of 4, and few rows, whose columns are shared out.
         "linear": (operand(3, 67, 100, scale=scale), operand(70, 100)),
@@ -268,7 +268,6 @@ def test_results_rounded_on_the_way_are_those_of_a_pass_of_its_own(rounding, sca
         "matmul": (operand(2, 3, 65, 40), operand(2, 3, 40, 130)),
         "matmul_error_a": (operand(2, 3, 65, 40), operand(2, 3, 130, 40)),
         "matmul_error_b": (operand(2, 3, 40, 65), operand(2, 3, 40, 130)),
-        "conv2d": (operand(2, 16, 9, 9), operand(8, 16, 3, 3)),
         "other operands": (operand(5, 8, format=FP16), operand(9, 8, format=FP16)),
     }
     threads = torch.get_num_threads()
@@ -277,7 +276,7 @@ def test_results_rounded_on_the_way_are_those_of_a_pass_of_its_own(rounding, sca
             torch.set_num_threads(count)
             for name, (a, b) in pairs.items():
                 method = "linear" if name == "other operands" else name
-                extra = {"linear": (bias if name == "linear" else None,), "conv2d": (None, geometry)}.get(method, ())
+                extra = {"linear": (bias if name == "linear" else None,)}.get(method, ())
                 expected = getattr(products.Bf16Backend(), method)(a, b, *extra)
                 round_into(expected, fmt, rounding, "saturate", seed=5, stream=6, values=expected)
                 assert torch.equal(getattr(products.Bf16Backend().rounding(how), method)(a, b, *extra), expected), name
@@ -289,3 +288,36 @@ def test_results_rounded_on_the_way_are_those_of_a_pass_of_its_own(rounding, sca
                     assert torch.equal(total, summed)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "toward_zero"])
+@pytest.mark.parametrize("scale", [None, 4.0])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(
+    ("shape", "weight", "geometry"),
+    [
+        ((2, 16, 9, 9), (8, 16, 3, 3), Conv2dGeometry((2, 2), (1, 1))),
+        ((3, 16, 10, 7), (24, 16, 3, 3), Conv2dGeometry((1, 1), (1, 1))),
+        # Rows of one image alone fit the cache; the stride leaves pixels of the error without a tap.
+        ((2, 64, 130, 130), (68, 64, 1, 1), Conv2dGeometry((2, 3))),
+        ((2, 8, 9, 9), (12, 4, 3, 2), Conv2dGeometry((1, 2), (0, 1), (2, 1), groups=2)),
+    ],
+)
+def test_convolutions_rounded_on_the_way_count_channels_last(shape, weight, geometry, rounding, scale, layout):
+    fmt = E4M3 if scale else E5M2
+    how = Rounding(fmt, rounding, "saturate", "same", 5, 6, "channels_last")
+    x, w = operand(*shape, scale=scale), operand(*weight)
+    bias, like = torch.randn(weight[0]), torch.empty(shape).contiguous(memory_format=layout)
+    plain, rounded = products.Bf16Backend(), products.Bf16Backend().rounding(how)
+    y = plain.conv2d(x, w, bias, geometry)
+    error = operand(*y.shape)
+    for multiply in (
+        lambda backend: backend.conv2d(x, w, bias, geometry),
+        lambda backend: backend.conv2d_error(error, w, geometry, like),
+        lambda backend: backend.conv2d_gradient(error, x, geometry, w.codes),
+    ):
+        exact = multiply(plain)
+        expected = reference.round_to_format(exact, fmt, rounding, "saturate", 5, 6, order="channels_last")
+        given = multiply(rounded)
+        assert torch.equal(given, expected)
+        assert given.stride() == exact.stride()

@@ -47,16 +47,19 @@ def states_of(rule: Rule) -> int:
 
 
 def tensors(seed: int = 0) -> list[Tensor]:
-    """Runs with and without tails; channels_last with rows in fours and not; matrices too large for one chunk."""
+    """Runs with and without tails; kernels in both layouts, rows in eights and not; matrices over a chunk."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(300, 7), (1,), (129,), (40_000,), (8, 6, 3, 3), (3, 700, 5, 5), (5, 16, 2, 2), (0, 4)]
+    shapes = [(300, 7), (1,), (129,), (40_000,), (8, 6, 3, 3), (3, 700, 5, 5), (5, 16, 2, 2), (9, 1, 3, 3), (0, 4)]
     made = [torch.randn(shape, generator=generator) for shape in shapes]
-    made = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in made]
+    made += [t.to(memory_format=torch.channels_last) for t in made if t.dim() == 4]
+    made += [torch.randn(shape, generator=generator) for shape in ((6, 24, 5), (4, 8, 2, 3, 3))]
     # Transposed matrices: 33 rows in memory, and rows longer than a chunk.
     return [*made, torch.randn(33, 90, generator=generator).t(), torch.randn(9, 5000, generator=generator).t()]
 
 
-def parameters_of(rule: Rule, masters: list[Tensor], grads: list[Tensor], measured: bool = False) -> list[Parameter]:
+def parameters_of(
+    rule: Rule, masters: list[Tensor], grads: list[Tensor], measured: bool = False, order: str = "row_major"
+) -> list[Parameter]:
     return [
         Parameter(
             m,
@@ -64,6 +67,7 @@ def parameters_of(rule: Rule, masters: list[Tensor], grads: list[Tensor], measur
             tuple(torch.zeros_like(m, dtype=torch.float32) for _ in range(states_of(rule))),
             2**64 - 1 - i,
             updated=torch.empty_like(m, dtype=torch.float32) if measured else None,
+            order=order,
         )
         for i, (m, g) in enumerate(zip(masters, grads, strict=True))
     ]
@@ -99,16 +103,17 @@ def test_three_steps_are_torchs(name: str) -> None:
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "toward_zero"])
 @pytest.mark.parametrize("format", [FP16, BF16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("stored", [True, False])
-def test_masters_are_the_rounded_results(rounding: str, format: object, stored: bool) -> None:
+@pytest.mark.parametrize("order", reference.ORDERS)
+def test_masters_are_the_rounded_results(rounding: str, format: object, stored: bool, order: str) -> None:
     rule, seed, spec = RULES["adam"], 2**63 + 9, RoleSpec("fp16" if format is FP16 else "bf16", rounding)
     masters = [t.to(format.dtype) for t in tensors()]
     masters = masters if stored else [m.float() for m in masters]
     grads = tensors(seed=1)
     grads[3][7], grads[3][8] = 3e38, 1e-30  # overflow and underflow of squares and of FP16
-    parameters = parameters_of(rule, masters, grads, measured=True)
+    parameters = parameters_of(rule, masters, grads, measured=True, order=order)
     engine.update(parameters, rule, 1, spec, RoleSpec(), engine.gradient_control(parameters), seed=seed)
     for p in parameters:
-        wanted = reference.round_to_format(p.updated, format, rounding, "inf", seed, p.master_stream)
+        wanted = reference.round_to_format(p.updated, format, rounding, "inf", seed, p.master_stream, order=order)
         assert torch.equal(p.master.float(), wanted)
 
 
@@ -188,6 +193,31 @@ def test_telemetry_changes_no_byte_and_counts_lost_updates() -> None:
         results.append([p.detach().clone() for p in model.parameters()])
         lost = masters.context.telemetry.lost_share()
         assert 0 < lost < 1 if every else math.isnan(lost)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_kernels_of_convolutions_count_channels_last_whoever_does_the_step(channels_last: bool) -> None:
+    recipe = replace(load_recipe("fp8"), exempt=())
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = Product()
+        model = model.to(memory_format=torch.channels_last) if channels_last else model
+        inject(model, recipe, StepContext(seed=4), "emulate")
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+        masters = MasterWeights(model, optimizer, recipe)
+        if not fused:
+            optimizer.register_step_pre_hook(lambda *_: None)
+        assert (masters._engine() is not None) == fused
+        for step in range(2):
+            masters.context.begin(step)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            assert masters.step()
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert masters.orders["conv.weight"] == "channels_last"
+    assert {order for name, order in masters.orders.items() if name != "conv.weight"} == {"row_major"}
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

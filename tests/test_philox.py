@@ -51,9 +51,10 @@ def test_native_engine_carries_into_the_high_word_of_the_block():
     assert list(buffer[:16]) == expected.tolist()
 
 
-def test_element_i_takes_word_i_mod_4_of_block_i_div_4():
-    count, seed, stream = 11, 2**40 + 5, 2**50 + 3
+def test_element_i_takes_half_a_word_of_block_i_div_8_its_low_half_first():
+    count, seed, stream = 21, 2**40 + 5, 2**50 + 3
     block = torch.arange(3)
     counter = (block, torch.zeros(3, dtype=torch.int64), torch.full((3,), 3), torch.full((3,), 2**18))
-    expected = torch.stack(reference.philox_4x32_10(counter, (5, 2**8)), dim=1).flatten()[:count]
-    assert torch.equal(reference.random_words(count, seed, stream), expected)
+    found = reference.philox_4x32_10(counter, (5, 2**8))
+    expected = [int(found[i % 8 // 2][i // 8]) >> (16 * (i % 2)) & 0xFFFF for i in range(count)]
+    assert reference.random_draws(count, seed, stream).tolist() == expected

@@ -16,8 +16,9 @@ from training_tools import resuming, rows, tiny_config, use_tiny_network, write_
 import fp8repro.training.loop as loop
 from fp8repro.errors import UserError
 from fp8repro.recipe import load_recipe
+from fp8repro.reference import BITS_VERSION
 from fp8repro.training import train
-from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint, read_tensors
+from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint, read_tensors, write_tensors
 from fp8repro.training.image import ImageTask
 
 HERE = Path(__file__).parent
@@ -266,3 +267,25 @@ def test_resume_from_a_path_writes_a_run_of_its_own(whole, images, tmp_path):
     )
     with pytest.raises(UserError, match=r"checkpoint: '.*nowhere\.pt' is missing"):
         train(replace(config, resume=str(tmp_path / "nowhere.pt"), overwrite=True))
+
+
+def test_a_checkpoint_of_an_earlier_version_of_the_bits_loads_and_says_so(whole, images, tmp_path, capsys):
+    content = read_checkpoint(list_checkpoints(whole / "checkpoints")[0])
+    assert content.pop("bits") == content["results"].pop("bits") == BITS_VERSION
+    older = tmp_path / "older.pt"
+    write_tensors(older, content)
+    config = resumable_config(tmp_path / "run", images)
+    summary = train(replace(config, resume=str(older)))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume: ")]
+    assert said == [
+        f"resume: the checkpoint has random bits of version 1, this code has those of version {BITS_VERSION}: "
+        "the run goes on, but to other bits than it would have come to"
+    ]
+    # What began with other bits keeps saying so, and so do the checkpoints that it writes.
+    assert (summary["bits"], summary["bits_at_first"]) == (BITS_VERSION, 1)
+    assert last_state(tmp_path / "run")["results"]["bits"] == 1
+    assert train(replace(config, resume="auto"))["bits_at_first"] == 1
+    assert not any(line.startswith("resume: ") for line in capsys.readouterr().out.splitlines())
+    write_tensors(older, content | {"bits": "two"})
+    with pytest.raises(UserError, match=r"checkpoint: older\.pt is none of a run of this version \(bits is missing"):
+        train(replace(config, resume=str(older), overwrite=True))

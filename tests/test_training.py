@@ -13,6 +13,7 @@ from training_tools import rows, tiny_config, use_tiny_network, write_images
 import fp8repro.training.image
 from fp8repro.config import DataConfig, LossScalingConfig, OptimizerConfig, run_config
 from fp8repro.errors import RunFailure, UserError
+from fp8repro.reference import BITS_VERSION
 from fp8repro.training import loop as loop_module
 from fp8repro.training import train
 from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint
@@ -54,6 +55,7 @@ SUMMARY_KEYS = {
         "backend",
         "graphs",
         "version",
+        "bits",
         "best",
     ),
 }
@@ -70,6 +72,7 @@ def test_a_run_leaves_its_records(tmp_path, capsys):
     assert run_config(yaml.safe_load((folder / "config.yaml").read_text())) == config
     environment = json.loads((folder / "environment.json").read_text())
     assert {"python", "packages", "cpu", "threads", "platform", "commit"} <= environment.keys()
+    assert summary["bits"] == environment["bits"] == BITS_VERSION
 
     train_rows, evals = rows(folder, "train"), rows(folder, "eval")
     assert [row["step"] for row in train_rows] == list(range(1, 25))

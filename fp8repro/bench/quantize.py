@@ -16,10 +16,14 @@ from torch import Tensor
 from fp8repro.bench.cpu import DEFAULT_OUT, ForeignLoad, Row, interleaved_medians, relaunch_pinned, report, rows
 from fp8repro.formats import E5M2
 from fp8repro.native.memory import keep_freed_memory
-from fp8repro.quantizer import round_into
+from fp8repro.quantizer import quantize, round_into
 
-# Largest time relative to `copy_` by number of values: nearest, stochastic.
-BARS = {10**6: (1.0, 2.2), 16 * 10**6: (1.0, 1.3)}
+PUBLIC = "quantize(x)"
+# Largest time relative to `copy_`, by number of values.
+BARS = {
+    10**6: {"nearest": 1.0, "stochastic": 1.3, PUBLIC: 1.3, f"{PUBLIC}, stochastic": 1.8},
+    16 * 10**6: {"nearest": 1.0, "stochastic": 1.0, PUBLIC: 1.0, f"{PUBLIC}, stochastic": 1.3},
+}
 # A hundredth of QPyTorch's time, as a ratio to it.
 PEER_BAR = 0.01
 
@@ -28,7 +32,7 @@ Work = Callable[[], object]
 
 
 def work(x: Tensor) -> dict[str, Work]:
-    """What is measured on FP32 values `x`; every output is allocated beforehand, except where torch allocates."""
+    """What is measured on FP32 values `x`; outputs are allocated beforehand, but those of `quantize` and of torch."""
     copy, values = torch.empty_like(x), torch.empty_like(x)
     codes = torch.empty_like(x, dtype=E5M2.dtype)
     stats = torch.zeros(4, dtype=torch.float64)
@@ -41,6 +45,9 @@ def work(x: Tensor) -> dict[str, Work]:
         found[rounding] = ours(rounding, values, None)
         found[f"{rounding}, FP8 out"] = ours(rounding, None, codes)
         found[f"{rounding}, with statistics"] = ours(rounding, values, None, stats)
+    # As people call it: checked, and with a result of its own.
+    found[PUBLIC] = lambda: quantize(x)
+    found[f"{PUBLIC}, stochastic"] = lambda: quantize(x, rounding="stochastic", seed=1, stream=2)
     found["x.to(float8_e5m2).float()"] = lambda: x.to(E5M2.dtype).float()
     return found
 
@@ -85,11 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     measured: list[Row] = []
     with ForeignLoad() as foreign:
-        for count, (nearest, stochastic) in BARS.items():
+        for count, bars in BARS.items():
             x = torch.randn(count, generator=torch.Generator().manual_seed(0))
             repeats = max(5, options.repeats * 10**6 // count)
             medians = interleaved_medians(work(x), repeats)
-            bars = {"nearest": nearest, "stochastic": stochastic}
             measured += rows(f"{count:,} FP32 values to E5M2", medians, "copy_", bars)
         measured += peer_rows(torch.randn(10**6), max(5, options.repeats // 20))
     report("Quantizing FP32 to E5M2", measured, foreign.cores, "quantize", options.out)

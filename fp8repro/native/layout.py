@@ -11,8 +11,10 @@ import math
 from typing import Any
 
 Strides = tuple[int, ...]
-# Runs shorter than this cost more to find than a copy of the whole tensor.
+# Runs shorter than this cost more to find than a copy of the whole tensor, and so do narrower matrices.
 SHORTEST_RUN = 16
+# Elements of a Philox call: as many rows of a matrix are walked at once.
+PER_CALL = 8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -39,13 +41,30 @@ def plan(
         dense = all(stride == math.prod(size for _, size in in_memory[:i]) for i, (stride, _) in enumerate(in_memory))
         if dense and (not ordered or len(sizes) <= 1):
             return "linear", (math.prod(sizes),)
-        if dense and len(sizes) == 2:
-            return "transposed", (1, sizes[1], sizes[0])
-        if dense and len(sizes) == 3 and first[1] == 1 and first[2] == sizes[1]:
-            return "transposed", (sizes[0], sizes[2], sizes[1])
+        matrices = _turned(sizes, first)
+        if matrices is not None and matrices[1] % PER_CALL == 0 and matrices[2] >= SHORTEST_RUN:
+            return "transposed", matrices
     if all(each[-1] == 1 for each in strides) and sizes[-1] >= SHORTEST_RUN:
         return "runs", _runs(sizes, strides, has_values)
     return "copy", ()
+
+
+def turned_matrices(shape: tuple[int, ...], strides: Strides) -> tuple[int, int, int] | None:
+    """(matrices, rows, columns) of a dense tensor whose matrices lie as [rows, columns] and count as [columns, rows].
+
+    No rows where both orders are the same; None for other tensors.
+    """
+    sizes, (steps,) = _collapse(shape, (strides,))
+    if len(sizes) == 1 and steps[0] == 1:
+        return 1, 0, sizes[0]
+    return _turned(sizes, steps)
+
+
+def _turned(sizes: list[int], strides: list[int]) -> tuple[int, int, int] | None:
+    whole = len(sizes) in (2, 3) and strides[-2] == 1 and strides[-1] == sizes[-2]
+    if not whole or (len(sizes) == 3 and strides[0] != sizes[1] * sizes[2]):
+        return None
+    return math.prod(sizes[:-2]), sizes[-1], sizes[-2]
 
 
 def _collapse(shape: tuple[int, ...], strides: tuple[Strides, ...]) -> tuple[list[int], list[list[int]]]:

@@ -72,6 +72,21 @@ INLINE void philox_consecutive(uint64_t first_block, uint64_t stream, const Key&
     }
 }
 
+// The draws of 2 * LANES elements whose words follow each other: half a word each, on top of a lane.
+INLINE void draws_of_words(U32 words, U32 draws[2]) {
+#if defined(FULL_WIDTH)
+    typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES)));
+    Halves place;
+    for (int lane = 0; lane < 2 * LANES; ++lane) place[lane] = lane / 2;
+    draws[0] = (U32)_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, (__m512i)place, (__m512i)words);
+    draws[1] = (U32)_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, (__m512i)(place + LANES), (__m512i)words);
+#else
+    U16 halves[2];
+    std::memcpy(halves, &words, sizeof words);
+    for (int k = 0; k < 2; ++k) draws[k] = __builtin_convertvector(halves[k], U32) << 16;
+#endif
+}
+
 // The words of LANES arbitrary blocks, one block a lane, even lanes first: draws[k] holds word k.
 INLINE void philox_gathered(const U64 blocks[2], uint64_t stream, const Key& key, U32 draws[4]) {
     const U64 high[2] = {blocks[0] >> 32, blocks[1] >> 32};

@@ -229,9 +229,26 @@ void pack_weight(const Convolution& c, const uint8_t* weight, bool terms_are_out
     });
 }
 
+// Rounds some rows of some images of a phase, in which no other thread has a pixel.
+void round_pixels(const Convolution& c, const Phase& p, float* out, int64_t image, int64_t images, int64_t first,
+                  int64_t rows, const Rounded& rounded) {
+    // Neighbouring pixels are one run, and so are neighbouring whole rows.
+    const bool line = p.step[1] == 1, whole = line && p.count[1] == c.out[1] && p.step[0] == 1;
+    const int64_t runs[3] = {images, whole ? 1 : rows, line ? 1 : p.count[1]};
+    const int64_t length = (whole ? rows : 1) * (line ? p.count[1] : 1) * c.out_channels;
+    for (int64_t n = 0; n < runs[0]; ++n)
+        for (int64_t i = 0; i < runs[1]; ++i)
+            for (int64_t j = 0; j < runs[2]; ++j) {
+                const int64_t y = p.start[0] + (first + i) * p.step[0], x = p.start[1] + j * p.step[1];
+                const int64_t at = (((image + n) * c.out[0] + y) * c.out[1] + x) * c.out_channels;
+                rounded(out + at, length, out, at, length, 1, length);
+            }
+}
+
 // One stretch of rows of some images of a phase.
 void convolve_block(const Convolution& c, const Phase& p, const uint8_t* source, const char* panels, const float* bias,
-                    float* out, int64_t image, int64_t images, int64_t first, int64_t rows, const Decoder& decode) {
+                    float* out, int64_t image, int64_t images, int64_t first, int64_t rows, const Decoder& decode,
+                    const Rounded& rounded) {
     const int64_t channels = c.source_channels;
     int64_t low[2] = {p.tap[0].d[0], p.tap[0].d[1]}, high[2] = {low[0], low[1]};
     for (int64_t t = 1; t < p.taps; ++t) {
@@ -300,10 +317,11 @@ void convolve_block(const Convolution& c, const Phase& p, const uint8_t* source,
             multiply(tile, terms, blocks);
         }
     }
+    if (rounded.format) round_pixels(c, p, out, image, images, first, rows, rounded);
 }
 
 void convolve(const Convolution& c, const uint8_t* source, const char* panels, const float* bias, float* out,
-              int threads, const Decoder& decode) {
+              int threads, const Decoder& decode, const Rounded& rounded) {
     const Phase* phase = &c.first;
     for (int64_t k = 0; k < c.phases; ++k, phase = phase->next()) {
         const Phase& p = *phase;
@@ -318,7 +336,7 @@ void convolve(const Convolution& c, const uint8_t* source, const char* panels, c
         parallel_items(threads, divide_up(c.images, images) * blocks, [&](int64_t item) {
             const int64_t image = item / blocks * images, first = item % blocks * rows;
             convolve_block(c, p, source, panels, bias, out, image, std::min(images, c.images - image), first,
-                           std::min(rows, p.count[0] - first), decode);
+                           std::min(rows, p.count[0] - first), decode, rounded);
         });
     }
 }
@@ -359,10 +377,13 @@ EXPORT void fp8repro_pack_weight(const Convolution* c, const uint8_t* weight, co
     pack_weight(*c, weight, terms_are_out, panels, threads, Decoder(decoder));
 }
 
-// Source and out are [images, height, width, channels] in memory. Pixels without a tap are left as they are.
+// Source and out are [images, height, width, channels] in memory, which is how their elements count. Pixels without a tap
+// are left as they are. `format`: see `Rounded`.
 EXPORT void fp8repro_convolve(const Convolution* c, const uint8_t* source, const uint16_t* decoder, const char* panels,
-                              const float* bias, float* out, int32_t threads) {
-    convolve(*c, source, panels, bias, out, threads, Decoder(decoder));
+                              const float* bias, float* out, const Format* format, uint64_t seed, uint64_t stream,
+                              int32_t threads) {
+    const Rounded rounded = {format, {Key(seed), stream, format && format->rounding == STOCHASTIC}, false};
+    convolve(*c, source, panels, bias, out, threads, Decoder(decoder), rounded);
 }
 
 // out: [error channels, kernel, source channels / groups] in memory.

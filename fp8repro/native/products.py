@@ -50,7 +50,7 @@ def library() -> Any:
         found.fp8repro_pack_right.argtypes = [pointer] * 4 + [int32]
         found.fp8repro_gemm.argtypes = [pointer] * 9 + [uint64, uint64, int32, int32]
         found.fp8repro_pack_weight.argtypes = [pointer, pointer, pointer, int32, pointer, int32]
-        found.fp8repro_convolve.argtypes = [pointer] * 6 + [int32]
+        found.fp8repro_convolve.argtypes = [pointer] * 7 + [uint64, uint64, int32]
         found.fp8repro_convolution_gradient.argtypes = [pointer] * 6 + [int32]
         _use_tiles(found, True)
     return found
@@ -90,7 +90,7 @@ class Bf16Backend(EmulateBackend):
         self.name = "emulate-amx" if library().tiles else "emulate-bf16"
 
     def rounding(self, how: Rounding) -> Bf16Backend:
-        """Matrix products round a tile while the cache has it, other products in a pass behind."""
+        """Products round a block while the cache has it, gradients of convolutions in a pass behind."""
         return Bf16Backend(how)
 
     def adding(self, total: Tensor) -> Bf16Backend:
@@ -146,7 +146,7 @@ class Bf16Backend(EmulateBackend):
             return self._rounded(super().conv2d(x, weight, bias, geometry))
         convolution = _forward(geometry, tuple(x.codes.shape), tuple(weight.codes.shape))
         result = _channels_last_empty(convolution.shape)
-        return self._rounded(_convolve(convolution, x, weight, bias, result))
+        return self._convolve(convolution, x, weight, bias, result)
 
     def conv2d_error(self, error: Operand, weight: Operand, geometry: Conv2dGeometry, like: Tensor) -> Tensor:
         """See `Backend`."""
@@ -156,7 +156,7 @@ class Bf16Backend(EmulateBackend):
         result = _empty(like)
         if not convolution.complete:
             result.zero_()
-        return self._rounded(_like(_convolve(convolution, error, weight, None, result), like))
+        return _like(self._convolve(convolution, error, weight, None, result), like)
 
     def conv2d_gradient(self, error: Operand, x: Operand, geometry: Conv2dGeometry, like: Tensor) -> Tensor:
         """See `Backend`."""
@@ -183,7 +183,7 @@ class Bf16Backend(EmulateBackend):
         h = self.how
         if h is None:
             return result
-        options = {"seed": h.seed, "stream": h.stream, "subnormal_rounding": h.subnormal_rounding}
+        options = {"seed": h.seed, "stream": h.stream, "subnormal_rounding": h.subnormal_rounding, "order": h.order}
         round_into(result, h.format, h.rounding, h.overflow, **options, values=result)  # type: ignore[arg-type]
         return result if self.total is None else self.total.add_(result)
 
@@ -217,13 +217,42 @@ class Bf16Backend(EmulateBackend):
             None if panels is None else address(panels),
             None if bias is None or scaled else address(bias),
             address(result),
-            None if how is None else format_address(how.format, how.rounding, how.overflow, how.subnormal_rounding),
-            0 if how is None else how.seed,
-            0 if how is None else how.stream,
+            *_rounding(how),
             total is not None,
             threads,
         )
         return self._rounded(_unscaled(result, a, b, bias)) if scaled else result
+
+    def _convolve(
+        self, convolution: _Convolution, source: Operand, weight: Operand, bias: Tensor | None, result: Tensor
+    ) -> Tensor:
+        """The convolution, into `result`, which is channels_last."""
+        codes = _channels_last(source.codes)
+        threads = torch.get_num_threads()
+        scaled = source.scale is not None or weight.scale is not None
+        how = None if scaled or self.total is not None else self.how
+        panels = _convolution_panels(convolution, weight, threads)
+        library().fp8repro_convolve(
+            convolution.sizes,
+            address(codes),
+            _decoder(codes.dtype),
+            address(panels),
+            None if bias is None or scaled else address(bias),
+            address(result),
+            *_rounding(how),
+            threads,
+        )
+        if scaled:
+            _unscaled(result, source, weight, None if bias is None else bias.view(-1, 1, 1))
+        return result if how is not None else self._rounded(result)
+
+
+def _rounding(how: Rounding | None) -> tuple[int | None, int, int]:
+    """What a kernel is told of how to round: the format's address, seed and stream."""
+    if how is None:
+        return None, 0, 0
+    assert isinstance(how.stream, int)
+    return format_address(how.format, how.rounding, how.overflow, how.subnormal_rounding), how.seed, how.stream
 
 
 def _multiplies(a: Operand, b: Operand) -> bool:
@@ -351,38 +380,23 @@ def _convolves(codes: Tensor, weight: Operand, geometry: Conv2dGeometry, forward
     return fits and terms // geometry.groups % 2 == 0 and kernel[0] * kernel[1] <= _MOST_TAPS
 
 
-def _convolve(
-    convolution: _Convolution, source: Operand, weight: Operand, bias: Tensor | None, result: Tensor
-) -> Tensor:
-    codes = _channels_last(source.codes)
-    threads = torch.get_num_threads()
-    scaled = source.scale is not None or weight.scale is not None
+def _convolution_panels(convolution: _Convolution, weight: Operand, threads: int) -> Tensor:
+    """The weight as the kernel reads it; kept with the operand."""
     key = ("convolution", convolution.backward)
     panels = weight.packed.get(key)
     if panels is None:
         panels = torch.empty(convolution.packed_size, dtype=torch.int32, device="cpu")
-        weight_codes = _channels_last(weight.codes)
+        codes = _channels_last(weight.codes)
         library().fp8repro_pack_weight(
             convolution.sizes,
-            address(weight_codes),
-            _decoder(weight_codes.dtype),
+            address(codes),
+            _decoder(codes.dtype),
             int(convolution.backward),
             address(panels),
             threads,
         )
         weight.packed[key] = panels
-    library().fp8repro_convolve(
-        convolution.sizes,
-        address(codes),
-        _decoder(codes.dtype),
-        address(panels),
-        None if bias is None or scaled else address(bias),
-        address(result),
-        threads,
-    )
-    if scaled:
-        return _unscaled(result, source, weight, None if bias is None else bias.view(-1, 1, 1))
-    return result
+    return panels
 
 
 @functools.lru_cache(maxsize=4096)

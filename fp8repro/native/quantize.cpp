@@ -141,7 +141,8 @@ EXPORT void fp8repro_runs(COMMON, int64_t outer, const int64_t* layout) {
     dispatch(call, [&](auto kernels) { kernels.runs(call, (int)outer, layout); });
 }
 
-// Matrices stored one after the other as [rows][columns], in logical order [columns][rows]; not for `NEAREST`.
+// Matrices stored one after the other as [rows][columns], in logical order [columns][rows]; not for `NEAREST`, and rows
+// are a multiple of 8.
 EXPORT void fp8repro_transposed(COMMON, int64_t matrices, int64_t rows, int64_t columns) {
     CALL;
     dispatch(call, [&](auto kernels) { kernels.transpose(call, matrices, rows, columns); });

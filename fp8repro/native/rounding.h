@@ -27,6 +27,11 @@ struct Format {
     bool is_wide() const { return smallest_normal == 0x800000u; }
     // Code of a normal value: (magnitude - rebias) >> drop.
     uint32_t rebias() const { return smallest_normal - 0x800000u; }
+    // A normal magnitude is rounded by adding this, less the draw's top `drop` bits, and truncating: that carries if
+    // and only if draw < floor(fraction * 2^16 + 1/2); toward zero, with the largest draw, nothing is added.
+    uint32_t carry() const {
+        return (0xFFFF0000u >> (32 - drop)) + (rounding == STOCHASTIC && drop > 16 ? 1u << (drop - 17) : 0);
+    }
 };
 
 struct Tensors {
@@ -76,34 +81,25 @@ INLINE U32 nearest(U32 magnitude, const Format& f) {
     return (U32)(((F32)magnitude + shifter) - shifter);
 }
 
-// Rounds up if and only if draw < fraction * 2^32, the fraction being what a subnormal result discards.
+// The same for what a subnormal result discards. `draw`: 16 bits on top of a lane.
 INLINE U32 subnormal_stochastic(U32 magnitude, U32 draw, const Format& f) {
     const uint32_t quantum = f.smallest_normal - ((23u - (uint32_t)f.drop) << 23);
-#if defined(FULL_WIDTH)
-    // Truncating addition of a shifter whose ulp is the quantum, then the discarded part as a 32-bit threshold.
-    const __m512 value = (__m512)magnitude;
-    const __m512 shifter = (__m512)splat(f.smallest_normal + ((uint32_t)f.drop << 23));
-    const __m512 sum = _mm512_add_round_ps(value, shifter, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
-    const F32 lower = (F32)sum - (F32)shifter;
-    const F32 discarded = ((F32)value - lower) * (F32)splat(((127u + 127u + 32u) << 23) - quantum);
-    const __m512i threshold =
-        _mm512_cvt_roundps_epu32((__m512)discarded, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
-    const __mmask16 up = _mm512_cmplt_epu32_mask((__m512i)draw, threshold);
-    return (U32)_mm512_mask_add_ps((__m512)lower, up, (__m512)lower, (__m512)splat(quantum));
-#else
-    const U32 exponent = magnitude >> 23;
-    const U32 biased = choose(exponent > 0, exponent, splat(1));
-    const U32 significand = choose(exponent > 0, (magnitude & 0x7FFFFF) | 0x800000, magnitude);
-    // The significand holds `discarded` bits under the quantum of the subnormals.
-    const U32 discarded = splat((uint32_t)f.drop + (f.smallest_normal >> 23)) - biased;
-    const U32 steps = choose(discarded < 32, significand >> (discarded & 31), U32{});
-    // Threshold fraction * 2^32, rounded up to an integer where it has bits of its own.
-    const U32 down = choose(discarded < 63, discarded - 32, splat(31)) & 31;
-    const U32 ceiling = (significand + ((splat(1) << down) - 1)) >> down;
-    const U32 threshold = choose(discarded < 32, significand << ((splat(32) - discarded) & 31), ceiling);
-    const U32 rounded = steps + choose(draw < threshold, splat(1), U32{});
-    return (U32)(__builtin_convertvector((I32)rounded, F32) * (F32)splat(quantum));
-#endif
+    if (f.rounding == STOCHASTIC && f.drop >= 17) {
+        // One addition to 128 quanta and 2^16 - 1 - draw steps of 2^-16, which is the sum's ulp: it rounds to the nearest
+        // step, of two the even one, and the one that carries into the quanta is even.
+        const uint32_t shifter = quantum + (7u << 23);
+        const F32 sum = (F32)magnitude + (F32)(shifter + 0xFFFF - (draw >> 16));
+        return (U32)((F32)((U32)sum & 0xFFFF0000u) - (F32)splat(shifter));
+    }
+    // More quanta than a sum with such an ulp can count: split them off.
+    const F32 quanta = (F32)magnitude * (F32)splat((254u << 23) - quantum);
+    U32 whole = (U32)__builtin_convertvector(quanta, I32);
+    if (f.rounding == STOCHASTIC) {
+        constexpr uint32_t SHIFTER = 0x43000000u;  // 128
+        const F32 fraction = quanta - __builtin_convertvector((I32)whole, F32);
+        whole += ((U32)(fraction + (F32)(SHIFTER + 0xFFFF - (draw >> 16))) - SHIFTER) >> 16;
+    }
+    return (U32)(__builtin_convertvector((I32)whole, F32) * (F32)splat(quantum));
 }
 
 INLINE U32 overflowed(U32 magnitude, U32 rounded, const Format& f) {
@@ -114,16 +110,15 @@ INLINE U32 overflowed(U32 magnitude, U32 rounded, const Format& f) {
 
 // ---- Blocks of N vectors ----
 
-// x, bits of FP32 values in, bits of their rounded values out.
+// x, bits of FP32 values in, bits of their rounded values out. draws: 16 random bits on top of each lane.
 template <bool RANDOM, bool COUNT, int N>
 INLINE void round_block(U32 x[N], const U32 draws[N], const Format& f, Counts& counts) {
     U32 magnitude[N], rounded[N];
-    const uint32_t below_ulp = (1u << f.drop) - 1;
+    const uint32_t below_ulp = (1u << f.drop) - 1, carry = f.carry();
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) {
         magnitude[k] = x[k] & MAGNITUDE;
-        // Stochastic: add an ulp if the discarded bits exceed the draw's top ones, then truncate.
-        rounded[k] = RANDOM ? (magnitude[k] + below_ulp - (draws[k] >> (32 - f.drop))) & ~below_ulp
+        rounded[k] = RANDOM ? (magnitude[k] + carry - (draws[k] >> (32 - f.drop))) & ~below_ulp
                             : nearest(magnitude[k], f);
     }
     U32 largest = magnitude[0], smallest = magnitude[0] - 1;  // zero becomes the largest integer

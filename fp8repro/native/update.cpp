@@ -85,37 +85,61 @@ void update_chunk(const Parameter& p, int64_t at, int64_t count, Rule r, float* 
     if (has1) std::memcpy(p.state1 + from, &state1, some * sizeof(float));
 }
 
-// Rounds a chunk into the master; `at` and `count` in elements of memory.
-template <bool RANDOM>
-void round_chunk(const Parameter& p, int64_t at, int64_t count, const float* x, Random random, const Format& f) {
-    const bool stored = p.type != FLOAT32;
-    char* master = (char*)p.master + at * (stored ? 2 : 4);
-    Tensors t = {x, nullptr, nullptr, FLOAT32, stored ? NONE : FLOAT32, stored ? CODE16 : NONE, false};
-    (stored ? t.codes : t.values) = master;
-    Counts none;
-    random.stream = p.stream;
-    if (p.rows == 0) return run<float, RANDOM, false>(t, 0, 0, 0, count, (uint64_t)at, random, f, none);
-    // Whole matrices, or rows of one.
+// Some rows of a matrix, or whole matrices, brought into logical order, rounded there and taken back to their places.
+template <bool RANDOM, typename T>
+void round_turned(const Parameter& p, int64_t at, int64_t count, const float* x, const Random& random, const Format& f) {
+    constexpr bool STORED = sizeof(T) == 2;
     const int64_t matrix = p.rows * p.columns;
+    std::vector<float> turned(count);
+    std::vector<T> rounded(count);
+    const Tensors t = {turned.data(), STORED ? nullptr : (void*)rounded.data(), STORED ? (void*)rounded.data() : nullptr,
+                       FLOAT32, STORED ? NONE : FLOAT32, STORED ? CODE16 : NONE, false};
+    Counts none;
     for (int64_t done = 0; done < count;) {
         const int64_t row = (at + done) % matrix / p.columns;
         const int64_t rows = std::min(p.rows - row, (count - done) / p.columns);
-        t.x = x + done;
-        (stored ? t.codes : t.values) = master + done * (stored ? 2 : 4);
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t c = 0; c < p.columns; ++c) turned[c * rows + r] = x[done + r * p.columns + c];
+        }
         const uint64_t base = (uint64_t)((at + done) / matrix * matrix + row);
-        transposed<float, false>(t, 0, p.rows, p.columns, 0, rows, base, random, f, none);
+        // A whole matrix is one run.
+        const int64_t runs = rows == p.rows ? 1 : p.columns, length = rows * p.columns / runs;
+        for (int64_t i = 0; i < runs; ++i) {
+            const int64_t from = i * length;
+            run<float, RANDOM, false>(t, from, from, from, length, base + i * p.rows, random, f, none);
+        }
+        T* master = (T*)p.master + at + done;
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t c = 0; c < p.columns; ++c) master[r * p.columns + c] = rounded[c * rows + r];
+        }
         done += rows * p.columns;
     }
 }
 
+// Rounds a chunk into the master; `at` and `count` in elements of memory.
+template <bool RANDOM>
+void round_chunk(const Parameter& p, int64_t at, int64_t count, const float* x, Random random, const Format& f) {
+    const bool stored = p.type != FLOAT32;
+    random.stream = p.stream;
+    if (p.rows > 0) {
+        const auto piece = stored ? round_turned<RANDOM, uint16_t> : round_turned<RANDOM, float>;
+        return piece(p, at, count, x, random, f);
+    }
+    char* master = (char*)p.master + at * (stored ? 2 : 4);
+    Tensors t = {x, nullptr, nullptr, FLOAT32, stored ? NONE : FLOAT32, stored ? CODE16 : NONE, false};
+    (stored ? t.codes : t.values) = master;
+    Counts none;
+    run<float, RANDOM, false>(t, 0, 0, 0, count, (uint64_t)at, random, f, none);
+}
+
 int64_t size_of(const Parameter& p) { return p.rows == 0 ? p.columns : p.matrices * p.rows * p.columns; }
 
-// Elements that are taken at once: whole matrices, of large ones rows in fours.
+// Elements that are taken at once: whole matrices, of large ones rows in eights.
 int64_t chunk_of(const Parameter& p) {
     if (p.rows == 0) return CHUNK;
     const int64_t matrix = p.rows * p.columns;
     if (matrix <= 4 * CHUNK) return matrix * std::max<int64_t>(1, CHUNK / matrix);
-    return p.columns * 4 * std::max<int64_t>(1, CHUNK / (4 * p.columns));
+    return p.columns * PER_CALL * std::max<int64_t>(1, CHUNK / (PER_CALL * p.columns));
 }
 
 struct Chunk {

@@ -18,8 +18,9 @@ from torch import Tensor
 from fp8repro.engines import address, addressable
 from fp8repro.fused_step import Parameter, Rule
 from fp8repro.native import build, format_address
-from fp8repro.native.layout import plan
+from fp8repro.native.layout import turned_matrices
 from fp8repro.recipe import RoleSpec
+from fp8repro.reference import ORDERS, counted
 from fp8repro.streams import signed64
 
 _TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -52,7 +53,10 @@ def _library() -> Any:
 
 def takes(parameters: Sequence[Tensor]) -> bool:
     """Whether the engine is there, and can update these parameters: dense CPU tensors with values of 16 or 32 bits."""
-    fits = all(p.device.type == "cpu" and p.dtype in _TYPES and _layout(p) is not None for p in parameters)
+    fits = all(
+        p.device.type == "cpu" and p.dtype in _TYPES and all(_layout(p, order) is not None for order in ORDERS)
+        for p in parameters
+    )
     return fits and addressable(*parameters) and _library() is not None
 
 
@@ -121,7 +125,7 @@ def _table(parameters: Sequence[Parameter], ordered: bool = False) -> tuple[Any,
 
 def _check(p: Parameter) -> tuple[int, int, int]:
     """The master's layout, if all else fits it."""
-    layout = _layout(p.master)
+    layout = _layout(p.master, p.order)
     if p.master.device.type != "cpu" or p.master.dtype not in _TYPES or layout is None or not addressable(p.master):
         given = f"{p.master.dtype}, strides {p.master.stride()}, on {p.master.device}"
         raise ValueError(f"master: got {given}, expected a dense tensor of 16 or 32 bits on the CPU")
@@ -138,14 +142,7 @@ def _check(p: Parameter) -> tuple[int, int, int]:
     return layout
 
 
-def _layout(t: Tensor) -> tuple[int, int, int] | None:
-    """(matrices, rows, columns) of a dense tensor whose elements lie in another order than they count in.
-
-    (1, 0, elements) where the orders are the same; None when it is not dense.
-    """
-    if t.is_contiguous():
-        return 1, 0, t.numel()
-    kernel, arguments = plan(tuple(t.shape), t.stride(), (), False, True)
-    if kernel == "linear":
-        return 1, 0, t.numel()
-    return arguments if kernel == "transposed" else None  # type: ignore[return-value]
+def _layout(t: Tensor, order: str) -> tuple[int, int, int] | None:
+    """`turned_matrices` of a tensor whose elements are counted in an order."""
+    in_order = counted(t, order)
+    return (1, 0, t.numel()) if in_order.is_contiguous() else turned_matrices(tuple(in_order.shape), in_order.stride())

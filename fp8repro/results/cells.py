@@ -14,7 +14,15 @@ from fp8repro.config import LossScalingConfig, build_dataclass
 from fp8repro.errors import UserError
 from fp8repro.lengths import with_units
 from fp8repro.loss_scaling import make_scaler
-from fp8repro.results.records import CONFIG, METRICS, RunRecord, read_failures, read_records, read_yaml_file
+from fp8repro.results.records import (
+    CONFIG,
+    METRICS,
+    RunRecord,
+    read_failures,
+    read_records,
+    read_yaml_file,
+    require_same_bits,
+)
 
 ERROR = "error"
 
@@ -154,10 +162,11 @@ def read_cells(roots: Iterable[str | Path]) -> tuple[dict[str, dict[str, CellRun
     Runs of a cell that differ in more than their seed are not mixed: the kind with most seeds stands, then the longest.
 
     Raises:
-        UserError: a root that is not a folder.
+        UserError: a root that is not a folder; runs with different versions of the random bits.
     """
     roots = list(roots)
     records, problems = read_records(roots)
+    require_same_bits(records)
     cells: dict[str, dict[str, CellRuns]] = {}
     kinds: dict[tuple[str, str], dict[str, list[RunRecord]]] = {}
     for record in records:

@@ -60,6 +60,7 @@ class RunRecord:
         seed: of the run.
         metric: "top1" (percent) or "bleu". score: its final value.
         settings: flat settings that decide the result, seed left out; runs that agree in them differ by chance only.
+        bits: versions of the bits (`reference.BITS_VERSION`) that made it, at its first step and at its last.
         summary: the whole of summary.json.
     """
 
@@ -74,6 +75,7 @@ class RunRecord:
     score: float
     settings: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
+    bits: tuple[int, int] = (1, 1)
 
 
 class _Loader(yaml.SafeLoader):
@@ -100,6 +102,27 @@ def read_records(roots: Iterable[str | Path]) -> tuple[list[RunRecord], list[str
         except _Unreadable as error:
             problems.append(f"{folder}: {error}")
     return records, problems
+
+
+def require_same_bits(records: Iterable[RunRecord]) -> None:
+    """Refuse to put runs side by side that were made with different versions of the bits.
+
+    Raises:
+        UserError: names two of them.
+    """
+    kinds: dict[tuple[int, int], RunRecord] = {}
+    for record in records:
+        kinds.setdefault(record.bits, record)
+    if len(kinds) > 1:
+        (a, first), (b, second), *_ = kinds.items()
+        raise UserError(
+            f"runs: got {first.folder} with random bits of version {_version(a)} and {second.folder} with those of "
+            f"version {_version(b)}, expected one version: what differs may be chance"
+        )
+
+
+def _version(bits: tuple[int, int]) -> str:
+    return str(bits[0]) if bits[0] == bits[1] else f"{bits[0]}, then {bits[1]}"
 
 
 def read_failures(roots: Iterable[str | Path]) -> list[dict[str, Any]]:
@@ -221,7 +244,16 @@ def _read_record(folder: Path) -> RunRecord:
     deciding["backend"] = str(summary.get("backend"))
     if summary.get("rollbacks"):
         deciding["trainer.on_divergence"] = "rollback"
-    return RunRecord(folder, **texts, seed=seed, metric=metric, score=float(score), settings=deciding, summary=summary)
+    scored = {"metric": metric, "score": float(score), "settings": deciding, "summary": summary}
+    return RunRecord(folder, **texts, seed=seed, **scored, bits=_bits(summary))  # type: ignore[arg-type]
+
+
+def _bits(summary: Mapping[str, Any]) -> tuple[int, int]:
+    last = summary.get("bits", 1)
+    first = summary.get("bits_at_first", last)
+    if not all(isinstance(version, int) and not isinstance(version, bool) for version in (first, last)):
+        raise _Unreadable(f"{SUMMARY}: bits: got {last!r:.40}, expected a version's number")
+    return first, last
 
 
 def _read_yaml(text: str) -> Any:

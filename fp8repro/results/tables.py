@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from fp8repro.errors import UserError
-from fp8repro.results.records import RunRecord
+from fp8repro.results.records import RunRecord, require_same_bits
 
 METRICS = {"top1": "Top-1 accuracy, %", "bleu": "BLEU (sacreBLEU, detokenized)"}
 DECIMALS = {"top1": 2, "bleu": 1}
@@ -73,7 +73,13 @@ def paper_figures() -> dict[str, Any]:
 
 
 def comparison(records: Iterable[RunRecord]) -> list[Row]:
-    """One row for each kind of run, in the paper's order of models, FP32 first."""
+    """One row for each kind of run, in the paper's order of models, FP32 first.
+
+    Raises:
+        UserError: runs with different versions of the random bits.
+    """
+    records = list(records)
+    require_same_bits(records)
     groups: dict[tuple[Any, ...], dict[int, RunRecord]] = {}
     for record in records:
         # The same run done twice is one seed, not two: the first folder's.

@@ -7,7 +7,7 @@ from pathlib import Path
 from fp8repro.errors import UserError
 from fp8repro.results.cells import Run
 from fp8repro.results.paired import Difference, difference
-from fp8repro.results.records import CONFIG, METRICS, RunRecord, read_records
+from fp8repro.results.records import CONFIG, METRICS, RunRecord, read_records, require_same_bits
 
 POINTS = 6
 CURVES = (
@@ -29,9 +29,10 @@ def compare_two(a: str | Path, b: str | Path) -> str:
     """The comparison as text.
 
     Raises:
-        UserError: one of them is not finished, or they have different scores.
+        UserError: one of them is not finished, or they have different scores or versions of the random bits.
     """
     first, second = _read(a), _read(b)
+    require_same_bits([first.record, second.record])
     if first.record.metric != second.record.metric:
         raise UserError(f"compare: got a run scored in {first.record.metric} and one in {second.record.metric}")
     parts = [
@@ -103,5 +104,7 @@ def _verdict(a: RunRecord, b: RunRecord) -> str:
 def _siblings(record: RunRecord) -> dict[int, float]:
     """Scores by seed of the runs beside one that differ from it by their seed only."""
     beside, _ = read_records([record.folder.parent])
-    same = {other.seed: other.score for other in beside if other.settings == record.settings}
+    same = {
+        other.seed: other.score for other in beside if (other.settings, other.bits) == (record.settings, record.bits)
+    }
     return {**same, record.seed: record.score}

@@ -133,6 +133,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     content = read_tensors(path)
     wrong = [key for key, kind in CONTENT.items() if not isinstance(content.get(key), kind)]
+    wrong += [] if isinstance(content.get("bits", 1), int) else ["bits"]
     if wrong or content["format"] != FORMAT:
         reason = f"{wrong[0]} is missing" if wrong else f"format {content['format']}"
         raise UserError(
@@ -144,6 +145,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Harmful as error:
         raise UserError(f"checkpoint: {path.name} cannot be used ({error} among its settings)") from None
     return content | {name: with_units(content[name]) for name in ("identity", "config")}
+
+
+def bits_of(content: Mapping[str, Any]) -> int:
+    """The version of the bits (`reference.BITS_VERSION`) that made a checkpoint; before version 2 none said so."""
+    return int(content.get("bits", 1))
 
 
 def newest_checkpoint(folder: Path, report: Callable[[str], None], until: int | None = None) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import fp8repro
+from fp8repro.reference import BITS_VERSION
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "scikit-learn", "hydra-core")
 
@@ -21,6 +22,7 @@ def describe_environment() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "fp8repro": fp8repro.__version__,
+        "bits": BITS_VERSION,
         "commit": git_commit(),
         "python": platform.python_version(),
         "packages": {package: _version(package) for package in PACKAGES},

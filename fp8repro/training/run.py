@@ -17,6 +17,7 @@ from fp8repro.errors import UserError
 from fp8repro.injection import InjectionReport, inject
 from fp8repro.loss_scaling import LossScaler, make_scaler
 from fp8repro.master import MasterWeights
+from fp8repro.reference import BITS_VERSION
 from fp8repro.telemetry import Telemetry
 from fp8repro.training import checkpoint as checkpoints
 from fp8repro.training.distributed import World
@@ -39,6 +40,7 @@ def no_results() -> dict[str, Any]:
         "train_loss": math.nan,
         "nonfinite_evaluations": 0,
         "guessing_evaluations": 0,
+        "bits": BITS_VERSION,
     }
 
 
@@ -52,7 +54,7 @@ class Run:
         seconds: spent in the loop, by former processes too.
         results: plain values that a checkpoint keeps: last evaluation, its step, the best one; rollbacks so far; the
             training loss logged last; evaluations so far that met numbers that are not finite; evaluations in a
-            row that were no better than guessing.
+            row that were no better than guessing; version of the bits (`reference.BITS_VERSION`) that it began with.
     """
 
     config: RunConfig
@@ -95,6 +97,7 @@ class Run:
         """A checkpoint's content. Random numbers are functions of (seed, step), so no generator is part of it."""
         return {
             "format": checkpoints.FORMAT,
+            "bits": BITS_VERSION,
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.masters.state_dict(),
@@ -113,8 +116,8 @@ class Run:
             UserError: it is another run's.
         """
         checkpoints.require_same_run(state["identity"], self.identity())
-        # Checkpoints did not always keep all of them.
-        state = state | {"results": {**no_results(), **state["results"]}}
+        # Checkpoints did not always keep all of them, nor name their bits.
+        state = state | {"results": {**no_results(), "bits": checkpoints.bits_of(state), **state["results"]}}
         own = self.state() | {"results": no_results()}
         try:
             for part in ("model", "scaler", "data", "results"):
@@ -166,6 +169,12 @@ def resume(run: Run, record: RunFolder, display: Display) -> None:
     state = _newest(run, record, display) if wanted == "auto" else checkpoints.read_checkpoint(Path(wanted))
     if state:
         run.load(state)
+        saved = checkpoints.bits_of(state)
+        if run.step and saved != BITS_VERSION:
+            display.say(
+                f"resume: the checkpoint has random bits of version {saved}, this code has those of version "
+                f"{BITS_VERSION}: the run goes on, but to other bits than it would have come to"
+            )
 
 
 def roll_back(run: Run, record: RunFolder, display: Display) -> int | None:
@@ -223,4 +232,6 @@ def summary(run: Run, status: str) -> dict[str, Any]:
         "graphs": run.replays.summary(),
         "version": fp8repro.__version__,
         **run.task.batch_report(),
+        "bits": BITS_VERSION,
+        **({} if run.results["bits"] == BITS_VERSION else {"bits_at_first": run.results["bits"]}),
     }
