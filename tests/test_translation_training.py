@@ -26,6 +26,7 @@ from fp8repro.data.translation.corpus import read_lines
 from fp8repro.data.translation.synthetic import synthetic_corpus
 from fp8repro.errors import UserError
 from fp8repro.training import translation
+from fp8repro.training.checkpoint import require_same_run
 from fp8repro.training.decode import translate
 from fp8repro.training.distributed import World
 from fp8repro.training.loop import build, train
@@ -300,8 +301,13 @@ def test_a_checkpoint_of_other_batches_is_refused(text: Path, tmp_path: Path, mo
     settings = config(text, run_dir=str(tmp_path), trainer={"max_steps": 1, "batch_size": 120})
     train(settings)
     monkeypatch.setattr(buckets, "MOST_SHAPES", 2)
+    more = replace(settings, resume="auto", trainer=replace(settings.trainer, max_steps=2))
     with pytest.raises(UserError, match=r"resume: task\.batches is \d in the checkpoint and \d in this run"):
-        train(replace(settings, resume="auto", trainer=replace(settings.trainer, max_steps=2)))
+        train(more)
+    identity = build(settings, World()).identity()
+    earlier = {**identity, "task": {name: value for name, value in identity["task"].items() if name != "batches"}}
+    with pytest.raises(UserError, match="resume: the checkpoint is of an earlier version, which made other batches"):
+        require_same_run(earlier, identity)
 
 
 def test_the_final_score_is_that_of_the_averaged_weights(text: Path, tmp_path: Path) -> None:

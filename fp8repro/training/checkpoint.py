@@ -182,6 +182,11 @@ def require_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Non
         UserError: names the first setting that differs, and both values.
     """
     old, new = LATER_SETTINGS | flat(saved), LATER_SETTINGS | flat(wanted)
+    if "task.batches" in new and "task.batches" not in old:
+        raise UserError(
+            "resume: the checkpoint is of an earlier version, which made other batches of sentences, expected a fresh "
+            "run (fp8repro evaluate reads its weights)"
+        )
     for name in sorted(old.keys() | new.keys()):
         if name not in FREE_SETTINGS and old.get(name) != new.get(name):
             raise UserError(
