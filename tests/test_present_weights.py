@@ -17,10 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, vector_to_parameters
+from training_tools import tiny_config, use_tiny_network
 
 from fp8repro import products
-from fp8repro.cli_settings import jobs
-from fp8repro.config import run_config
 from fp8repro.context import StepContext
 from fp8repro.injection import fixed_weights, inject
 from fp8repro.master import MasterWeights
@@ -225,15 +224,11 @@ def test_a_training_step_rounds_every_weight_once(
     micro_steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     counted = count_rounded_weights(monkeypatch)
-    steps = 2
-    overrides = [f"trainer.micro_steps={micro_steps}", f"trainer.max_steps={steps}", "trainer.eval_every_epochs=0"]
-    (job,) = jobs(
-        ["model=resnet18", "precision=fp8", "logger=none", *overrides, f"run_dir={tmp_path}/run"], sweep=False
-    )
-    train(run_config(job.values))
+    use_tiny_network(monkeypatch)
+    train(tiny_config(tmp_path / "run", "fp8", micro_steps=micro_steps, max_steps=2, eval_every_epochs=0))
     # Twice in training, and once for all batches of the evaluation at the end.
-    assert set(counted.values()) == {steps + 1}
-    assert len(counted) == 21
+    assert set(counted.values()) == {3}
+    assert len(counted) == 4
 
 
 def test_weights_that_no_recipe_rounds_must_not_change_before_the_backward_pass() -> None:
