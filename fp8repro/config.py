@@ -387,7 +387,8 @@ def _convert(value: Any, hint: Any, setting: str) -> Any:
                 return tuple(
                     _convert(v, i, f"{setting}[{n}]") for n, (v, i) in enumerate(zip(value, inner, strict=True))
                 )
-        raise UserError(f"{setting}: got {value!r}, expected a list")
+        count = "" if options[-1] is Ellipsis else f" of {len(options)} values"
+        raise UserError(f"{setting}: got {value!r}, expected a list{count}")
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise UserError(f"{setting}: got {value!r}, expected a mapping")

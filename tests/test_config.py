@@ -112,7 +112,7 @@ def test_every_setting_that_is_a_number_has_a_bound():
         ({"schedule__warmup_form": "exponential", "schedule__warmup": 0.1}, "schedule.warmup_start: got 0.0 with"),
         ({"optimizer__nesterov": True, "optimizer__momentum": 0.0}, "optimizer.momentum: got 0.0 with nesterov=true"),
         ({"optimizer__betas": [0.9, 1.0]}, "optimizer.betas: got 1.0, expected a number from 0 to under 1"),
-        ({"optimizer__betas": [0.9]}, r"optimizer.betas: got \[0.9\], expected a list"),
+        ({"optimizer__betas": [0.9]}, r"optimizer.betas: got \[0.9\], expected a list of 2 values"),
         ({"optimizer__eps": 0}, "optimizer.eps: got 0, expected a number over 0"),
         ({"schedule__gamma": -0.1}, "schedule.gamma: got -0.1, expected a number from 0 to 1"),
         ({"loss_scaling__window": 0}, "loss_scaling.window: got 0, expected a length over 0"),

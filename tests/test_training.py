@@ -349,3 +349,9 @@ def test_diagnosis_names_the_layer_and_changes_nothing(tmp_path):
     run.model[2].register_forward_hook(lambda module, inputs, output: output.clone().fill_(math.inf))
     assert diagnose(run.model, run.context.telemetry, repeat)["first"] == {"layer": "2", "role": "activation"}
     assert not run.context.telemetry.active
+
+
+def test_sizes_that_a_resnet_does_not_have_are_refused(tmp_path):
+    config = tiny_config(tmp_path / "run")
+    with pytest.raises(UserError, match=r"model\.size\.width: got 3, expected no sizes for resnet18"):
+        train(replace(config, model=replace(config.model, size={"width": 3})))

@@ -34,6 +34,8 @@ class ImageTask:
         """
         if config.trainer.smoothing_form != "all":
             raise UserError(f"trainer.smoothing_form: got {config.trainer.smoothing_form!r}, expected all for images")
+        for name, value in config.model.size.items():
+            raise UserError(f"model.size.{name}: got {value!r}, expected no sizes for {config.model.name}")
         self.config, self.world = config, world
         self.data = load_images(config.data, config.seed)
         self._pinned = world.device.type == "cuda"
