@@ -156,7 +156,7 @@ class Site:
         if kept is not None and in_block and kept.weight is weight and kept.state == state:
             return kept.operand
         operand = self.operand(weight.detach(), "weight", "weight", call, training, turn)
-        if kept is not None and _same_codes(kept.operand, operand):
+        if kept is not None and kept.state == state and _same_codes(kept.operand, operand):
             # Calls that lie in one graph share its memory, and what the backend packed for itself.
             operand = kept.operand
         self._kept = KeptWeight(operand, scope, None if scope is None else weight, state)
