@@ -114,7 +114,9 @@ class StepContext:
         Raises:
             UserError: random bits are to be drawn again, and whose cannot be told.
         """
-        calls = self._calls.setdefault(name, Calls())
+        calls = self._calls.get(name)
+        if calls is None:
+            calls = self._calls[name] = Calls()
         if not self._repeating and in_backward_pass():
             if calls.count == 1:
                 return 0
@@ -134,8 +136,8 @@ class StepContext:
         All calls of a step share its weights, and 0. In a loop that begins no steps, a forward pass behind a backward
         pass is the next one's.
         """
-        calls = self._calls.get(name, Calls())
-        return calls.passes + (calls.returned and not in_backward_pass())
+        calls = self._calls.get(name)
+        return 0 if calls is None else calls.passes + (calls.returned and not in_backward_pass())
 
     def returned(self, name: str) -> None:
         """Note that a layer's backward pass has run."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -258,10 +258,19 @@ def quantized_product(
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Autocast off inside: products take what the recipe rounded, and sums are FP32."""
-    # Asked first: an autocast block costs every call microseconds. Tensors without data have no autocast.
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return nullcontext()
+    # Asked first: an autocast block costs every call microseconds.
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
+        return _NOTHING
     return torch.autocast(device, enabled=False)
+
+
+_NOTHING: AbstractContextManager[Any] = nullcontext()
+
+
+@cache
+def _has_autocast(device: str) -> bool:
+    # Tensors without data have none.
+    return torch.amp.is_autocast_available(device)
 
 
 class _QuantizedProduct(torch.autograd.Function):

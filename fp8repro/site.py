@@ -67,11 +67,16 @@ class Site:
         return {**self.__dict__, "_kept": None}
 
     def next_call(self, training: bool) -> int:
-        """See `StepContext.next_call`."""
-        return self.context.next_call(self.name, self.spec("activation", training).rounding == "stochastic")
+        """See `StepContext.next_call`; evaluation draws no bits, and its calls are not counted."""
+        if not training:
+            return 0
+        return self.context.next_call(self.name, self.roles["activation"].rounding == "stochastic")
 
     def check(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
         """Raise UserError for tensors whose values the layer would not honour."""
+        usual = x.dtype == torch.float32 and (weight is None or weight.dtype in (torch.float16, torch.float32))
+        if usual and (bias is None or bias.dtype == torch.float32):
+            return
         for what, tensor in (("an input", x), ("a weight", weight)):
             if tensor is not None and tensor.dtype not in INPUT_DTYPES and not _is_code(tensor):
                 raise UserError(
