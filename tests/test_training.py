@@ -355,3 +355,14 @@ def test_sizes_that_a_resnet_does_not_have_are_refused(tmp_path):
     config = tiny_config(tmp_path / "run")
     with pytest.raises(UserError, match=r"model\.size\.width: got 3, expected no sizes for resnet18"):
         train(replace(config, model=replace(config.model, size={"width": 3})))
+
+
+def test_a_run_that_is_past_its_last_step_already_is_refused_and_stays_as_it_is(tmp_path, monkeypatch):
+    use_tiny_network(monkeypatch)
+    config = tiny_config(tmp_path / "run", max_steps=3)
+    train(config)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    less = replace(config, resume="auto", trainer=replace(config.trainer, max_steps=2))
+    with pytest.raises(UserError, match=r"max_steps: got 2 with a checkpoint after step 3, expected at least 3"):
+        train(less)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
