@@ -85,8 +85,8 @@ def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
     finished = record.finished_summary()
     resume(run, record, display)
     if run.step > run.last_step:
-        given = f"got {run.last_step} with a checkpoint after step {run.step}"
-        raise UserError(f"trainer.max_steps: {given}, expected at least {run.step}")
+        had = f"got {run.last_step} with a checkpoint after step {run.step}"
+        raise UserError(f"trainer.max_steps: {had}, expected at least {run.step}")
     (already_done,) = world.sum([float(bool(finished) and run.step == run.last_step)])
     if already_done:
         return finished or {}
