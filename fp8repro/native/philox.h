@@ -52,6 +52,15 @@ INLINE void philox(const U64 block[2], const U64 high[2], uint64_t stream, const
     }
 }
 
+// The low halves of the lanes of two vectors in turns.
+INLINE U64 pairs(U64 even, U64 odd) {
+#if defined(FULL_WIDTH)
+    return (U64)_mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, _MM_PERM_CCAA);
+#else
+    return (even & splat64(0xFFFFFFFFull)) | (odd << 32);
+#endif
+}
+
 // Words of LANES consecutive blocks in element order: four vectors. LOW: all block indices are under 2^32.
 template <bool LOW>
 INLINE void philox_consecutive(uint64_t first_block, uint64_t stream, const Key& key, U32 draws[4]) {
@@ -63,27 +72,26 @@ INLINE void philox_consecutive(uint64_t first_block, uint64_t stream, const Key&
     const U64 high[2] = {LOW ? U64{} : block[0] >> 32, LOW ? U64{} : block[1] >> 32};
     U64 words[4][2];
     philox(block, high, stream, key, words);
-    const U64 low = splat64(0xFFFFFFFFull);
 #pragma GCC unroll 2
     for (int g = 0; g < 2; ++g) {
-        const U64 pair01 = (words[0][g] & low) | (words[1][g] << 32);
-        const U64 pair23 = (words[2][g] & low) | (words[3][g] << 32);
-        interleave(pair01, pair23, draws + 2 * g);
+        interleave(pairs(words[0][g], words[1][g]), pairs(words[2][g], words[3][g]), draws + 2 * g);
     }
 }
 
-// The draws of 2 * LANES elements whose words follow each other: half a word each, on top of a lane.
-INLINE void draws_of_words(U32 words, U32 draws[2]) {
+// What the draws of 2 * LANES elements leave of 0xFFFF, on top of a lane each, above `half`; `words` follow each other.
+INLINE void rests_of_words(U32 words, U32 half, U32 rests[2]) {
+    words = ~words;
 #if defined(FULL_WIDTH)
     typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES)));
     Halves place;
     for (int lane = 0; lane < 2 * LANES; ++lane) place[lane] = lane / 2;
-    draws[0] = (U32)_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, (__m512i)place, (__m512i)words);
-    draws[1] = (U32)_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, (__m512i)(place + LANES), (__m512i)words);
+    for (int k = 0; k < 2; ++k, place += LANES) {
+        rests[k] = (U32)_mm512_mask_permutexvar_epi16((__m512i)half, 0xAAAAAAAAu, (__m512i)place, (__m512i)words);
+    }
 #else
     U16 halves[2];
     std::memcpy(halves, &words, sizeof words);
-    for (int k = 0; k < 2; ++k) draws[k] = __builtin_convertvector(halves[k], U32) << 16;
+    for (int k = 0; k < 2; ++k) rests[k] = __builtin_convertvector(halves[k], U32) << 16 | half;
 #endif
 }
 

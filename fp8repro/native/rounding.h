@@ -27,11 +27,8 @@ struct Format {
     bool is_wide() const { return smallest_normal == 0x800000u; }
     // Code of a normal value: (magnitude - rebias) >> drop.
     uint32_t rebias() const { return smallest_normal - 0x800000u; }
-    // A normal magnitude is rounded by adding this, less the draw's top `drop` bits, and truncating: that carries if
-    // and only if draw < floor(fraction * 2^16 + 1/2); toward zero, with the largest draw, nothing is added.
-    uint32_t carry() const {
-        return (0xFFFF0000u >> (32 - drop)) + (rounding == STOCHASTIC && drop > 16 ? 1u << (drop - 17) : 0);
-    }
+    // What stands under the 16 bits of a rest, see `round_block`.
+    uint32_t half() const { return rounding == STOCHASTIC ? 0x8000 : 0; }
 };
 
 struct Tensors {
@@ -81,14 +78,14 @@ INLINE U32 nearest(U32 magnitude, const Format& f) {
     return (U32)(((F32)magnitude + shifter) - shifter);
 }
 
-// The same for what a subnormal result discards. `draw`: 16 bits on top of a lane.
-INLINE U32 subnormal_stochastic(U32 magnitude, U32 draw, const Format& f) {
+// The same for what a subnormal result discards. `rest`: see `round_block`.
+INLINE U32 subnormal_stochastic(U32 magnitude, U32 rest, const Format& f) {
     const uint32_t quantum = f.smallest_normal - ((23u - (uint32_t)f.drop) << 23);
     if (f.rounding == STOCHASTIC && f.drop >= 17) {
-        // One addition to 128 quanta and 2^16 - 1 - draw steps of 2^-16, which is the sum's ulp: it rounds to the nearest
+        // One addition to 128 quanta and a rest of steps of 2^-16, which is the sum's ulp: it rounds to the nearest
         // step, of two the even one, and the one that carries into the quanta is even.
         const uint32_t shifter = quantum + (7u << 23);
-        const F32 sum = (F32)magnitude + (F32)(shifter + 0xFFFF - (draw >> 16));
+        const F32 sum = (F32)magnitude + (F32)(shifter + (rest >> 16));
         return (U32)((F32)((U32)sum & 0xFFFF0000u) - (F32)splat(shifter));
     }
     // More quanta than a sum with such an ulp can count: split them off.
@@ -97,7 +94,7 @@ INLINE U32 subnormal_stochastic(U32 magnitude, U32 draw, const Format& f) {
     if (f.rounding == STOCHASTIC) {
         constexpr uint32_t SHIFTER = 0x43000000u;  // 128
         const F32 fraction = quanta - __builtin_convertvector((I32)whole, F32);
-        whole += ((U32)(fraction + (F32)(SHIFTER + 0xFFFF - (draw >> 16))) - SHIFTER) >> 16;
+        whole += ((U32)(fraction + (F32)(SHIFTER + (rest >> 16))) - SHIFTER) >> 16;
     }
     return (U32)(__builtin_convertvector((I32)whole, F32) * (F32)splat(quantum));
 }
@@ -110,39 +107,41 @@ INLINE U32 overflowed(U32 magnitude, U32 rounded, const Format& f) {
 
 // ---- Blocks of N vectors ----
 
-// x, bits of FP32 values in, bits of their rounded values out. draws: 16 random bits on top of each lane.
+// x, bits of FP32 values in, bits of their rounded values out. rests: 0xFFFF - draw on top of each lane, `half` below.
+// As many of their upper bits as a normal value discards carry if and only if draw < floor(fraction * 2^16 + 1/2);
+// toward zero nothing may carry, which is what the largest draw over no half gives.
 template <bool RANDOM, bool COUNT, int N>
-INLINE void round_block(U32 x[N], const U32 draws[N], const Format& f, Counts& counts) {
+INLINE void round_block(U32 x[N], const U32 rests[N], const Format& f, Counts& counts) {
     U32 magnitude[N], rounded[N];
-    const uint32_t below_ulp = (1u << f.drop) - 1, carry = f.carry();
+    const uint32_t below_ulp = (1u << f.drop) - 1;
+    U32 largest{}, smallest = splat(~0u);
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) {
         magnitude[k] = x[k] & MAGNITUDE;
-        rounded[k] = RANDOM ? (magnitude[k] + carry - (draws[k] >> (32 - f.drop))) & ~below_ulp
-                            : nearest(magnitude[k], f);
-    }
-    U32 largest = magnitude[0], smallest = magnitude[0] - 1;  // zero becomes the largest integer
-#pragma GCC unroll 4
-    for (int k = 1; k < N; ++k) {
+        // Only a NaN carries into its sign, and is put right below.
+        rounded[k] = RANDOM ? (x[k] + (rests[k] >> (32 - f.drop))) & ~below_ulp
+                            : nearest(magnitude[k], f) | (x[k] & SIGN);
         largest = maximum(largest, magnitude[k]);
-        smallest = minimum(smallest, magnitude[k] - 1);
+        smallest = minimum(smallest, magnitude[k] - 1);  // zero becomes the largest integer
     }
     if (RANDOM && any_above(splat(f.smallest_normal - 1), smallest) && (f.subnormal_nearest || !f.is_wide())) {
 #pragma GCC unroll 4
         for (int k = 0; k < N; ++k) {
             const U32 small = f.subnormal_nearest ? nearest(magnitude[k], f)
-                                                  : subnormal_stochastic(magnitude[k], draws[k], f);
-            rounded[k] = choose(magnitude[k] < f.smallest_normal, small, rounded[k]);
+                                                  : subnormal_stochastic(magnitude[k], rests[k], f);
+            rounded[k] = choose(magnitude[k] < f.smallest_normal, small | (x[k] & SIGN), rounded[k]);
         }
     }
     const bool overflows = any_above(largest, splat(f.largest));
     if (__builtin_expect(overflows, 0)) {
-        for (int k = 0; k < N; ++k) rounded[k] = overflowed(magnitude[k], rounded[k], f);
+        for (int k = 0; k < N; ++k) {
+            rounded[k] = overflowed(magnitude[k], rounded[k] & MAGNITUDE, f) | (x[k] & SIGN);
+        }
     }
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) {
         if (COUNT) {
-            U32 finite = magnitude[k], survivor = rounded[k];
+            U32 finite = magnitude[k], survivor = rounded[k] & MAGNITUDE;
             if (overflows) {
                 finite = choose(finite < INFINITY32, finite, U32{});
                 survivor = choose(finite != 0, survivor, U32{});
@@ -152,15 +151,11 @@ INLINE void round_block(U32 x[N], const U32 draws[N], const Format& f, Counts& c
             counts.survivors += choose(survivor != 0, splat(1), U32{});
             counts.absmax = maximum(counts.absmax, finite);
         }
-        x[k] = rounded[k] | (x[k] & SIGN);
+        x[k] = rounded[k];
     }
 }
 
 INLINE U32 encoded(U32 bits, const Format& f) {
-#if defined(FULL_WIDTH)
-    // E5M2 is the upper half of an FP16, and the conversion is exact.
-    if (f.is_e5m2()) return __builtin_convertvector((U16)_mm512_cvtps_ph((__m512)bits, 0), U32) >> 8;
-#endif
     const U32 magnitude = bits & MAGNITUDE;
     U32 code = (magnitude - f.rebias()) >> f.drop;
     if (!f.is_wide()) {
@@ -176,6 +171,18 @@ INLINE U32 encoded(U32 bits, const Format& f) {
     }
     const int sign_shift = f.nan_code > 0xFF ? 16 : 24;
     return code | ((bits & SIGN) >> sign_shift);
+}
+
+INLINE void store_code8(uint8_t* out, U32 bits, const Format& f) {
+#if defined(FULL_WIDTH)
+    if (f.is_e5m2()) {
+        // The upper half of an FP16, to which the conversion is exact.
+        const __m256i half = _mm512_cvtps_ph((__m512)bits, 0);
+        _mm_storeu_si128((__m128i*)out, _mm256_cvtepi16_epi8(_mm256_srli_epi16(half, 8)));
+        return;
+    }
+#endif
+    store_low8(out, encoded(bits, f));
 }
 
 // Stores N vectors, `step` elements apart, where the tensors want them.
@@ -202,7 +209,7 @@ INLINE void store_block(U32 bits[N], const Tensors& t, int64_t at_values, int64_
     if (t.codes_type == CODE8) {
         uint8_t* out = (uint8_t*)t.codes + at_codes;
 #pragma GCC unroll 4
-        for (int k = 0; k < N; ++k) store_low8(out + k * step, encoded(bits[k], f));
+        for (int k = 0; k < N; ++k) store_code8(out + k * step, bits[k], f);
     } else if (t.codes_type == CODE16) {
         uint16_t* out = (uint16_t*)t.codes + at_codes;
 #pragma GCC unroll 4

@@ -12,7 +12,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 // Wider vectors than the machine has would compile, slowly, to slow code.
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define FULL_WIDTH 1
 constexpr int VECTOR_BYTES = 64;
 #elif defined(__AVX2__)

@@ -10,7 +10,7 @@ int64_t bytes_of(int32_t type) { return type == FLOAT32 ? 4 : type == CODE8 ? 1 
 // ---- Elements that do not fill a vector ----
 
 template <typename T, bool RANDOM, bool COUNT>
-void partial(const Tensors& t, int64_t at_x, int64_t at_values, int64_t at_codes, int count, U32 draws,
+void partial(const Tensors& t, int64_t at_x, int64_t at_values, int64_t at_codes, int count, U32 rests,
              const Format& f, Counts& counts) {
     // Padding is zero: it rounds to zero and counts nothing.
     T x[LANES] = {};
@@ -19,7 +19,7 @@ void partial(const Tensors& t, int64_t at_x, int64_t at_values, int64_t at_codes
     const Tensors buffers = {x, values, codes, t.x_type, t.values_type, t.codes_type, false, t.add};
     if (t.add) std::memcpy(values, (const float*)t.values + at_values, count * sizeof(float));
     U32 bits[1] = {load(x)};
-    round_block<RANDOM, COUNT, 1>(bits, &draws, f, counts);
+    round_block<RANDOM, COUNT, 1>(bits, &rests, f, counts);
     store_block<1>(bits, buffers, 0, 0, 0, f);
     if (t.values_type != NONE) {
         const int64_t size = bytes_of(t.values_type);
@@ -71,6 +71,7 @@ __attribute__((noinline)) void run_blocks(Tensors t, int64_t at_x, int64_t at_va
                 Random random, Format f, Counts& total) {
     Counts counts;
     U32 words[4] = {splat(NO_DRAW), splat(NO_DRAW), splat(NO_DRAW), splat(NO_DRAW)};
+    const U32 below = splat(f.half());
     for (int64_t b = 0; b < blocks; ++b) {
         if (RANDOM && random.draws && !(EXACT && exact<T>(t, at_x + b * BLOCK, f))) {
             philox_consecutive<LOW>(index / PER_CALL + b * LANES, random.stream, random.key, words);
@@ -78,13 +79,13 @@ __attribute__((noinline)) void run_blocks(Tensors t, int64_t at_x, int64_t at_va
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
             const int64_t at = b * BLOCK + half * HALF_BLOCK;
-            U32 bits[4], draws[4];
+            U32 bits[4], rests[4];
             load_half<T>(t, at_x + at, bits);
             if (RANDOM) {
-                draws_of_words(words[2 * half], draws);
-                draws_of_words(words[2 * half + 1], draws + 2);
+                rests_of_words(words[2 * half], below, rests);
+                rests_of_words(words[2 * half + 1], below, rests + 2);
             }
-            round_block<RANDOM, COUNT, 4>(bits, draws, f, counts);
+            round_block<RANDOM, COUNT, 4>(bits, rests, f, counts);
             store_block<4>(bits, t, at_values + at, at_codes + at, LANES, f);
         }
     }
@@ -115,14 +116,14 @@ void run_piece(const Tensors& t, int64_t at_x, int64_t at_values, int64_t at_cod
     }
     const uint16_t* halves = (const uint16_t*)words + index % PER_CALL;
     for (int i = 0; i < count; i += LANES) {
-        U32 draw[1] = {};
-        if (RANDOM) draw[0] = __builtin_convertvector(unaligned<U16>(halves + i), U32) << 16;
+        U32 rest[1] = {};
+        if (RANDOM) rest[0] = ~__builtin_convertvector(unaligned<U16>(halves + i), U32) << 16 | f.half();
         if (i + LANES <= count) {
             U32 bits[1] = {load((const T*)t.x + at_x + i)};
-            round_block<RANDOM, COUNT, 1>(bits, draw, f, counts);
+            round_block<RANDOM, COUNT, 1>(bits, rest, f, counts);
             store_block<1>(bits, t, at_values + i, at_codes + i, LANES, f);
         } else {
-            partial<T, RANDOM, COUNT>(t, at_x + i, at_values + i, at_codes + i, count - i, draw[0], f, counts);
+            partial<T, RANDOM, COUNT>(t, at_x + i, at_values + i, at_codes + i, count - i, rest[0], f, counts);
         }
     }
 }
@@ -155,10 +156,10 @@ INLINE void prefetch(const void* tensor, int32_t type, int64_t position) {
     if (type != NONE) __builtin_prefetch((const char*)tensor + position * bytes_of(type), 1);
 }
 
-// Four rows of up to LANES columns, the first at `position`; draws[r] belongs to row r.
+// Four rows of up to LANES columns, the first at `position`; rests[r] belongs to row r.
 // A tile that lies `ahead` elements further comes later: machines do not foresee that by themselves.
 template <typename T, bool COUNT>
-INLINE void tile(const Tensors& t, int64_t position, int64_t columns, int width, int64_t ahead, const U32 draws[4],
+INLINE void tile(const Tensors& t, int64_t position, int64_t columns, int width, int64_t ahead, const U32 rests[4],
                  const Format& f, Counts& counts) {
     for (int r = 0; r < 4; ++r) {
         const int64_t later = position + r * columns + ahead;
@@ -170,12 +171,12 @@ INLINE void tile(const Tensors& t, int64_t position, int64_t columns, int width,
         U32 bits[4];
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) bits[r] = load((const T*)t.x + position + r * columns);
-        round_block<true, COUNT, 4>(bits, draws, f, counts);
+        round_block<true, COUNT, 4>(bits, rests, f, counts);
         store_block<4>(bits, t, position, position, columns, f);
         return;
     }
     for (int r = 0; r < 4; ++r, position += columns) {
-        partial<T, true, COUNT>(t, position, position, position, width, draws[r], f, counts);
+        partial<T, true, COUNT>(t, position, position, position, width, rests[r], f, counts);
     }
 }
 
@@ -196,13 +197,13 @@ void transposed(Tensors t, int64_t at, int64_t rows, int64_t columns, int64_t fi
             const int width = (int)std::min<int64_t>(LANES, columns - column);
 #pragma GCC unroll 2
             for (int half = 0; half < 2; ++half) {
-                U32 draws[4];
+                U32 rests[4];
                 for (int k = 0; k < 2; ++k) {
-                    draws[2 * k] = words[2 * half + k] << 16;
-                    draws[2 * k + 1] = words[2 * half + k] & 0xFFFF0000u;
+                    rests[2 * k] = ~words[2 * half + k] << 16 | f.half();
+                    rests[2 * k + 1] = (~words[2 * half + k] & 0xFFFF0000u) | f.half();
                 }
                 const int64_t position = at + (row + 4 * half) * columns + column;
-                tile<T, COUNT>(t, position, columns, width, PER_CALL * columns, draws, f, counts);
+                tile<T, COUNT>(t, position, columns, width, PER_CALL * columns, rests, f, counts);
             }
         }
     }
