@@ -5,7 +5,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from fp8repro import MasterWeights, inject, load_recipe, make_scaler
-from fp8repro.config import LossScalingConfig
+from fp8repro.settings.schema import LossScalingConfig
 
 STEPS, TRAIN = 300, 1500
 torch.manual_seed(0)

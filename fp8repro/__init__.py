@@ -6,24 +6,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fp8repro.context import StepContext
-    from fp8repro.injection import inject
-    from fp8repro.loss_scaling import make_scaler
-    from fp8repro.master import MasterWeights
-    from fp8repro.quantizer import quantize
-    from fp8repro.recipe import Recipe, load_recipe
+    from fp8repro.engines.quantizer import quantize
+    from fp8repro.numerics.recipe import Recipe, load_recipe
+    from fp8repro.precision.context import StepContext
+    from fp8repro.precision.injection import inject
+    from fp8repro.precision.loss_scaling import make_scaler
+    from fp8repro.precision.master import MasterWeights
 
 __version__ = "0.1.0"
 __all__ = ["MasterWeights", "Recipe", "StepContext", "inject", "load_recipe", "make_scaler", "quantize"]
 
 _HOMES = {
-    "MasterWeights": "master",
-    "Recipe": "recipe",
-    "StepContext": "context",
-    "inject": "injection",
-    "load_recipe": "recipe",
-    "make_scaler": "loss_scaling",
-    "quantize": "quantizer",
+    "MasterWeights": "precision.master",
+    "Recipe": "numerics.recipe",
+    "StepContext": "precision.context",
+    "inject": "precision.injection",
+    "load_recipe": "numerics.recipe",
+    "make_scaler": "precision.loss_scaling",
+    "quantize": "engines.quantizer",
 }
 
 

@@ -20,23 +20,20 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fp8repro.formats import E4M3, E5M2, FP16, FP32, FloatFormat
-from fp8repro.kernels import (
-    bulk_convolutions,
-    codec,
-    configs,
-    convolutions,
-    normalizations,
-    products,
-    quantize,
-    rounding,
-    update,
-    updates,
-)
-from fp8repro.kernels import norm as norms
-from fp8repro.kernels.launch import INTERPRETED
-from fp8repro.kernels.matmul import promoted_by_steps
-from fp8repro.kernels.tiles import FP16_MMA, UNPROMOTED
+from fp8repro.kernels.conv2d import device as convolutions
+from fp8repro.kernels.conv2d import device_tma as bulk_convolutions
+from fp8repro.kernels.matmul import device as products
+from fp8repro.kernels.matmul.launch import promoted_by_steps
+from fp8repro.kernels.norm import device as normalizations
+from fp8repro.kernels.norm import launch as norms
+from fp8repro.kernels.optimizer import device as updates
+from fp8repro.kernels.optimizer import launch as update
+from fp8repro.kernels.quantize import device as rounding
+from fp8repro.kernels.quantize import launch as quantize
+from fp8repro.kernels.shared import codec, configs
+from fp8repro.kernels.shared.launch import INTERPRETED
+from fp8repro.kernels.shared.tiles import FP16_MMA, UNPROMOTED
+from fp8repro.numerics.formats import E4M3, E5M2, FP16, FP32, FloatFormat
 
 
 @dataclass

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8repro.engines import spell_format, untraced
-from fp8repro.formats import FloatFormat
-from fp8repro.kernels import conv2d as convolution
-from fp8repro.kernels import matmul as product
+from fp8repro.engines.guards import spell_format, untraced
+from fp8repro.engines.products import Conv2dGeometry, EmulateBackend, Operand, Rounding
+from fp8repro.engines.quantizer import round_into
 from fp8repro.kernels import ops
-from fp8repro.kernels.launch import INTERPRETED
-from fp8repro.kernels.matmul import FP8_DTYPES, Epilogue
-from fp8repro.products import Conv2dGeometry, EmulateBackend, Operand, Rounding
-from fp8repro.quantizer import round_into
-from fp8repro.streams import StreamSlot, signed64
+from fp8repro.kernels.conv2d import launch as convolution
+from fp8repro.kernels.matmul import launch as product
+from fp8repro.kernels.matmul.launch import FP8_DTYPES, Epilogue
+from fp8repro.kernels.shared.launch import INTERPRETED
+from fp8repro.numerics.formats import FloatFormat
+from fp8repro.numerics.streams import StreamSlot, signed64
 
 
 def available(device: torch.device | str) -> str | None:
@@ -57,7 +57,7 @@ class TritonBackend:
         self.emulated = EmulateBackend()
 
     def rounding(self, how: Rounding) -> TritonBackend:
-        """See `fp8repro.products.Backend`."""
+        """See `products.Backend`."""
         return TritonBackend(self.accumulate, how)
 
     def value_dtype(self, fmt: FloatFormat) -> torch.dtype | None:
@@ -69,14 +69,14 @@ class TritonBackend:
         return fmt.is_fp8
 
     def linear(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
-        """See `fp8repro.products.Backend`."""
+        """See `products.Backend`."""
         if not _native(x, weight):
             return self._rounded(self.emulated.linear(x, weight, bias))
         result = self._matmul(x.codes.flatten(0, -2), weight.codes.t(), bias, _inverse_scale(x, weight))
         return result.view(*x.codes.shape[:-1], result.shape[-1])
 
     def linear_error(self, error: Operand, weight: Operand) -> Tensor:
-        """See `fp8repro.products.Backend`."""
+        """See `products.Backend`."""
         if not _native(error, weight):
             return self._rounded(self.emulated.linear_error(error, weight))
         codes = weight.codes if weight.turned is None else weight.turned.t()
@@ -84,7 +84,7 @@ class TritonBackend:
         return result.view(*error.codes.shape[:-1], result.shape[-1])
 
     def linear_gradient(self, error: Operand, x: Operand) -> Tensor:
-        """See `fp8repro.products.Backend`."""
+        """See `products.Backend`."""
         if not _native(error, x):
             return self._rounded(self.emulated.linear_gradient(error, x))
         turned = error.codes.flatten(0, -2).t() if error.turned is None else error.turned
@@ -92,7 +92,7 @@ class TritonBackend:
         return self._matmul(turned, codes, None, _inverse_scale(error, x))
 
     def conv2d(self, x: Operand, weight: Operand, bias: Tensor | None, geometry: Conv2dGeometry) -> Tensor:
-        """See `fp8repro.products.Backend`."""
+        """See `products.Backend`."""
         if not _native(x, weight, geometry):
             return self._rounded(self.emulated.conv2d(x, weight, bias, geometry))
         scale = _inverse_scale(x, weight)
@@ -102,7 +102,7 @@ class TritonBackend:
         return ops.conv2d(x.codes, weight.codes, bias, *_lists(geometry), scale, self.accumulate, *self._options())
 
     def conv2d_error(self, error: Operand, weight: Operand, geometry: Conv2dGeometry, like: Tensor) -> Tensor:
-        """See `fp8repro.products.Backend`."""
+        """See `products.Backend`."""
         if not _native(error, weight, geometry):
             return self._rounded(self.emulated.conv2d_error(error, weight, geometry, like))
         shape, scale = list(like.shape), _inverse_scale(error, weight)
@@ -118,7 +118,7 @@ class TritonBackend:
         return _laid_out_like(result, like)
 
     def conv2d_gradient(self, error: Operand, x: Operand, geometry: Conv2dGeometry, like: Tensor) -> Tensor:
-        """See `fp8repro.products.Backend`."""
+        """See `products.Backend`."""
         if not _native(error, x, geometry):
             return self._rounded(self.emulated.conv2d_gradient(error, x, geometry, like))
         shape, scale = list(like.shape), _inverse_scale(error, x)
@@ -131,19 +131,19 @@ class TritonBackend:
         return self._rounded(_laid_out_like(result, like))
 
     def matmul(self, a: Operand, b: Operand) -> Tensor:
-        """See `fp8repro.products.Backend`."""
+        """See `products.Backend`."""
         if not _native(a, b):
             return self._rounded(self.emulated.matmul(a, b))
         return self._matmul(a.codes, b.codes, None, _inverse_scale(a, b))
 
     def matmul_error_a(self, error: Operand, b: Operand) -> Tensor:
-        """See `fp8repro.products.Backend`."""
+        """See `products.Backend`."""
         if not _native(error, b):
             return self._rounded(self.emulated.matmul_error_a(error, b))
         return self._matmul(error.codes, b.codes.transpose(-1, -2), None, _inverse_scale(error, b))
 
     def matmul_error_b(self, error: Operand, a: Operand) -> Tensor:
-        """See `fp8repro.products.Backend`."""
+        """See `products.Backend`."""
         if not _native(error, a):
             return self._rounded(self.emulated.matmul_error_b(error, a))
         return self._matmul(a.codes.transpose(-1, -2), error.codes, None, _inverse_scale(error, a))

@@ -2,7 +2,7 @@
 
 Products have no derivatives here: what the gradient of a product of rounded tensors is, with which roundings and random
 bits, only the recipe says (functional.py). Where nobody traces, kernels are called without their operators
-(`fp8repro.engines.untraced`). The quantizer's operators are those of all engines (quantizer.py).
+(`guards.untraced`). The quantizer's operators are those of all engines (quantizer.py).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fp8repro.engines import read_format, spell_format, untraced
-from fp8repro.formats import FloatFormat
-from fp8repro.kernels import conv2d as convolution
-from fp8repro.kernels import matmul as product
-from fp8repro.kernels import quantize
-from fp8repro.products import Conv2dGeometry
-from fp8repro.streams import Stream, StreamSlot, signed64
+from fp8repro.engines.guards import read_format, spell_format, untraced
+from fp8repro.engines.products import Conv2dGeometry
+from fp8repro.kernels.conv2d import launch as convolution
+from fp8repro.kernels.matmul import launch as product
+from fp8repro.kernels.quantize import launch as quantize
+from fp8repro.numerics.formats import FloatFormat
+from fp8repro.numerics.streams import Stream, StreamSlot, signed64
 
 
 @torch.library.custom_op("fp8repro::round_transpose", mutates_args=("codes", "transposed", "stats"))

@@ -22,7 +22,7 @@ print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {trito
 CHECK
 
 # The number of compilations decides the time, so the tests share the cores; the GPU is never the limit here.
-timeout 330 "$PYTHON" -m pytest tests/test_kernels_*.py tests/test_graphs.py -m "not long" -n "$WORKERS" -p no:cacheprovider || {
+timeout 330 "$PYTHON" -m pytest tests/kernels tests/precision/test_graphs.py -m "not long" -n "$WORKERS" -p no:cacheprovider || {
   echo "gpu_check: parity tests failed (or took over 330 s); nothing was measured" >&2
   exit 1
 }

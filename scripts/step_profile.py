@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from fp8repro import native
-from fp8repro.backends import select_backend
 from fp8repro.bench import step as bench
 from fp8repro.bench.cpu import PINNING, interleaved_medians
-from fp8repro.formats import E5M2
-from fp8repro.native import products as bf16
-from fp8repro.native.memory import keep_freed_memory
+from fp8repro.engines.cpu import bf16_products as bf16
+from fp8repro.engines.cpu import rounding as native
+from fp8repro.engines.cpu.malloc import keep_freed_memory
+from fp8repro.engines.select import select_backend
+from fp8repro.numerics.formats import E5M2
 from fp8repro.training.environment import describe_environment
 
 STEPS = 8

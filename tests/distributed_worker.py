@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from training_tools import tiny_config, tiny_network
 
-import fp8repro.training.image
 import fp8repro.training.loop as loop
-from fp8repro.config import LossScalingConfig
+from fp8repro.settings.schema import LossScalingConfig
+from fp8repro.training.tasks import classification
 
 
 def without_dropout(*arguments):
@@ -47,7 +47,7 @@ def stopped_config(run_dir):
 
 def main(run_dir, what):
     rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    fp8repro.training.image.make_resnet = without_dropout
+    classification.make_resnet = without_dropout
     own_step, scales, hooks = loop.train_step, [], []
 
     def step(run, batches, stop):

@@ -156,7 +156,7 @@ def checkpoint_reader(folder: Path) -> Reader:
 
 def contents_reader(folder: Path) -> Reader:
     """A checkpoint that torch can read, and that holds something unexpected somewhere."""
-    from fp8repro.config import run_config
+    from fp8repro.settings.schema import run_config
     from fp8repro.training.checkpoint import read_checkpoint
     from fp8repro.training.run import summary
 
@@ -293,7 +293,7 @@ def _stored(path: Path, data: bytes) -> Path:
 
 
 def _tiny_run(folder: Path) -> Any:
-    from fp8repro.config import LossScalingConfig
+    from fp8repro.settings.schema import LossScalingConfig
     from fp8repro.training.distributed import World
     from fp8repro.training.run import build
 
@@ -423,12 +423,12 @@ def fuzz(name: str, count: int, folder: Path, watch: Watch) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    import fp8repro.training.image
+    import fp8repro.training.tasks.classification
 
     count, *names = arguments
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    fp8repro.training.image.make_resnet = tiny_network
+    fp8repro.training.tasks.classification.make_resnet = tiny_network
     with tempfile.TemporaryDirectory() as root:
         os.environ["FP8REPRO_CACHE"] = str(Path(root) / "cache")
         watch = Watch(Path(root))

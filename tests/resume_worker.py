@@ -8,7 +8,7 @@ from dataclasses import replace
 from training_tools import tiny_config, use_tiny_network
 
 import fp8repro.training.loop as loop
-from fp8repro.config import DataConfig, LossScalingConfig
+from fp8repro.settings.schema import DataConfig, LossScalingConfig
 
 
 def resumable_config(run_dir, images):

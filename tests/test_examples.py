@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8repro.cli import main
-from fp8repro.cli_help import TRAIN
-from fp8repro.layers import FP8Conv2d, FP8Linear
+from fp8repro.cli.help import TRAIN
+from fp8repro.cli.main import main
+from fp8repro.precision.layers import FP8Conv2d, FP8Linear
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_loop.py"
 

@@ -56,7 +56,7 @@ import fp8repro, fp8repro.kernels, fp8repro.conf
 from fp8repro.results.tables import paper_figures
 print(json.dumps({
     "homes": [module.__file__ for module in (fp8repro, fp8repro.kernels, fp8repro.conf)],
-    "native": sorted(entry.name for entry in files("fp8repro.native").iterdir()),
+    "native": sorted(entry.name for entry in files("fp8repro.engines.cpu").iterdir()),
     "kernels": sorted(entry.name for entry in files("fp8repro.kernels").iterdir()),
     "figures": len(paper_figures()["figures"]),
 }))
@@ -65,7 +65,7 @@ print(json.dumps({
     for home in found["homes"]:
         assert Path(home).is_relative_to(installed.parent)
     for name in ("native", "kernels"):
-        home = ROOT / "fp8repro" / "native" if name == "native" else ROOT / "kernels"
+        home = ROOT / "fp8repro" / "engines" / "cpu" if name == "native" else ROOT / "kernels"
         assert {path.name for path in home.iterdir() if path.is_file()} <= set(found[name])
     assert found["figures"] == 5
 
@@ -91,7 +91,9 @@ def test_the_command_works_from_an_empty_folder(installed: Path, tmp_path: Path)
 def test_pyproject_lists_every_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fp8repro").rglob("__init__.py")}
-    found |= {"fp8repro.kernels", "fp8repro.conf"}
+    kernels = (path.parent.relative_to(ROOT).parts for path in (ROOT / "kernels").rglob("__init__.py"))
+    found |= {".".join(("fp8repro", *parts)) for parts in kernels}
+    found.add("fp8repro.conf")
     assert set(settings["packages"]) == found
 
 

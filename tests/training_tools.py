@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-import fp8repro.training.image
-from fp8repro.config import (
+import fp8repro.training.tasks.classification
+from fp8repro.numerics.recipe import load_recipe
+from fp8repro.settings.schema import (
     DataConfig,
     LossScalingConfig,
     ModelConfig,
@@ -20,7 +21,6 @@ from fp8repro.config import (
     ScheduleConfig,
     TrainerConfig,
 )
-from fp8repro.recipe import load_recipe
 
 
 def tiny_network(name, classes, channels=3, image_size=224, stem="auto"):
@@ -43,9 +43,9 @@ def tiny_network(name, classes, channels=3, image_size=224, stem="auto"):
 def use_tiny_network(patch=None):
     """Let the image task build the tiny network instead of a ResNet."""
     if patch is None:
-        fp8repro.training.image.make_resnet = tiny_network
+        fp8repro.training.tasks.classification.make_resnet = tiny_network
     else:
-        patch.setattr(fp8repro.training.image, "make_resnet", tiny_network)
+        patch.setattr(fp8repro.training.tasks.classification, "make_resnet", tiny_network)
 
 
 def tiny_config(run_dir, precision="fp32", scaling=None, data=None, **trainer):

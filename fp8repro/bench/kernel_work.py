@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp8repro import reference
 from fp8repro.bench.kernels import Bench
-from fp8repro.context import StepContext
+from fp8repro.engines.products import Conv2dGeometry
 from fp8repro.errors import RunFailure
-from fp8repro.formats import E4M3, E5M2
-from fp8repro.fused_step import Parameter, Rule
-from fp8repro.kernels.conv2d import conv2d, conv2d_error, conv2d_gradient
-from fp8repro.kernels.matmul import matmul
-from fp8repro.kernels.quantize import round_into, round_transpose
-from fp8repro.kernels.update import gradient_control, update
-from fp8repro.products import Conv2dGeometry
-from fp8repro.recipe import RoleSpec
+from fp8repro.kernels.conv2d.launch import conv2d, conv2d_error, conv2d_gradient
+from fp8repro.kernels.matmul.launch import matmul
+from fp8repro.kernels.optimizer.launch import gradient_control, update
+from fp8repro.kernels.quantize.launch import round_into, round_transpose
+from fp8repro.numerics import reference
+from fp8repro.numerics.formats import E4M3, E5M2
+from fp8repro.numerics.recipe import RoleSpec
+from fp8repro.precision.context import StepContext
+from fp8repro.precision.fused_step import Parameter, Rule
 
 GEMM = 8192
 # (name, rows, outputs, inputs): Transformer-base at 4,096 tokens; GNMT at 128 sentences of 50 words, and one LSTM step.
@@ -238,10 +238,10 @@ def measure_step(bench: Bench) -> None:
     """A training step of ResNet-50 in FP8 beside BF16 autocast, both channels_last: time and peak memory."""
     from torchvision.models import resnet18, resnet50
 
-    from fp8repro.graphs import GraphedStep
-    from fp8repro.injection import inject
-    from fp8repro.master import MasterWeights
-    from fp8repro.recipe import load_recipe
+    from fp8repro.numerics.recipe import load_recipe
+    from fp8repro.precision.graphs import GraphedStep
+    from fp8repro.precision.injection import inject
+    from fp8repro.precision.master import MasterWeights
 
     small = bench.scale != 1
     batch, side = (2, 32) if small else (256, 224)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fp8repro.bench.cpu import DEFAULT_OUT, ForeignLoad, Row, interleaved_medians, relaunch_pinned, report, rows
-from fp8repro.formats import E5M2
-from fp8repro.native.memory import keep_freed_memory
-from fp8repro.quantizer import quantize, round_into
+from fp8repro.engines.cpu.malloc import keep_freed_memory
+from fp8repro.engines.quantizer import quantize, round_into
+from fp8repro.numerics.formats import E5M2
 
 PUBLIC = "quantize(x)"
 # Largest time relative to `copy_`, by number of values.

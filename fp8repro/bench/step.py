@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp8repro.bench.cpu import DEFAULT_OUT, ForeignLoad, interleaved_medians, relaunch_pinned, report, rows
-from fp8repro.config import DecodeConfig
-from fp8repro.injection import inject
-from fp8repro.master import MasterWeights
+from fp8repro.engines.cpu.malloc import keep_freed_memory
 from fp8repro.models.fairseq_model import fairseq_transformer
 from fp8repro.models.gnmt import gnmt
 from fp8repro.models.resnet import make_resnet
 from fp8repro.models.transformer import transformer
-from fp8repro.native.memory import keep_freed_memory
-from fp8repro.recipe import load_recipe
-from fp8repro.training.decode import beam_search
+from fp8repro.numerics.recipe import load_recipe
+from fp8repro.precision.injection import inject
+from fp8repro.precision.master import MasterWeights
+from fp8repro.settings.schema import DecodeConfig
+from fp8repro.training.tasks.decode import beam_search
 
 # Largest time of an FP8 step relative to FP32: with BF16 instructions, and with FP32 products.
 BARS = {"resnet18": (0.80, 1.05), "transformer": (0.75, 1.08), "gnmt": (0.80, 1.10)}

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8repro.config import build_dataclass
 from fp8repro.errors import UserError
-from fp8repro.models.layers import MatMul, RepeatedLinear
+from fp8repro.models.parts import MatMul, RepeatedLinear
+from fp8repro.settings.schema import build_dataclass
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fp8repro.reproduce.plan import Job, plan_file
+from fp8repro.paper.plan import Job, plan_file
 
 SECONDS_BETWEEN_LINES = 30.0
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp8repro.errors import RunFailure, UserError
+from fp8repro.paper.plan import Job, make_jobs, make_plan, plan_file, state
 from fp8repro.reproduce import needs
 from fp8repro.reproduce.board import Board
-from fp8repro.reproduce.plan import Job, make_jobs, make_plan, plan_file, state
 from fp8repro.reproduce.runner import default_workers, lock_plan, run_jobs
 
 DEFAULT_SEEDS = "3"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fp8repro.errors import UserError
-from fp8repro.reproduce.plan import Cell, plan_file
+from fp8repro.paper.plan import Cell, plan_file
 
 OPTIONS = {"image": "--images", "translation": "--text"}
 DATA = {

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp8repro.errors import UserError
+from fp8repro.paper.plan import DONE, FAILED, Job, state
 from fp8repro.reproduce.board import Board
-from fp8repro.reproduce.plan import DONE, FAILED, Job, state
 from fp8repro.results.records import METRICS, SUMMARY
 
 SECONDS_BETWEEN_LOOKS = 0.5

@@ -10,10 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from fp8repro.config import LossScalingConfig, build_dataclass
 from fp8repro.errors import UserError
-from fp8repro.lengths import with_units
-from fp8repro.loss_scaling import make_scaler
+from fp8repro.precision.loss_scaling import make_scaler
 from fp8repro.results.records import (
     CONFIG,
     METRICS,
@@ -23,6 +21,8 @@ from fp8repro.results.records import (
     read_yaml_file,
     require_same_bits,
 )
+from fp8repro.settings.lengths import with_units
+from fp8repro.settings.schema import LossScalingConfig, build_dataclass
 
 ERROR = "error"
 

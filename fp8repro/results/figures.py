@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fp8repro.cli_choices import groups
-from fp8repro.reproduce.plan import plan_file, study_cells
+from fp8repro.paper.plan import plan_file, study_cells
 from fp8repro.results.cells import CellRuns, Run
+from fp8repro.settings.choices import groups
 
 Cells = Mapping[str, CellRuns]
 FLOOR_SHARE = 1e-6
@@ -241,7 +241,7 @@ def headline(name: str) -> str:
 
 
 def _e5m2_range() -> tuple[tuple[float, str], ...]:
-    from fp8repro.formats import E5M2
+    from fp8repro.numerics.formats import E5M2
 
     return (
         (E5M2.min_exponent - E5M2.mantissa_bits, "smallest subnormal"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8repro.errors import UserError
-from fp8repro.reproduce.plan import plan_file
+from fp8repro.paper.plan import plan_file
 from fp8repro.results.cells import CellRuns, read_cells
 from fp8repro.results.figures import Figure, figures
 from fp8repro.results.sheet import FORMATS, Column, Sheet

@@ -67,7 +67,7 @@ class Row:
 
 def paper_figures() -> dict[str, Any]:
     """results/paper.yaml."""
-    text = files("fp8repro.results").joinpath("paper.yaml").read_text(encoding="utf-8")
+    text = files("fp8repro.paper").joinpath("paper.yaml").read_text(encoding="utf-8")
     figures: dict[str, Any] = yaml.safe_load(text)
     return figures
 

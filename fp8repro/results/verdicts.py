@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from fp8repro.reproduce.plan import plan_file, study_cells
+from fp8repro.paper.plan import plan_file, study_cells
 from fp8repro.results.cells import CellRuns, by_seed, comparable
 from fp8repro.results.paired import FAILS, HOLDS, TOLERANCE, UNDECIDED, Difference, difference, greater, not_worse
 from fp8repro.results.sheet import Column, Sheet

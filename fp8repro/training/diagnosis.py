@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fp8repro.injection import sites
-from fp8repro.telemetry import Telemetry
+from fp8repro.precision.injection import sites
+from fp8repro.precision.telemetry import Telemetry
 
 
 class FirstNonfinite:

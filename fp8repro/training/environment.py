@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import fp8repro
-from fp8repro.reference import BITS_VERSION
+from fp8repro.numerics.reference import BITS_VERSION
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "scikit-learn", "hydra-core")
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp8repro.config import RunConfig, run_config
-from fp8repro.context import StepContext
 from fp8repro.errors import UserError
-from fp8repro.injection import fixed_weights, inject
+from fp8repro.precision.context import StepContext
+from fp8repro.precision.injection import fixed_weights, inject
+from fp8repro.settings.schema import RunConfig, run_config
 from fp8repro.training.checkpoint import FORMAT, read_checkpoint, read_tensors
 from fp8repro.training.distributed import World, choose_device
-from fp8repro.training.task import Poll, Task, autocast, make_task, no_poll
+from fp8repro.training.tasks.task import Poll, Task, autocast, make_task, no_poll
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8repro.config import RunConfig
 from fp8repro.data.keys import derived_seed, seed_torch
 from fp8repro.errors import RunFailure, UserError
+from fp8repro.settings.schema import RunConfig
 from fp8repro.training import checkpoint as checkpoints
 from fp8repro.training.averaging import load_averaged_weights, save_epoch_weights
 from fp8repro.training.diagnosis import diagnose
@@ -31,7 +31,7 @@ from fp8repro.training.run import Run, build, resume, roll_back, summary
 from fp8repro.training.schedule import learning_rate
 from fp8repro.training.signals import Interrupted, StopRequest, exit_code
 from fp8repro.training.soundness import all_finite, no_better_than_guessing, warnings, what_was_not_finite
-from fp8repro.training.task import Poll, autocast
+from fp8repro.training.tasks.task import Poll, autocast
 
 
 @dataclass

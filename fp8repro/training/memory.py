@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fp8repro.injection import sites
+from fp8repro.precision.injection import sites
 
 
 class SavedBytes:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8repro.config import OptimizerConfig
 from fp8repro.errors import UserError
+from fp8repro.settings.schema import OptimizerConfig
 from fp8repro.training.untrusted import Harmful, require_like
 
 # What torch keeps for each parameter.

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from fp8repro.config import RunConfig
 from fp8repro.errors import RunFailure, UserError
+from fp8repro.settings.schema import RunConfig
 from fp8repro.training.environment import describe_environment
 
 METRICS, SUMMARY, CONFIG, ENVIRONMENT = "metrics.jsonl", "summary.json", "config.yaml", "environment.json"

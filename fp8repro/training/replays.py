@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fp8repro.config import RunConfig
-from fp8repro.context import StepContext
 from fp8repro.data.image_batches import ImageBatch
-from fp8repro.graphs import GraphedStep, why_not_graphed
+from fp8repro.precision.context import StepContext
+from fp8repro.precision.graphs import GraphedStep, why_not_graphed
+from fp8repro.settings.schema import RunConfig
 from fp8repro.training.distributed import World
-from fp8repro.training.task import Task
+from fp8repro.training.tasks.task import Task
 
 # An epoch's batches differ in size by one image at most; those of micro-steps, which are cut again, once more.
 MOST_SHAPES = 4

@@ -11,22 +11,22 @@ import torch
 from torch import nn
 
 import fp8repro
-from fp8repro.config import RunConfig
-from fp8repro.context import StepContext
 from fp8repro.errors import UserError
-from fp8repro.injection import InjectionReport, inject
-from fp8repro.loss_scaling import LossScaler, make_scaler
-from fp8repro.master import MasterWeights
-from fp8repro.reference import BITS_VERSION
-from fp8repro.telemetry import Telemetry
+from fp8repro.numerics.reference import BITS_VERSION
+from fp8repro.precision.context import StepContext
+from fp8repro.precision.injection import InjectionReport, inject
+from fp8repro.precision.loss_scaling import LossScaler, make_scaler
+from fp8repro.precision.master import MasterWeights
+from fp8repro.precision.telemetry import Telemetry
+from fp8repro.settings.schema import RunConfig
 from fp8repro.training import checkpoint as checkpoints
 from fp8repro.training.distributed import World
-from fp8repro.training.normalization import NormalizationStatistics, synchronize_normalization
 from fp8repro.training.optimizer import make_optimizer, settle_rate, with_saved_state
 from fp8repro.training.progress import Display
 from fp8repro.training.record import RunFolder
 from fp8repro.training.replays import Replays
-from fp8repro.training.task import Task, make_task
+from fp8repro.training.running_statistics import NormalizationStatistics, synchronize_normalization
+from fp8repro.training.tasks.task import Task, make_task
 from fp8repro.training.untrusted import Harmful, require_like
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from fp8repro.config import ScheduleConfig
-from fp8repro.lengths import Length, in_steps
+from fp8repro.settings.lengths import Length, in_steps
+from fp8repro.settings.schema import ScheduleConfig
 
 Steps = Callable[[Length], float]
 

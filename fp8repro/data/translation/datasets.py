@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from fp8repro.config import build_dataclass
 from fp8repro.data.translation import (
     corpus,
     fairseq_binary,
@@ -31,12 +30,13 @@ from fp8repro.data.translation import (
     text,
     vocabulary,
 )
-from fp8repro.data.translation.cache import cached_folder, content_key
 from fp8repro.data.translation.fairseq_binary import TokenSequences, read_binary, write_binary
+from fp8repro.data.translation.prepared import cached_folder, content_key
 from fp8repro.data.translation.references import read_references, reference_line
 from fp8repro.data.translation.subwords import DEFAULT_SCHEME, SEPARATOR, SubwordScheme, find_scheme
 from fp8repro.data.translation.vocabulary import EOS, SPECIAL, Vocabulary
 from fp8repro.errors import UserError
+from fp8repro.settings.schema import build_dataclass
 
 SPLITS = ("train", "valid", "test")
 CODES_FILE = "bpe.codes"

@@ -1,0 +1,118 @@
+"""Help texts. The choices are read from conf/, so that a file there is all that a new one needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fp8repro.settings.choices import groups
+
+GROUPS = ("model", "data", "precision", "loss_scaling", "profile", "optimizer", "schedule", "training", "logger")
+
+TRAIN = """\
+usage: fp8repro train [group=choice ...] [setting=value ...] [-m] [--cfg job]
+
+  fp8repro train model=resnet50 precision=fp8
+  fp8repro train -m precision=fp32,fp8 seed=0,1,2
+  fp8repro train model=resnet50 data=imagenet data.root=/data/imagenet
+  fp8repro train experiment=resnet50_fp8 profile=paper data.root=/data/imagenet
+
+options
+  -m, --multirun  run every combination of the lists of values (seed=0,1,2), one after the other
+  --cfg job       print what the settings come to, and train nothing
+  -h, --help      this text
+
+settings that most runs need (--cfg job prints all of them)
+  seed=0                      trainer.epochs=30       trainer.batch_size=64
+  data.root=FOLDER            trainer.max_steps=100   trainer.telemetry_every=50
+  run_dir=FOLDER              optimizer.lr=0.1        loss_scaling.scale=1000
+  resume=never|auto|FILE      device=auto|cpu|cuda    backend=auto|emulate|triton
+  overwrite=true              precision.error.rounding=nearest|stochastic
+"""
+
+EVALUATE = """\
+usage: fp8repro evaluate WEIGHTS [group=choice ...] [setting=value ...] [--split val|train|test]
+
+  fp8repro evaluate runs/resnet18-digits-fp8-seed0
+  fp8repro evaluate runs/resnet18-digits-fp32-seed0 precision=fp8
+  fp8repro evaluate runs/gnmt-synthetic_translation-fp8-seed0 --split test decode.beam=1
+  fp8repro evaluate resnet50-0676ba61.pth model=resnet50 data=imagenet data.root=/data/imagenet precision=fp8
+
+WEIGHTS is a run's folder (its newest checkpoint), a checkpoint, or a state dict with torchvision's names. A checkpoint
+brings its run's settings along; precision=, data= and single values may be changed. Other weights need model=.
+--split (default val) says on which data; test, which translation models translate, is theirs alone."""
+
+REPRODUCE = """\
+usage: fp8repro reproduce [profile=embedded|midscale|paper] [setting=value ...] [options]
+
+  fp8repro reproduce --seeds 1
+  fp8repro reproduce --only C4,C6 --dry-run
+  fp8repro reproduce profile=midscale --images data/cifar10 data.image_size=32 --only resnet18
+  fp8repro reproduce profile=paper --images /data/imagenet --text /data/wmt16 --processes 8
+
+Runs the cells of the paper's tables and studies, each in a process of its own and as far as it is not done; the same
+command goes on after an interruption. Settings hold for every cell. fp8repro report makes the page.
+
+options
+  --only NAMES      studies (C1, C2, C4 to C7, recipes), cells or models, separated by commas
+  --seeds N         how many seeds (default 3), or a list: 0,1,2
+  --images FOLDER   data of the convolutional networks (midscale, paper)
+  --text FOLDER     data of the translation models (midscale, paper)
+  --runs FOLDER     where records are kept (default runs)
+  --jobs N          runs at a time (default: one for each GPU, or for each core up to 4); they share the cores out
+  --processes N     processes of each run, through torchrun (one for each GPU)
+  --retry           run again what failed
+  --dry-run         list the runs and their state, run nothing
+  -h, --help        this text"""
+
+REPORT = """\
+usage: fp8repro report [FOLDER ...] [--out FOLDER]
+
+Reads the records of all finished runs under the folders (default: runs) and writes report.html, which needs no network,
+tables/ (Markdown, CSV, JSON) and figures/ (PNG, each with its data).
+
+options
+  --out FOLDER  where to write (default results)
+  -h, --help    this text"""
+
+COMPARE = """\
+usage: fp8repro compare [FOLDER ...] [--format text|md|csv|json] [--out FOLDER]
+       fp8repro compare RUN RUN
+
+Reads the records of all finished runs under the folders (default: runs) and prints the mean and standard deviation over
+seeds, the gap to FP32, and the paper's figures beside them. With the folders of two runs: the settings in which they
+differ, their curves, and a verdict over all seeds that lie beside them.
+
+options
+  --format      text (default), md, csv or json
+  --out FOLDER  write comparison.md, comparison.csv and comparison.json there too
+  -h, --help    this text"""
+
+
+def overview(verbs: Mapping[str, str]) -> str:
+    """The help of the program."""
+    lines = ["usage: fp8repro VERB ...", ""]
+    lines += ["Mixed Precision Training With 8-bit Floating Point (arXiv 1905.12334), reproduced.", "", "verbs"]
+    lines += [f"  {name:<10} {summary}" for name, summary in verbs.items()]
+    lines += ["", "fp8repro VERB --help says more. FP8REPRO_DEBUG=1 shows the traceback of an error.", ""]
+    return "\n".join([*lines, *_choices(("model", "data", "precision", "loss_scaling"))])
+
+
+def train_help() -> str:
+    """The help of `fp8repro train`."""
+    return "\n".join([TRAIN, *_choices((*GROUPS, "experiment"))])
+
+
+def bench_help(benches: Mapping[str, str]) -> str:
+    """The help of `fp8repro bench`."""
+    lines = [f"  {name:<10} {summary}" for name, summary in benches.items()]
+    return "\n".join(["usage: fp8repro bench NAME ...", "", *lines, "", "fp8repro bench NAME --help says more."])
+
+
+def _choices(chosen: tuple[str, ...]) -> list[str]:
+    known, lines = groups(), []
+    for group in chosen:
+        lines.append(f"{group}=")
+        width = max(map(len, known[group]))
+        lines += [f"  {name:<{width}}  {headline}" for name, headline in known[group].items()]
+        lines.append("")
+    return lines[:-1]

@@ -1,0 +1,1 @@
+"""What rounds and multiplies: the quantizer over all engines, products, and the choice between them."""

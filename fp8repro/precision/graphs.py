@@ -1,0 +1,190 @@
+"""Forward and backward pass of a training step as one CUDA graph: the host issues one launch instead of thousands.
+
+A replay gives the bits of the eager step with the same number. The optimizer's step stays outside: the host decides it.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp8repro.numerics.streams import StreamTable
+from fp8repro.precision.context import StepContext
+from fp8repro.precision.injection import context_of, sites
+
+WARM_UPS = 3
+# Gives the sum or mean of the loss (FP32, no dimensions) and other figures, from tensors on the device.
+LossOf = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+
+def why_not_graphed(model: nn.Module) -> str | None:
+    """Why the model's next step cannot be captured or replayed, in one line; None when it can."""
+    places = sites(model)
+    if not places:
+        return "no layer of the model is converted by a recipe"
+    context = context_of(model)
+    if context is not None and context.telemetry.active:
+        return "telemetry measures the step"
+    for name, site in places.items():
+        if site.backend.name != "triton":
+            return f"products by backend={site.backend.name} draw random bits on the host"
+        scaled = [role for role, spec in site.roles.items() if spec.scaling != "none"]
+        if scaled:
+            return (
+                f"{name}: the scale of role {scaled[0]} (scaling: {site.roles[scaled[0]].scaling}) is read by the host"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
+            return f"{name}: normalization without a momentum reads its count of batches on the host"
+    device = next(p.device for p in model.parameters())
+    return None if device.type == "cuda" else f"the model is on {device.type}, and CUDA graphs need a GPU"
+
+
+class GraphedStep:
+    """Forward pass, loss and backward pass of a converted model, for inputs of one shape.
+
+    A call does what `(scale * loss).backward()` does, in the bits of the step that `context.begin` named: it adds to
+    `.grad`, and updates the statistics of normalizations once. Between calls, `.grad` must be what an optimizer may
+    read: set it to None (`zero_grad`, `set_to_none=True`, torch's default), and a call puts the graph's own buffers
+    there, which the next one overwrites. A gradient that is there already is added to, in new memory.
+
+    Not part of the graph: whatever else a model does on the host. It must do the same at every step.
+    """
+
+    def __init__(self, model: nn.Module, loss_of: LossOf, batch: Sequence[Tensor], pool: Any = None) -> None:
+        """Warm up and capture; weights, gradients, statistics, random numbers and the run's step stay what they are.
+
+        Args:
+            model: in training mode, on a GPU, after `inject`; after `MasterWeights` if there are any.
+            loss_of: called with tensors like those of `batch`, on the model's device.
+            batch: inputs and targets, for their shapes and dtypes, and as values that the warm-up can compute with.
+            pool: `torch.cuda.graph_pool_handle()`; steps that share one share memory, and one's gradients are lost
+                when another replays.
+
+        Raises:
+            ValueError: the step cannot be graphed (`why_not_graphed`).
+        """
+        reason = why_not_graphed(model)
+        if reason is not None:
+            raise ValueError(f"model: got one whose step cannot be graphed ({reason})")
+        self.model, self.loss_of = model, loss_of
+        context = context_of(model)
+        assert context is not None  # It has converted layers.
+        self.context: StepContext = context
+        self._sites = list(sites(model).values())
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._state = [*model.parameters(), *model.buffers()]
+        device = self._parameters[0].device
+        self.streams = StreamTable(device)
+        self._inputs = [torch.empty_like(t, device=device).copy_(t) for t in batch]
+        self._scale = torch.ones((), dtype=torch.float32, device=device)
+        self._results: tuple[Tensor, dict[str, Tensor]] | None = None
+        self._gradients: list[Tensor | None] = []
+        self._addresses = [t.data_ptr() for t in self._state]
+        # Capturing runs the model: what it changes is put back.
+        gradients = [p.grad for p in self._parameters]
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                self._replay = capture(self._pass, device, pool)
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                parameter.grad = gradient
+            self._forget_weights()
+            # Calls count from zero again: a step that was begun may still be taken, by a replay or without one.
+            context.begin(context.step, context.micro_step)
+        self._used = -1
+
+    def fits(self, batch: Sequence[Tensor]) -> bool:
+        """True where a call can take the batch, nothing measures the step, and the model is as it was captured."""
+        alike = len(batch) == len(self._inputs) and all(
+            given.shape == own.shape and given.dtype == own.dtype
+            for given, own in zip(batch, self._inputs, strict=True)
+        )
+        alike = alike and self.model.training and not self.context.telemetry.active
+        # A parameter in other memory would be read and updated where it was.
+        return alike and self._addresses == [t.data_ptr() for t in self._state]
+
+    def __call__(self, batch: Sequence[Tensor], scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss (not scaled) and figures of a batch on any device; gradients of `scale` times the loss are in `.grad`.
+
+        Raises:
+            ValueError: the batch has other shapes or dtypes, or the model is not as it was (see `fits`).
+            RuntimeError: no step was begun since the last call; it would draw the same random bits again.
+        """
+        if not self.fits(batch):
+            given = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in batch)
+            taken = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in self._inputs)
+            raise ValueError(
+                f"batch: got {given}, expected {taken}; the model in training mode and its old memory; no telemetry"
+            )
+        if self.context.generation == self._used:
+            raise RuntimeError("context.begin: got no call since the last step, expected one before each")
+        for own, tensor in zip(self._inputs, batch, strict=True):
+            own.copy_(tensor, non_blocking=True)
+        self._scale.fill_(scale)
+        self.streams.refresh(self.context.stream_number)
+        # Copied, because they may be this graph's buffers, or another's that shares its memory.
+        earlier = [None if p.grad is None else p.grad.clone() for p in self._parameters]
+        self._replay()
+        self._used = self.context.generation
+        for parameter, gradient, before in zip(self._parameters, self._gradients, earlier, strict=True):
+            if before is not None and gradient is not None:
+                # In place and in this order, as autograd adds.
+                gradient = before.add_(gradient)
+            parameter.grad = before if gradient is None else gradient
+        assert self._results is not None
+        loss, figures = self._results
+        return loss.clone(), {name: value.clone() for name, value in figures.items()}
+
+    def _pass(self) -> None:
+        """What a replay repeats on the device alone."""
+        # Its rounded weights are the graph's: it makes them itself, and nobody else may take them.
+        self._forget_weights()
+        for parameter in self._parameters:
+            parameter.grad = None
+        self.context.begin(self.context.step, self.context.micro_step)
+        with self.context.streams_in_memory(self.streams), self.context.fixed_weights():
+            # New aliases: codes of an input that were offered with it in an earlier pass are no part of this one.
+            loss, figures = self.loss_of(*(t.detach() for t in self._inputs))
+            (loss * self._scale).backward()
+        self._results = loss.detach(), {name: value.detach() for name, value in figures.items()}
+        self._gradients = [p.grad for p in self._parameters]
+        self._forget_weights()
+
+    def _forget_weights(self) -> None:
+        for site in self._sites:
+            site.forget_weight()
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: memory of a pool is only shared within a stream."""
+    return torch.cuda.Stream(device)
+
+
+def capture(run: Callable[[], None], device: torch.device, pool: Any = None) -> Callable[[], None]:
+    """Run something a few times and capture it; gives what replays it on the current stream."""
+    side = _side_stream(device)
+    # What is left of earlier steps would tie the accumulation of gradients to the stream that they ran on.
+    gc.collect()
+    with torch.cuda.device(device):
+        current = torch.cuda.current_stream()
+        side.wait_stream(current)
+        # On a stream of their own, so that autograd accumulates gradients there and not on the default stream.
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                run()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Only what this thread does is held against the capture: data loaders pin memory in others.
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            run()
+    return graph.replay

@@ -1,0 +1,279 @@
+"""From `group=choice setting=value ...` to the plain values of each run: choices, checks and sweeps over Hydra.
+
+It must not import torch, and every mistake leaves it as a UserError that names the nearest valid choice.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fp8repro.errors import UserError
+from fp8repro.settings.choices import groups, nearest
+
+# Mappings that hold whatever their model or data set takes, so a setting in them need not exist before.
+OPEN_MAPPINGS = ("model.size.", "data.options.", "loss_scaling.")
+# Settings that do not change what a run computes; a run's folder is named after them only where a sweep varies them.
+NO_PART_OF_A_RUN = (
+    "run_dir",
+    "resume",
+    "overwrite",
+    "device",
+    "backend",
+    "graphs",
+    "logger",
+    "profile",
+    "data.root",
+    "data.workers",
+)
+PATHS = ("run_dir", "resume", "data.root")
+# What may be exchanged in an earlier run's configuration, to evaluate its weights otherwise.
+EXCHANGEABLE = ("precision", "data", "loss_scaling")
+# Groups without a choice of their own at first (see conf/config.yaml).
+UNCHOSEN = ("data", "training", "profile", "optimizer", "schedule", "experiment")
+PROFILES = ("embedded", "paper", "midscale")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a command line.
+
+    Attributes:
+        overrides: what was asked for.
+        choices: of every group, None where nothing was chosen.
+        values: plain values for `schema.run_config`.
+        swept: settings in which the runs of the command line differ.
+    """
+
+    overrides: tuple[str, ...]
+    choices: Mapping[str, str | None]
+    values: Mapping[str, Any]
+    swept: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """A folder name that says what runs: model, data, precision or experiment, every further override, seed."""
+        named = ["model", "data", "experiment" if self.choices["experiment"] else "precision"]
+        parts = [str(self.choices[group]) for group in named]
+        for override in sorted(self.overrides):
+            key = override.lstrip("+~").partition("=")[0]
+            if key not in (*named, "seed") and (key in self.swept or key not in NO_PART_OF_A_RUN):
+                parts.append(re.sub(r"[^\w.+]+", "_", override.lstrip("+")).strip("_"))
+        name = "-".join(parts)
+        if len(name) > 120:
+            name = f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return f"{name}-seed{self.values['seed']}"
+
+
+def jobs(overrides: Sequence[str], sweep: bool) -> list[Job]:
+    """The runs that a command line asks for: one, or with `sweep` one for each combination of the lists of values.
+
+    Raises:
+        UserError: an unknown group, choice or setting, a value that is not a value, or a list without `sweep`.
+    """
+    parsed = _parse(overrides)
+    lists = [override for override in parsed if override.is_sweep_override()]
+    if lists and not sweep:
+        key, value = lists[0].input_line.split("=", 1) if lists[0].input_line else ("", "")
+        raise UserError(f"{key}: got {value}, expected one value (-m runs a list of values one after the other)")
+    swept = frozenset(override.key_or_group for override in lists)
+    return [_job(line, swept) for line in itertools.product(*(_expand(override) for override in parsed))]
+
+
+def changed(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The plain values of an earlier run with some settings changed: precision, data, loss scaling or single values.
+
+    Raises:
+        UserError: a setting that the run does not have, or a group that cannot be exchanged afterwards.
+    """
+    from fp8repro.settings.schema import compose_group
+
+    known, result = groups(), copy.deepcopy(dict(values))
+    for override in _parse(overrides):
+        key = override.key_or_group
+        if override.is_sweep_override() or override.is_delete():
+            raise UserError(f"{override.input_line}: expected setting=value")
+        if key in EXCHANGEABLE:
+            _check_choice(key, override.value(), known[key])
+            result[key] = compose_group(key, str(override.value()))
+            continue
+        keys = _keys(result)
+        if key not in keys and not key.startswith(OPEN_MAPPINGS):
+            raise UserError(f"{key}: unknown setting, expected one of {nearest(key, [*EXCHANGEABLE, *keys], result)}")
+        *folders, name = key.split(".")
+        place = result
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = override.value()
+    return result
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        if "=" not in text and not text.startswith("~"):
+            raise UserError(f"{text!r}: expected group=choice or setting=value")
+        key, _, value = text.partition("=")
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException as error:
+            if key not in PATHS:
+                raise UserError(f"{text!r}: {_first_line(error)}") from error
+            # Names of folders need no quotes, whatever is in them.
+            quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+            parsed.append(parser.parse_override(f"{key}='{quoted}'"))
+    return parsed
+
+
+def _expand(override: Override) -> list[str]:
+    assert override.input_line is not None
+    if not override.is_sweep_override():
+        return [override.input_line]
+    if not override.is_discrete_sweep():
+        raise UserError(f"{override.input_line}: expected a list of values such as seed=0,1,2 or range(0,3)")
+    key = override.input_line.split("=", 1)[0]
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
+def _job(overrides: Sequence[str], swept: frozenset[str]) -> Job:
+    known = groups()
+    chosen, settings = [], []
+    for override in _parse(overrides):
+        key = override.key_or_group
+        if key in known:
+            if override.value() is None and not override.is_delete() and key in UNCHOSEN:
+                continue
+            _check_choice(key, override.value(), known[key])
+            chosen.append(f"{key}={override.value()}")
+        else:
+            settings.append(override)
+    first = _compose(chosen)
+    choices = dict(first.hydra.runtime.choices)
+    derived = _derived_choices(choices, first, known)
+    choices |= derived
+    chosen += [f"{group}={choice}" for group, choice in derived.items()]
+    lines = [_with_open_prefix(override) for override in settings]
+    try:
+        config = _compose(chosen + lines)
+    except UserError:
+        _check_keys(settings, _compose(chosen), known)
+        raise
+    values = _plain(config)
+    values.pop("profile_data")
+    return Job(tuple(overrides), {group: choices.get(group) for group in known}, values, swept)
+
+
+def _check_choice(group: str, given: Any, known: Mapping[str, str]) -> None:
+    if not isinstance(given, str) or given not in known:
+        raise UserError(f"{group}: got {given!r}, expected one of {nearest(str(given), known)}")
+
+
+def _derived_choices(
+    choices: Mapping[str, str | None], first: DictConfig, known: Mapping[str, Mapping[str, str]]
+) -> dict[str, str]:
+    """The choices of profile, data and training that follow from the others (see conf/config.yaml)."""
+    task, data, profile = first.model.task, choices["data"], choices["profile"]
+    fitting = {name: _profile_data(name)[task] for name in PROFILES}
+    derived = {}
+    if data is None:
+        data = derived["data"] = fitting[profile or "embedded"][0]
+    all_data = {entry for names in fitting.values() for entry in names}
+    if data not in all_data:
+        raise UserError(
+            f"data: got {data!r} with model={choices['model']}, expected one of {', '.join(sorted(all_data))}"
+        )
+    if profile is None:
+        derived["profile"] = next((name for name in PROFILES if fitting[name][0] == data), "midscale")
+    elif data not in fitting[profile]:
+        raise UserError(f"data: got {data!r} with profile={profile}, expected one of {', '.join(fitting[profile])}")
+    if choices["training"] is None:
+        # fairseq's model trains as ours does.
+        family = re.sub(r"\d+$", "", first.model.name).removeprefix("fairseq_")
+        derived["training"] = f"{data}_{family}"
+        if derived["training"] not in known["training"]:
+            raise UserError(
+                f"training: there is none for model={choices['model']} data={data}, expected training= and one of "
+                f"{', '.join(known['training'])}"
+            )
+    return derived
+
+
+def _profile_data(name: str) -> dict[str, list[str]]:
+    text = files("fp8repro.conf").joinpath("profile", f"{name}.yaml").read_text(encoding="utf-8")
+    data: dict[str, list[str]] = yaml.safe_load(text)["profile_data"]
+    return data
+
+
+def _with_open_prefix(override: Override) -> str:
+    line = override.input_line
+    assert line is not None
+    # What conf/ leaves to a default of the code is a setting as well.
+    may_be_new = override.key_or_group.startswith(OPEN_MAPPINGS) or override.key_or_group in _schema()
+    return f"++{line}" if may_be_new and not line.startswith(("+", "~")) else line
+
+
+@cache
+def _schema() -> frozenset[str]:
+    from fp8repro.settings.schema import setting_names
+
+    return frozenset(setting_names())
+
+
+def _check_keys(settings: Iterable[Override], config: DictConfig, known: Mapping[str, Any]) -> None:
+    """Raise UserError for the first setting that the configuration does not have."""
+    values = _plain(config)
+    values.pop("profile_data")
+    keys, sections = dict.fromkeys([*_keys(values), *sorted(_schema())]), dict.fromkeys([*known, *values])
+    for override in settings:
+        key = override.key_or_group
+        if key not in keys and not override.is_add() and not override.is_force_add():
+            raise UserError(f"{key}: unknown setting, expected one of {nearest(key, [*known, *keys], sections)}")
+
+
+def _keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted names of single settings; sections and lists count as one only where they hold none."""
+    keys = []
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            keys += _keys(value, f"{prefix}{key}.")
+        else:
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    try:
+        with initialize_config_module("fp8repro.conf", version_base="1.3"):
+            return compose("config", overrides=overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_first_line(error)) from error
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    copy = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    try:
+        values = OmegaConf.to_container(copy, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_first_line(error)) from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""Kinds of work that the loop trains: classifying images and translating."""

@@ -1,0 +1,132 @@
+"""Classifying images, as the training loop sees it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fp8repro.data.image_batches import ImageBatch, TrainImages, load_batches
+from fp8repro.data.images import load_images
+from fp8repro.errors import UserError
+from fp8repro.models.resnet import make_resnet
+from fp8repro.settings.schema import RunConfig
+from fp8repro.training.distributed import World
+from fp8repro.training.tasks.task import Poll, no_poll, polled
+
+
+class ImageTask:
+    """A `Task`: a ResNet on a data set of images; cross-entropy, top-1 and top-5 in per cent."""
+
+    unit = "images"
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        """Load the data.
+
+        Raises:
+            UserError: data that is missing or malformed, or a setting that images do not have.
+        """
+        if config.trainer.smoothing_form != "all":
+            raise UserError(f"trainer.smoothing_form: got {config.trainer.smoothing_form!r}, expected all for images")
+        for name, value in config.model.size.items():
+            raise UserError(f"model.size.{name}: got {value!r}, expected no sizes for {config.model.name}")
+        self.config, self.world = config, world
+        self.data = load_images(config.data, config.seed)
+        self._pinned = world.device.type == "cuda"
+        self.batches = TrainImages(
+            self.data.train,
+            config.trainer.batch_size,
+            config.seed,
+            config.trainer.micro_steps,
+            world.rank,
+            world.size,
+            config.data.workers,
+            self._pinned,
+        )
+        self._layout = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
+
+    def model(self) -> nn.Module:
+        """See `Task`."""
+        config, data = self.config.model, self.data
+        model = make_resnet(config.name, len(data.classes), data.channels, data.image_size, config.stem)
+        return model.to(memory_format=self._layout)
+
+    def identity(self) -> dict[str, Any]:
+        """See `Task`."""
+        return {
+            "classes": len(self.data.classes),
+            "class_names": self.data.classes,
+            "train_images": self.batches.size,
+            "data": self.data.identity,
+        }
+
+    def batch_report(self) -> dict[str, Any]:
+        """See `Task`."""
+        return {}
+
+    def count(self, batch: ImageBatch) -> int:
+        """See `Task`."""
+        return len(batch.labels)
+
+    def loss(self, model: nn.Module, batch: ImageBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Task`; the figures are the images whose class came out first."""
+        logits, labels = self._logits(model, batch)
+        smoothing = self.config.trainer.label_smoothing
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+        return loss, {"top1": 100 * _hits(logits.detach(), labels, 1).sum()}
+
+    def _logits(self, model: nn.Module, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+        batch = batch.to(self.world.device)
+        return model(batch.images.contiguous(memory_format=self._layout)).float(), batch.labels
+
+    def figures(self, means: dict[str, float]) -> dict[str, float]:
+        """See `Task`."""
+        return means
+
+    def evaluate(self, model: nn.Module, split: str, poll: Poll = no_poll) -> dict[str, float]:
+        """See `Task`: loss (not smoothed), top1, top5; "nonfinite" images, where there are any."""
+        dataset = self.data.val if split == "val" else self.data.train_plain
+        images: int = len(dataset)  # type: ignore[arg-type]
+        mine, most = range(self.world.rank, images, self.world.size), len(range(0, images, self.world.size))
+        size = self.config.trainer.eval_batch_size
+        keys = [[(0, i) for i in mine[start : start + size]] for start in range(0, len(mine), size)]
+        # Loss, top-1, top-5, images that were not finite, and all.
+        sums = torch.zeros(5, dtype=torch.float64, device=self.world.device)
+        with closing(load_batches(dataset, keys, self.config.data.workers, self._pinned)) as batches:
+            for batch in polled(batches, -(-most // size), poll):
+                logits, labels = self._logits(model, batch)
+                hits = _hits(logits, labels, 5)
+                losses = F.cross_entropy(logits, labels, reduction="none")
+                nonfinite = (~logits.isfinite().all(1)).sum()
+                count = torch.full_like(labels[0], len(labels))
+                sums += torch.stack([losses.double().sum(), hits[:, 0].sum(), hits.sum(), nonfinite, count])
+        loss, top1, top5, missing, total = self.world.sum(sums.tolist())
+        figures = {"loss": loss / total, "top1": 100 * top1 / total, "top5": 100 * top5 / total}
+        return figures | ({"nonfinite": missing} if missing else {})
+
+    def chance(self) -> dict[str, float]:
+        """See `Task`: always naming the largest class, and two standard deviations of luck."""
+        images = len(self.data.val_labels)
+        share = max(Counter(self.data.val_labels).values()) / images
+        luck = 2 * math.sqrt(share * (1 - share) / images)
+        return {"loss": math.log(len(self.data.classes)), "top1": 100 * (share + luck)}
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """See `Task`."""
+        return metrics["top1"]
+
+    def finish(self, model: nn.Module, metrics: dict[str, float], folder: Path, poll: Poll = no_poll) -> dict[str, Any]:
+        """See `Task`."""
+        return {"top1": metrics["top1"], "top5": metrics["top5"]}
+
+
+def _hits(logits: Tensor, labels: Tensor, among: int) -> Tensor:
+    """Where the class is among the first ones, [B, among or classes]; nowhere in rows that are not finite."""
+    first = logits.topk(min(among, logits.shape[1]), dim=1).indices
+    return (first == labels[:, None]) & logits.isfinite().all(1, keepdim=True)

@@ -1,0 +1,146 @@
+"""What the training loop asks of a kind of work, and no more: classifying images and translating both answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fp8repro.settings.schema import RunConfig
+from fp8repro.training.distributed import World
+
+
+class TrainBatches(Protocol):
+    """Endless training batches of one rank; iterating gives the rest of the present epoch.
+
+    Every epoch has the same number of batches. The state counts the batches that were handed out.
+    """
+
+    epoch: int
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]:
+        """The rest of the present epoch; afterwards the next one is present."""
+        ...
+
+    def state_dict(self) -> dict[str, int]:
+        """Plain numbers."""
+        ...
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where `state_dict` was taken."""
+        ...
+
+
+B = TypeVar("B", contravariant=True)
+T = TypeVar("T")
+# Raises where an evaluation is to be left; what it raises passes through. Every rank calls it equally often.
+Poll = Callable[[], None]
+
+
+def no_poll() -> None:
+    """Never leave an evaluation."""
+
+
+def polled(batches: Iterable[T], count: int, poll: Poll) -> Iterator[T]:
+    """Batches of an evaluation, with a poll before each.
+
+    Args:
+        batches: of this rank.
+        count: of the rank that has most of them; one with fewer polls as often.
+        poll: see `Poll`.
+    """
+    rest = iter(batches)
+    for _ in range(count):
+        poll()
+        yield from islice(rest, 1)
+
+
+class Task(Protocol[B]):
+    """A kind of work; `B` is its batch.
+
+    Attributes:
+        unit: what is counted: "images" or "tokens". The loss is a mean over these.
+        batches: the training batches.
+    """
+
+    unit: str
+
+    @property
+    def batches(self) -> TrainBatches:
+        """The training batches."""
+        ...
+
+    def model(self) -> nn.Module:
+        """A fresh model on the CPU, drawn from torch's global generator."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values that tell this data from other data, as a checkpoint must know it (vocabulary, classes)."""
+        ...
+
+    def batch_report(self) -> dict[str, Any]:
+        """Number, shapes and padding of an epoch's batches of all ranks, for the record; empty if nothing is padded."""
+        ...
+
+    def count(self, batch: B) -> int:
+        """Images or target tokens in a batch."""
+        ...
+
+    def loss(self, model: nn.Module, batch: B) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward pass of a training batch (on the CPU): sum of the loss in FP32, and sums of other figures."""
+        ...
+
+    def figures(self, means: dict[str, float]) -> dict[str, float]:
+        """The other figures of `loss` as people read them, from their means over images or tokens."""
+        ...
+
+    def evaluate(self, model: nn.Module, split: str, poll: Poll = no_poll) -> dict[str, float]:
+        """Figures of a model in evaluation mode on "val" or "train" (not augmented), over all ranks; polls.
+
+        Outputs that are not finite are no hits; where there are any, "nonfinite" says how many, or the loss is not
+        finite either.
+        """
+        ...
+
+    def chance(self) -> dict[str, float]:
+        """What guessing gets: "loss", and of a figure of `evaluate` (more is better) the most that luck explains."""
+        ...
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """The figure of `evaluate` by which models are compared; more is better."""
+        ...
+
+    def finish(self, model: nn.Module, metrics: dict[str, float], folder: Path, poll: Poll = no_poll) -> dict[str, Any]:
+        """The summary's figures, after the last step; may write files into the run's folder on the first rank.
+
+        Args:
+            model: in evaluation mode; with `trainer.average_checkpoints`, its weights are the averaged ones.
+            metrics: of the last `evaluate`.
+            folder: the run's.
+            poll: called as often as the work allows.
+        """
+        ...
+
+
+def make_task(config: RunConfig, world: World) -> Task[Any]:
+    """The task of a configuration."""
+    if config.model.task == "translation":
+        from fp8repro.training.tasks.translation import TranslationTask
+
+        return TranslationTask(config, world)
+    from fp8repro.training.tasks.classification import ImageTask
+
+    return ImageTask(config, world)
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """Torch's autocast where the recipe asks for it, else nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision.autocast == "bf16")

@@ -1,0 +1,384 @@
+"""Triton kernels of batch and layer normalization that read and write 8-bit tensors.
+
+Statistics and normalization are FP32; sums are combined in a fixed order, never by atomics.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fp8repro.kernels.quantize.device import RANDOM_WORDS
+from fp8repro.kernels.shared import codec
+from fp8repro.kernels.shared.tiles import store_rounded, to_fp32
+
+
+@triton.jit
+def channel_statistics(x_ptr, partial_ptr, rows, channels, chunk, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """partial[chunk, 0 or 1, channel]: mean, and sum of squared deviations, of `chunk` rows of x [rows, channels]."""
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(1).to(tl.int64) * chunk
+    end = tl.minimum(start + chunk, rows)
+    inside = channel < channels
+    # Deviations from any value near the mean keep the difference of squares accurate.
+    origin = to_fp32(tl.load(x_ptr + start * channels + channel, mask=inside, other=0.0))
+    # A sum for each place of the tile, so that threads exchange sums once, not at every tile.
+    totals = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    squares_of = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for first in range(start, end, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        mask = (row < end) & inside[None, :]
+        x = to_fp32(tl.load(x_ptr + row * channels + channel[None, :], mask=mask, other=0.0))
+        away = tl.where(mask, x - origin[None, :], 0.0)
+        totals += away
+        squares_of += away * away
+    total = tl.sum(totals, 0)
+    squares = tl.sum(squares_of, 0)
+    count = (end - start).to(tl.float32)
+    place = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * channels + channel
+    tl.store(place, origin + total / count, mask=inside)
+    tl.store(place + channels, squares - total * total / count, mask=inside)
+
+
+@triton.jit
+def _flat(BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets of a program's elements; 64 bits only where the tensor needs them, whose divisions are slow."""
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    return program * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit(do_not_specialize=RANDOM_WORDS)
+def batch_apply(
+    x_ptr,
+    mean_ptr,
+    inverse_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    values_ptr,
+    kept_ptr,
+    flags_ptr,
+    count,
+    channels,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    MAX: tl.constexpr,
+    EB: tl.constexpr,
+    MB: tl.constexpr,
+    INF: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SATURATE: tl.constexpr,
+    SUBNORMAL_NEAREST: tl.constexpr,
+    KEPT_EB: tl.constexpr,
+    KEPT_MB: tl.constexpr,
+    KEPT_INF: tl.constexpr,
+    KEPT_ROUNDING: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """y = rounded(relu(normalized x + residual)), and one bit an element that says where the ReLU let it pass.
+
+    Also, where pointers are given: the FP32 values before that rounding, and the codes of x in a format that holds it.
+    """
+    offset = _flat(BLOCK, WIDE)
+    mask = offset < count
+    channel = offset % channels
+    x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
+    if kept_ptr is not None:
+        code = codec.encode(x, offset, KEPT_EB, KEPT_MB, KEPT_INF, KEPT_ROUNDING, False, False)
+        tl.store(kept_ptr + offset, code.to(kept_ptr.dtype.element_ty), mask=mask)
+    scale = tl.load(inverse_ptr + channel, mask=mask, other=0.0) * tl.load(weight_ptr + channel, mask=mask, other=0.0)
+    y = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * scale
+    y += tl.load(bias_ptr + channel, mask=mask, other=0.0)
+    if residual_ptr is not None:
+        y += to_fp32(tl.load(residual_ptr + offset, mask=mask, other=0.0))
+    if RELU:
+        passed = (y > 0) & mask
+        # NaN must pass: a diverged run shall be seen.
+        y = tl.where(y <= 0, 0.0, y)
+        bits = tl.reshape(passed.to(tl.int32), [BLOCK // 8, 8]) << tl.arange(0, 8)[None, :]
+        byte = _flat(BLOCK // 8, WIDE)
+        tl.store(flags_ptr + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < count)
+    if values_ptr is not None:
+        tl.store(values_ptr + offset, y, mask=mask)
+    store_rounded(
+        y_ptr + offset,
+        y,
+        offset.to(tl.int64),
+        None,
+        mask,
+        None,
+        seed0,
+        seed1,
+        stream0,
+        stream1,
+        MAX,
+        EB,
+        MB,
+        INF,
+        ROUNDING,
+        SATURATE,
+        SUBNORMAL_NEAREST,
+    )
+
+
+@triton.jit
+def _masked_gradient(grad_ptr, flags_ptr, offset, mask):
+    gradient = to_fp32(tl.load(grad_ptr + offset, mask=mask, other=0.0))
+    if flags_ptr is not None:
+        byte = tl.load(flags_ptr + offset // 8, mask=mask, other=0).to(tl.int32)
+        gradient = tl.where(((byte >> (offset % 8).to(tl.int32)) & 1) != 0, gradient, 0.0)
+    return gradient
+
+
+@triton.jit
+def batch_gradient_sums(
+    grad_ptr,
+    flags_ptr,
+    x_ptr,
+    mean_ptr,
+    inverse_ptr,
+    partial_ptr,
+    rows,
+    channels,
+    chunk,
+    WHOLE_BYTES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """partial[chunk, 0 or 1, channel]: sums of the gradient, and of the gradient times the normalized input."""
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(1).to(tl.int64) * chunk
+    end = tl.minimum(start + chunk, rows)
+    inside = channel < channels
+    mean = tl.load(mean_ptr + channel, mask=inside, other=0.0)[None, :]
+    inverse = tl.load(inverse_ptr + channel, mask=inside, other=0.0)[None, :]
+    totals = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    products = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for first in range(start, end, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        mask = (row < end) & inside[None, :]
+        offset = row * channels + channel[None, :]
+        if flags_ptr is not None and WHOLE_BYTES:
+            # One load for the bits of eight channels, where each element loading its own would take most of the time.
+            gradient = to_fp32(tl.load(grad_ptr + offset, mask=mask, other=0.0))
+            eighth = tl.program_id(0) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+            place = row * (channels // 8) + eighth[None, :]
+            byte = tl.load(flags_ptr + place, mask=(row < end) & (eighth * 8 < channels)[None, :], other=0)
+            bits = (byte.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+            gradient = tl.where(tl.reshape(bits, [ROWS, BLOCK]) != 0, gradient, 0.0)
+        else:
+            gradient = _masked_gradient(grad_ptr, flags_ptr, offset, mask)
+        x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
+        totals += gradient
+        products += tl.where(mask, gradient * ((x - mean) * inverse), 0.0)
+    total = tl.sum(totals, 0)
+    product = tl.sum(products, 0)
+    place = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * channels + channel
+    tl.store(place, total, mask=inside)
+    tl.store(place + channels, product, mask=inside)
+
+
+@triton.jit(do_not_specialize=RANDOM_WORDS)
+def batch_gradient_apply(
+    grad_ptr,
+    flags_ptr,
+    x_ptr,
+    mean_ptr,
+    inverse_ptr,
+    weight_ptr,
+    sums_ptr,
+    grad_x_ptr,
+    grad_residual_ptr,
+    count,
+    channels,
+    inverse_rows,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    MAX: tl.constexpr,
+    EB: tl.constexpr,
+    MB: tl.constexpr,
+    INF: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SATURATE: tl.constexpr,
+    SUBNORMAL_NEAREST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Gradients of the input (rounded) and of the residual (FP32) from the sums of `batch_gradient_sums`."""
+    offset = _flat(BLOCK, WIDE)
+    mask = offset < count
+    channel = offset % channels
+    gradient = _masked_gradient(grad_ptr, flags_ptr, offset, mask)
+    if grad_residual_ptr is not None:
+        tl.store(grad_residual_ptr + offset, gradient, mask=mask)
+    inverse = tl.load(inverse_ptr + channel, mask=mask, other=0.0)
+    x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
+    normalized = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * inverse
+    total = tl.load(sums_ptr + channel, mask=mask, other=0.0)
+    product = tl.load(sums_ptr + channels + channel, mask=mask, other=0.0)
+    centred = gradient - (total + normalized * product) * inverse_rows
+    result = centred * (inverse * tl.load(weight_ptr + channel, mask=mask, other=0.0))
+    store_rounded(
+        grad_x_ptr + offset,
+        result,
+        offset.to(tl.int64),
+        None,
+        mask,
+        None,
+        seed0,
+        seed1,
+        stream0,
+        stream1,
+        MAX,
+        EB,
+        MB,
+        INF,
+        ROUNDING,
+        SATURATE,
+        SUBNORMAL_NEAREST,
+    )
+
+
+@triton.jit(do_not_specialize=RANDOM_WORDS)
+def layer_forward(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    values_ptr,
+    mean_ptr,
+    inverse_ptr,
+    rows,
+    width,
+    eps,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    MAX: tl.constexpr,
+    EB: tl.constexpr,
+    MB: tl.constexpr,
+    INF: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SATURATE: tl.constexpr,
+    SUBNORMAL_NEAREST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Normalize ROWS whole rows of [rows, width], round them, and keep mean and inverse deviation of each.
+
+    The FP32 values before that rounding are stored too where a pointer is given.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = column < width
+    mask = (row < rows)[:, None] & inside
+    offset = row[:, None] * width + column
+    x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
+    mean = tl.sum(x, 1) / width
+    away = tl.where(mask, x - mean[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(away * away, 1) / width + eps)
+    tl.store(mean_ptr + row, mean, mask=row < rows)
+    tl.store(inverse_ptr + row, inverse, mask=row < rows)
+    y = away * inverse[:, None] * tl.load(weight_ptr + column, mask=inside, other=0.0)
+    y += tl.load(bias_ptr + column, mask=inside, other=0.0)
+    if values_ptr is not None:
+        tl.store(values_ptr + offset, y, mask=mask)
+    store_rounded(
+        y_ptr + offset,
+        y,
+        offset,
+        None,
+        mask,
+        None,
+        seed0,
+        seed1,
+        stream0,
+        stream1,
+        MAX,
+        EB,
+        MB,
+        INF,
+        ROUNDING,
+        SATURATE,
+        SUBNORMAL_NEAREST,
+    )
+
+
+@triton.jit(do_not_specialize=RANDOM_WORDS)
+def layer_backward(
+    grad_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    inverse_ptr,
+    grad_x_ptr,
+    partial_ptr,
+    rows,
+    width,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    MAX: tl.constexpr,
+    EB: tl.constexpr,
+    MB: tl.constexpr,
+    INF: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SATURATE: tl.constexpr,
+    SUBNORMAL_NEAREST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradient of the input, rounded; partial[program, 0 or 1, width] sums those of weight and bias."""
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = column < width
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    grad_weight = tl.zeros((BLOCK,), dtype=tl.float32)
+    grad_bias = tl.zeros((BLOCK,), dtype=tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & inside
+        offset = row[:, None] * width + column
+        gradient = to_fp32(tl.load(grad_ptr + offset, mask=mask, other=0.0))
+        x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
+        inverse = tl.load(inverse_ptr + row, mask=row < rows, other=0.0)[:, None]
+        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
+        normalized = tl.where(mask, (x - mean) * inverse, 0.0)
+        grad_weight += tl.sum(gradient * normalized, 0)
+        grad_bias += tl.sum(gradient, 0)
+        weighted = gradient * weight
+        total = tl.sum(weighted, 1)[:, None] / width
+        product = tl.sum(weighted * normalized, 1)[:, None] / width
+        result = (weighted - total - normalized * product) * inverse
+        store_rounded(
+            grad_x_ptr + offset,
+            result,
+            offset,
+            None,
+            mask,
+            None,
+            seed0,
+            seed1,
+            stream0,
+            stream1,
+            MAX,
+            EB,
+            MB,
+            INF,
+            ROUNDING,
+            SATURATE,
+            SUBNORMAL_NEAREST,
+        )
+    place = partial_ptr + tl.program_id(0) * 2 * width + tl.arange(0, BLOCK)
+    tl.store(place, grad_weight, mask=tl.arange(0, BLOCK) < width)
+    tl.store(place + width, grad_bias, mask=tl.arange(0, BLOCK) < width)

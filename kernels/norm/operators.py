@@ -1,0 +1,239 @@
+"""Normalizations as torch operators with their derivatives: FP32 in and out, bytes kept for backward.
+
+What an operator cannot give (an absent output) is a tensor without elements: operators have no optional results.
+Where nobody traces, `normalize_batch` and `normalize_rows` do the same without the operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fp8repro.engines.guards import untraced
+from fp8repro.kernels.matmul.launch import Epilogue
+from fp8repro.kernels.norm import launch as norm
+from fp8repro.numerics.formats import get_format
+
+
+def _empty_channels_last(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    batch, channels, height, width = x.shape
+    return x.new_empty((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
+
+
+def _absent(x: Tensor, dtype: torch.dtype | None = torch.uint8) -> Tensor:
+    return x.new_empty(0, dtype=dtype)
+
+
+def _batch_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    eps: float,
+    kept: str,
+    rounded: str,
+    rounding: str,
+    overflow: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Training-mode batch normalization + residual + ReLU + rounding of x [B, C, H, W]; see `kernels.norm`.
+
+    Args:
+        x, weight, bias, residual, relu, eps: see `kernels.norm.batch_norm`.
+        kept: format that holds every value of x, whose codes are kept for backward; "" keeps x itself.
+        rounded: format in which the result is wanted too, "" for none.
+        rounding: "nearest" or "toward_zero".
+        overflow: "inf" or "saturate".
+
+    Returns:
+        Result (FP32, channels_last), its codes, codes of x, ReLU's flags, mean, inverse deviation, biased variance.
+    """
+    epilogue = Epilogue(get_format(rounded), rounding, overflow) if rounded else None
+    store = get_format(kept) if kept else None
+    result = norm.batch_norm(
+        x, weight, bias, residual=residual, relu=relu, eps=eps, epilogue=epilogue, values=bool(rounded), kept=store
+    )
+    codes, y = (result.y, result.values) if result.values is not None else (_absent(x), result.y)
+    stored = _absent(x) if result.kept is None else result.kept
+    flags = _absent(x) if result.flags is None else result.flags
+    return y, codes, stored, flags, result.mean, result.inverse_deviation, result.variance
+
+
+batch_norm = torch.library.custom_op("fp8repro::batch_norm", mutates_args=())(_batch_forward)
+
+
+@batch_norm.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    eps: float,
+    kept: str,
+    rounded: str,
+    rounding: str,
+    overflow: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    codes = _empty_channels_last(x, get_format(rounded).dtype) if rounded else _absent(x)
+    stored = _empty_channels_last(x, get_format(kept).dtype) if kept else _absent(x)
+    flags = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8) if relu else _absent(x)
+    mean, inverse, variance = (torch.empty_like(weight) for _ in range(3))
+    return _empty_channels_last(x, torch.float32), codes, stored, flags, mean, inverse, variance
+
+
+def _batch_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, flags: Tensor, mean: Tensor, inverse_deviation: Tensor, residual: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, weight, bias and (where wanted) residual; x may be what was kept of it."""
+    forward = norm.BatchNormResult(grad, flags if flags.numel() else None, mean, inverse_deviation, mean)
+    *others, grad_residual = norm.batch_norm_backward(grad, x, weight, forward, needs_residual=residual)
+    return *others, _absent(x, torch.float32) if grad_residual is None else grad_residual  # type: ignore[return-value]
+
+
+@torch.library.custom_op("fp8repro::batch_norm_backward", mutates_args=())
+def batch_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, flags: Tensor, mean: Tensor, inverse_deviation: Tensor, residual: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_batch_backward` as an operator."""
+    grad_x, *others, grad_residual = _batch_backward(grad, x, weight, flags, mean, inverse_deviation, residual)
+    # Two rows of one tensor, which results of an operator may not be.
+    grad_weight, grad_bias = (g.clone() for g in others)
+    return grad_x, grad_weight, grad_bias, grad_residual
+
+
+@batch_norm_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, flags: Tensor, mean: Tensor, inverse_deviation: Tensor, residual: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_residual = _empty_channels_last(x, torch.float32) if residual else _absent(x, torch.float32)
+    grad_x = _empty_channels_last(x, torch.float32)
+    return grad_x, torch.empty_like(weight), torch.empty_like(weight), grad_residual
+
+
+def _keep_batch_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, residual, _, _, kept, *_ = inputs
+    _, _, stored, flags, mean, inverse, _ = output
+    # Nothing but the result has a derivative; the other outputs' gradients would be made as zeros.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(stored if kept else x, weight, flags, mean, inverse)
+    ctx.has_residual = residual is not None
+
+
+def _batch_norm_gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[Tensor | None, ...]:
+    x, weight, flags, mean, inverse = ctx.saved_tensors
+    # Without a ReLU the residual's gradient is the result's.
+    masked = ctx.has_residual and flags.numel() > 0
+    grad_x, grad_weight, grad_bias, turned = backward(grad, x, weight, flags, mean, inverse, masked)
+    grad_residual = (turned if masked else grad) if ctx.has_residual else None
+    return grad_x, grad_weight, grad_bias, grad_residual, None, None, None, None, None, None
+
+
+def _batch_norm_operators(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return _batch_norm_gradients(ctx, grad, torch.ops.fp8repro.batch_norm_backward)
+
+
+batch_norm.register_autograd(_batch_norm_operators, setup_context=_keep_batch_norm)
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _batch_forward(*inputs)
+        _keep_batch_norm(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        backward = _batch_backward if untraced(grad) else torch.ops.fp8repro.batch_norm_backward
+        return _batch_norm_gradients(ctx, grad, backward)
+
+
+def normalize_batch(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """`batch_norm`, as an operator only where somebody traces."""
+    output: tuple[Tensor, ...] = (_BatchNorm.apply if untraced(x, *arguments[:3]) else batch_norm)(x, *arguments)
+    return output
+
+
+def _rows_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, rounded: str, rounding: str, overflow: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Layer normalization of x [..., D] and its rounding; arguments as those of `batch_norm`.
+
+    Returns:
+        Result (FP32), its codes, mean and inverse deviation of each row.
+    """
+    epilogue = Epilogue(get_format(rounded), rounding, overflow) if rounded else None
+    y, mean, inverse, values = norm.layer_norm(x, weight, bias, eps=eps, epilogue=epilogue, values=bool(rounded))
+    return (y, _absent(x), mean, inverse) if values is None else (values, y, mean, inverse)
+
+
+layer_norm = torch.library.custom_op("fp8repro::layer_norm", mutates_args=())(_rows_forward)
+
+
+@layer_norm.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, rounded: str, rounding: str, overflow: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    codes = x.new_empty(x.shape, dtype=get_format(rounded).dtype) if rounded else _absent(x)
+    mean, inverse = (x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=torch.float32), codes, mean, inverse
+
+
+@torch.library.custom_op("fp8repro::layer_norm_backward", mutates_args=())
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse_deviation: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias."""
+    grad_x, *others = norm.layer_norm_backward(grad, x, weight, mean, inverse_deviation)
+    # Two rows of one tensor, which results of an operator may not be.
+    grad_weight, grad_bias = (g.clone() for g in others)
+    return grad_x, grad_weight, grad_bias
+
+
+@layer_norm_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse_deviation: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.float32), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _keep_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:2], *output[2:])
+
+
+def _layer_norm_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.fp8repro.layer_norm_backward(grad, *ctx.saved_tensors)
+    return (*gradients, None, None, None, None)
+
+
+layer_norm.register_autograd(_layer_norm_gradients, setup_context=_keep_layer_norm)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _rows_forward(*inputs)
+        _keep_layer_norm(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if not untraced(grad):
+            return _layer_norm_gradients(ctx, grad)
+        return *norm.layer_norm_backward(grad, *ctx.saved_tensors), None, None, None, None
+
+
+def normalize_rows(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """`layer_norm`, as an operator only where somebody traces."""
+    output: tuple[Tensor, ...] = (_LayerNorm.apply if untraced(x, *arguments[:2]) else layer_norm)(x, *arguments)
+    return output

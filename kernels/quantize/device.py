@@ -1,0 +1,276 @@
+"""Triton kernels of the quantizer: one pass over memory, statistics included, for each kind of memory layout.
+
+Device code only; quantize.py picks the kernel. Must never round through a float8 cast (see codec.py).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fp8repro.kernels.shared import codec
+from fp8repro.kernels.shared.codec import STOCHASTIC
+
+RANDOM_WORDS = ["seed0", "seed1", "stream0", "stream1"]
+
+
+@triton.jit
+def load_fp32(pointers, mask):
+    """Load FP32, FP16, or BF16 (whose bits are passed as int16) as FP32."""
+    raw = tl.load(pointers, mask=mask, other=0)
+    if raw.dtype == tl.int16:
+        return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    if raw.dtype == tl.float16:
+        # The hardware's conversion drops the sign of NaN.
+        sign = (raw.to(tl.int16, bitcast=True).to(tl.int32) & 0x8000) << 16
+        magnitude = raw.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        return (magnitude | sign).to(tl.float32, bitcast=True)
+    return raw.to(tl.float32)
+
+
+@triton.jit
+def store_value(pointers, value, mask):
+    """Store FP32 values, as they are or (int16 pointers) as the BF16 values that they are."""
+    if pointers.dtype.element_ty == tl.int16:
+        tl.store(pointers, (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16), mask=mask)
+    else:
+        tl.store(pointers, value, mask=mask)
+
+
+@triton.jit
+def round_elements(
+    x,
+    draw,
+    pointers_values,
+    pointers_codes,
+    mask,
+    EB: tl.constexpr,
+    MB: tl.constexpr,
+    INF: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SATURATE: tl.constexpr,
+    SUBNORMAL_NEAREST: tl.constexpr,
+):
+    """Round a tile, store what is wanted of it, and return its codes."""
+    code = codec.encode(x, draw, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
+    if pointers_codes is not None:
+        tl.store(pointers_codes, code.to(pointers_codes.dtype.element_ty), mask=mask)
+    if pointers_values is not None:
+        store_value(pointers_values, codec.decode(code, EB, MB, INF), mask)
+    return code
+
+
+@triton.jit
+def add_statistics(stats_ptr, x, code, MAX: tl.constexpr, EB: tl.constexpr, MB: tl.constexpr):
+    """Add a tile's counts to the float64 buffer; masked elements must be zero in `x`."""
+    magnitude = tl.abs(x)
+    finite = magnitude < float("inf")
+    nonzero = finite & (magnitude > 0)
+    underflow = nonzero & ((code & ((1 << (EB + MB)) - 1)) == 0)
+    overflow = finite & (magnitude > MAX)
+    largest = tl.max(tl.where(finite, magnitude, 0.0)).to(tl.float64)
+    tl.atomic_add(stats_ptr, tl.sum(nonzero.to(tl.int32)).to(tl.float64))
+    tl.atomic_add(stats_ptr + 1, tl.sum(underflow.to(tl.int32)).to(tl.float64))
+    tl.atomic_add(stats_ptr + 2, tl.sum(overflow.to(tl.int32)).to(tl.float64))
+    tl.atomic_max(stats_ptr + 3, largest)
+
+
+@triton.jit(do_not_specialize=RANDOM_WORDS)
+def round_flat(
+    x_ptr,
+    values_ptr,
+    codes_ptr,
+    stats_ptr,
+    count,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    MAX: tl.constexpr,
+    EB: tl.constexpr,
+    MB: tl.constexpr,
+    INF: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SATURATE: tl.constexpr,
+    SUBNORMAL_NEAREST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """All tensors contiguous; with a statistics buffer the grid is small and strides over the blocks."""
+    # Eight elements a thread, as many as draw from a Philox block: no bit has to change threads.
+    local = tl.max_contiguous(tl.arange(0, BLOCK), 8)
+    for block in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+        base = tl.cast(block, tl.int64) * BLOCK
+        mask = local < tl.minimum(count - base, BLOCK).to(tl.int32)
+        x = load_fp32(x_ptr + base + local, mask)
+        draw = local
+        if ROUNDING == STOCHASTIC:
+            group = (base >> 3) + tl.arange(0, BLOCK // 8)
+            w0, w1, w2, w3 = codec.words_of_blocks(group, seed0, seed1, stream0, stream1)
+            draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), [BLOCK])
+        values = None if values_ptr is None else values_ptr + base + local
+        codes = None if codes_ptr is None else codes_ptr + base + local
+        code = round_elements(x, draw, values, codes, mask, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
+        if stats_ptr is not None:
+            add_statistics(stats_ptr, x, code, MAX, EB, MB)
+
+
+@triton.jit(do_not_specialize=RANDOM_WORDS)
+def round_columns(
+    x_ptr,
+    values_ptr,
+    codes_ptr,
+    stats_ptr,
+    columns,
+    rows,
+    outer_stride,
+    row_stride,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    MAX: tl.constexpr,
+    EB: tl.constexpr,
+    MB: tl.constexpr,
+    INF: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SATURATE: tl.constexpr,
+    SUBNORMAL_NEAREST: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Logical [outer, columns, rows] with the columns contiguous in memory: transposes, contiguous images that count
+    channels last.
+
+    rows % 8 == 0, so a Philox block covers eight rows of one column and each thread uses all its words.
+    """
+    outer = tl.program_id(2).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.max_contiguous(tl.arange(0, BLOCK), 4)[None, :]
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[:, None]
+    mask = (column < columns) & (group * 8 < rows)
+    block = (outer * columns + column) * (rows // 8) + group
+    w0, w1, w2, w3 = codec.words_of_blocks(block, seed0, seed1, stream0, stream1)
+    for lane in tl.static_range(8):
+        if lane // 2 == 0:
+            word = w0
+        elif lane // 2 == 1:
+            word = w1
+        elif lane // 2 == 2:
+            word = w2
+        else:
+            word = w3
+        draw = word << 16 if lane % 2 == 0 else word & 0xFFFF0000
+        offset = outer * outer_stride + (group * 8 + lane).to(tl.int64) * row_stride + column
+        x = load_fp32(x_ptr + offset, mask)
+        values = None if values_ptr is None else values_ptr + offset
+        codes = None if codes_ptr is None else codes_ptr + offset
+        code = round_elements(x, draw, values, codes, mask, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
+        if stats_ptr is not None:
+            add_statistics(stats_ptr, x, code, MAX, EB, MB)
+
+
+@triton.jit
+def _offset(index, n1, n2, n3, s0, s1, s2, s3):
+    outer = index // n3
+    middle = outer // n2
+    return (middle // n1) * s0 + (middle % n1) * s1 + (outer % n2) * s2 + (index % n3) * s3
+
+
+@triton.jit(do_not_specialize=RANDOM_WORDS)
+def round_strided(
+    x_ptr,
+    values_ptr,
+    codes_ptr,
+    stats_ptr,
+    count,
+    n1,
+    n2,
+    n3,
+    x_strides,
+    values_strides,
+    codes_strides,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    MAX: tl.constexpr,
+    EB: tl.constexpr,
+    MB: tl.constexpr,
+    INF: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SATURATE: tl.constexpr,
+    SUBNORMAL_NEAREST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Any strides of up to four dimensions (sizes [any, n1, n2, n3]), one Philox block an element."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < count
+    x = load_fp32(x_ptr + _offset(index, n1, n2, n3, x_strides[0], x_strides[1], x_strides[2], x_strides[3]), mask)
+    draw = index
+    if ROUNDING == STOCHASTIC:
+        draw = codec.draw_of_index(index, seed0, seed1, stream0, stream1)
+    values = None
+    if values_ptr is not None:
+        s = values_strides
+        values = values_ptr + _offset(index, n1, n2, n3, s[0], s[1], s[2], s[3])
+    codes = None
+    if codes_ptr is not None:
+        s = codes_strides
+        codes = codes_ptr + _offset(index, n1, n2, n3, s[0], s[1], s[2], s[3])
+    code = round_elements(x, draw, values, codes, mask, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
+    if stats_ptr is not None:
+        add_statistics(stats_ptr, x, code, MAX, EB, MB)
+
+
+@triton.jit(do_not_specialize=RANDOM_WORDS)
+def round_transpose(
+    x_ptr,
+    codes_ptr,
+    transposed_ptr,
+    stats_ptr,
+    rows,
+    columns,
+    x_stride,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    MAX: tl.constexpr,
+    EB: tl.constexpr,
+    MB: tl.constexpr,
+    INF: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SATURATE: tl.constexpr,
+    SUBNORMAL_NEAREST: tl.constexpr,
+    WHOLE_GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One tile of [batch, rows, columns]: read once, codes written as they are and as [batch, columns, rows]."""
+    # One grid dimension: CUDA limits the others to 65,535.
+    across = tl.cdiv(columns, COLUMNS)
+    down = tl.cdiv(rows, ROWS)
+    tile = tl.program_id(0)
+    first_column = tile % across * COLUMNS
+    batch = (tile // across // down).to(tl.int64)
+    row = (tile // across % down).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
+    mask = (row < rows) & (column < columns)
+    x = load_fp32(x_ptr + (batch * rows + row) * x_stride + column, mask)
+    index = (batch * rows + row) * columns + column
+    draw = index
+    if ROUNDING == STOCHASTIC:
+        if WHOLE_GROUPS:
+            group = first_column // 8 + tl.arange(0, COLUMNS // 8)[None, :]
+            block = (batch * rows + row) * (columns // 8) + group
+            w0, w1, w2, w3 = codec.words_of_blocks(block, seed0, seed1, stream0, stream1)
+            draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), [ROWS, COLUMNS])
+        else:
+            draw = codec.draw_of_index(index, seed0, seed1, stream0, stream1)
+    code = codec.encode(x, draw, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
+    byte = code.to(codes_ptr.dtype.element_ty)
+    tl.store(codes_ptr + index, byte, mask=mask)
+    tl.store(
+        transposed_ptr + (batch * columns + tl.trans(column)) * rows + tl.trans(row), tl.trans(byte), tl.trans(mask)
+    )
+    if stats_ptr is not None:
+        add_statistics(stats_ptr, x, code, MAX, EB, MB)

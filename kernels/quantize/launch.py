@@ -1,0 +1,257 @@
+"""The Triton quantizer: reference.py's bytes for any shape and strides, with statistics in the same pass.
+
+Checks arguments and picks the kernel (rounding.py). Must never keep generator state.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8repro.engines.guards import check_rounding
+from fp8repro.kernels.quantize import device as kernels
+from fp8repro.kernels.shared import codec
+from fp8repro.kernels.shared.launch import block_size, capability, cdiv, check_device, launch, signed_words
+from fp8repro.numerics.formats import FloatFormat
+from fp8repro.numerics.streams import Stream
+
+FLAT_BLOCK = 2048
+PER_CALL = 8  # elements that draw from one Philox block
+MAX_DIMS = 4
+
+
+def round_into(
+    x: Tensor,
+    format: FloatFormat,
+    rounding: str,
+    overflow: str,
+    seed: int,
+    stream: Stream,
+    subnormal_rounding: str,
+    values: Tensor | None,
+    codes: Tensor | None,
+    stats: Tensor | None,
+) -> None:
+    """Round `x` in one pass into preallocated outputs (see `fp8repro.quantize.round_into`).
+
+    Raises:
+        ValueError: an argument's device, dtype or shape is not what the kernel takes; nothing was launched.
+    """
+    _check(x, format, values, codes, stats)
+    if x.numel() == 0:
+        return
+    if format.mantissa_bits == 23:
+        # The identity; not worth a kernel.
+        _copy_identity(x, values, codes, stats)
+        return
+    if any(t is not None and t.is_neg() for t in (x, values, codes)):
+        _round_copies(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
+        return
+    options = rounding_options(format, rounding, overflow, subnormal_rounding, capability(x.device))
+    words = (*signed_words(seed), *signed_words(stream))
+    outputs = (None if values is None else _raw(values), None if codes is None else raw_codes(codes))
+    present = [_raw(x), *(t for t in outputs if t is not None)]
+    sizes, strides = _collapse(tuple(x.shape), tuple(t.stride() for t in present), rounding == "stochastic")
+    count = x.numel()
+    pointers = (_raw(x), *outputs, stats)
+
+    if len(sizes) == 1 and all(s == (1,) for s in strides):
+        # Where threads cannot load vectors, each mask takes a register.
+        block = block_size(FLAT_BLOCK if count % 16 == 0 else FLAT_BLOCK // 2, count)
+        blocks = cdiv(count, block)
+        grid = min(blocks, _resident_programs(x.device)) if stats is not None else blocks
+        launch(kernels.round_flat, (grid,), x.device, *pointers, count, *words, **options, BLOCK=block)
+        return
+    shape = _as_columns(sizes, strides)
+    if shape is not None:
+        outer, columns, rows, outer_stride, row_stride = shape
+        block = block_size(64 if columns <= 64 else 128, columns, 1024)
+        groups = block_size(512 // block if block <= 128 else 4, cdiv(rows, PER_CALL), 64)
+        grid3 = (cdiv(columns, block), cdiv(rows, PER_CALL * groups), outer)
+        arguments = (*pointers, columns, rows, outer_stride, row_stride, *words)
+        launch(kernels.round_columns, grid3, x.device, *arguments, **options, GROUPS=groups, BLOCK=block)
+        return
+    if len(sizes) > MAX_DIMS:
+        # Rare: five dimensions that do not merge. One copy makes them one.
+        _round_copies(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
+        return
+    padding = MAX_DIMS - len(sizes)
+    sizes = (1,) * padding + sizes
+    padded = iter([(0,) * padding + s for s in strides])
+    all_strides = [next(padded), *((next(padded) if t is not None else (0,) * MAX_DIMS) for t in outputs)]
+    block = block_size(512, count)
+    arguments = (*pointers, count, *sizes[1:], *all_strides, *words)
+    launch(kernels.round_strided, (cdiv(count, block),), x.device, *arguments, **options, BLOCK=block)
+
+
+def _round_copies(x: Tensor, format: FloatFormat, *options: Any) -> None:
+    """Round a copy in logical order, for tensors whose memory no kernel can walk."""
+    *others, values, codes, stats = options
+    inner = _dense_like(values), _dense_like(codes)
+    round_into(x.resolve_neg().contiguous(), format, *others, *inner, stats)
+    for target, copy in zip((values, codes), inner, strict=True):
+        if target is not None:
+            target.copy_(copy)
+
+
+def round_transpose(
+    x: Tensor,
+    format: FloatFormat,
+    rounding: str = "nearest",
+    overflow: str = "inf",
+    seed: int = 0,
+    stream: Stream = 0,
+    subnormal_rounding: str = "same",
+    stats: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Round [..., M, K] once and write its codes in both layouts in the same pass.
+
+    FP8 tensor-core instructions take both operands with the summed dimension contiguous, so a tensor
+    that is an operand of two products is wanted as [..., M, K] and as [..., K, M].
+
+    Args:
+        x: rows of a matrix may lie apart; anything else is copied first.
+        format, rounding, overflow, seed, stream, subnormal_rounding, stats: see `round_into`.
+        out: where to write the results; new tensors by default.
+
+    Returns:
+        Codes [..., M, K] and [..., K, M], contiguous, in the format's storage dtype; the bytes are `round_into`'s.
+
+    Raises:
+        ValueError: `x` has under two dimensions, or is on the wrong device, or of the wrong dtype.
+    """
+    if x.dim() < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., M, K]")
+    if format.dtype is None or format.mantissa_bits == 23:
+        raise ValueError(f"format: got {format.name}, expected a format of 8 or 16 bits with a storage dtype")
+    if out is None:
+        shapes = (x.shape, (*x.shape[:-2], x.shape[-1], x.shape[-2]))
+        out = tuple(torch.empty(shape, dtype=format.dtype, device=x.device) for shape in shapes)  # type: ignore[assignment]
+    codes, transposed = out  # type: ignore[misc]
+    _check(x, format, None, codes, stats)
+    _check_turned(codes, transposed)
+    if x.numel() == 0:
+        return codes, transposed
+    x = x.resolve_neg()
+    dense = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
+    rows, columns = x.shape[-2:]
+    batch = x.numel() // (rows * columns)
+    row_block, column_block = block_size(32, rows, 256), block_size(128, columns, 256)
+    grid = (cdiv(columns, column_block) * cdiv(rows, row_block) * batch,)
+    launch(
+        kernels.round_transpose,
+        grid,
+        x.device,
+        _raw(dense),
+        raw_codes(codes),
+        raw_codes(transposed),
+        stats,
+        rows,
+        columns,
+        dense.stride(-2),
+        *signed_words(seed),
+        *signed_words(stream),
+        **rounding_options(format, rounding, overflow, subnormal_rounding, capability(x.device)),
+        WHOLE_GROUPS=columns % PER_CALL == 0,
+        ROWS=row_block,
+        COLUMNS=column_block,
+    )
+    return codes, transposed
+
+
+def _check_turned(codes: Tensor, transposed: Tensor) -> None:
+    expected = (*codes.shape[:-2], codes.shape[-1], codes.shape[-2])
+    if transposed.shape != expected or transposed.dtype != codes.dtype or transposed.device != codes.device:
+        given = f"{transposed.dtype} of shape {tuple(transposed.shape)} on {transposed.device}"
+        raise ValueError(f"transposed: got {given}, expected {codes.dtype} of shape {expected} on {codes.device}")
+    for name, tensor in (("codes", codes), ("transposed", transposed)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: got strides {tensor.stride()}, expected contiguous")
+
+
+def rounding_options(
+    format: FloatFormat, rounding: str, overflow: str, subnormal_rounding: str, capability: tuple[int, int]
+) -> dict[str, Any]:
+    """The compile-time arguments that say how a kernel rounds; `capability`: see `launch.capability`."""
+    return {
+        "MAX": format.max,
+        "EB": format.exponent_bits,
+        "MB": format.mantissa_bits,
+        "INF": format.has_infinity,
+        "ROUNDING": codec.rounding_code(format, rounding, capability),
+        "SATURATE": overflow == "saturate",
+        "SUBNORMAL_NEAREST": subnormal_rounding == "nearest",
+    }
+
+
+def _raw(t: Tensor) -> Tensor:
+    """What a kernel takes for a tensor of values: BF16 as int16, because no cast may touch it."""
+    return t.view(torch.int16) if t.dtype == torch.bfloat16 else t
+
+
+def raw_codes(t: Tensor) -> Tensor:
+    """What a kernel takes for a tensor of codes: integers of the same width."""
+    return t.view(torch.uint8 if t.element_size() == 1 else torch.int16)
+
+
+def _dense_like(t: Tensor | None) -> Tensor | None:
+    return None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+
+def _resident_programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _copy_identity(x: Tensor, values: Tensor | None, codes: Tensor | None, stats: Tensor | None) -> None:
+    if stats is not None:
+        finite = torch.where(torch.isfinite(x), x, 0).abs()
+        stats[0] += (finite != 0).sum()
+        stats[3] = torch.maximum(stats[3], finite.max().to(torch.float64))
+    for target in (values, codes):
+        if target is not None:
+            target.copy_(x)
+
+
+# A network's tensors have few layouts, and this costs the host as much as a launch.
+@lru_cache(maxsize=4096)
+def _collapse(
+    sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...], ordered: bool
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Merge dimensions that every tensor walks without a gap; when order is free, sort them by x's strides first."""
+    dims = [d for d in range(len(sizes)) if sizes[d] != 1]
+    if not ordered:
+        dims.sort(key=lambda d: -strides[0][d])
+    merged: list[tuple[int, list[int]]] = []
+    for d in dims:
+        step = [s[d] for s in strides]
+        if merged and all(before == inner * sizes[d] for before, inner in zip(merged[-1][1], step, strict=True)):
+            merged[-1] = (merged[-1][0] * sizes[d], step)
+        else:
+            merged.append((sizes[d], step))
+    if not merged:
+        merged = [(1, [1] * len(strides))]
+    steps = tuple(tuple(step[i] for _, step in merged) for i in range(len(strides)))
+    return tuple(size for size, _ in merged), steps
+
+
+def _as_columns(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tuple[int, int, int, int, int] | None:
+    """(outer, columns, rows, outer stride, row stride) when `_round_columns` can walk the tensors, else None."""
+    if len(sizes) not in (2, 3) or len(set(strides)) != 1 or strides[0][-2] != 1 or sizes[-1] % PER_CALL:
+        return None
+    outer, outer_stride = (sizes[0], strides[0][0]) if len(sizes) == 3 else (1, 0)
+    # Grid limits of CUDA in the two outer directions.
+    if outer > 65535 or sizes[-1] // 16 >= 65535:
+        return None
+    return outer, sizes[-2], sizes[-1], outer_stride, strides[0][-1]
+
+
+def _check(x: Tensor, format: FloatFormat, values: Tensor | None, codes: Tensor | None, stats: Tensor | None) -> None:
+    check_device("x", x)
+    value_dtypes = (torch.float32, torch.bfloat16) if format.mantissa_bits <= 7 else (torch.float32,)
+    check_rounding(x, format, values, codes, stats, value_dtypes)

@@ -1,0 +1,168 @@
+"""The table of tile sizes, per GPU generation. Checked in, small, and not tuned at run time.
+
+No entry spills registers (sm_100: 8 bytes in one or two kernels). Those of sm_90 were measured on an H200
+(results/gpu/nvidia-h200.md); which are the fastest elsewhere is to be measured with `fp8repro bench kernels`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from fp8repro.kernels.shared.launch import INTERPRETED, cdiv
+from fp8repro.kernels.shared.tiles import EXACT, FP16_MMA, PROMOTED, PROMOTED_FMA, UNPROMOTED
+
+GROUP = 8  # tile rows that share operands in the L2 cache
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Output tile, step along the summed dimension (elements of FP8), warps, pipeline stages.
+
+    `halves` = 2: a matrix product computes two such tiles side by side (see `products.multiply`).
+    `resident`: programs that a multiprocessor runs at a time.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    halves: int = 1
+    resident: int = 1
+
+
+# From large to small. Wider tiles than 128 x 128 spill once partial sums are promoted: they need two accumulators.
+TILES: dict[str, tuple[Tile, ...]] = {
+    "sm_80": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4, resident=2)),
+    "sm_89": (Tile(64, 128, 128, 8, 3), Tile(64, 64, 128, 8, 3, resident=2)),
+    "sm_90": (Tile(128, 128, 128, 8, 4, halves=2), Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 4, 4, resident=2)),
+    "sm_100": (Tile(128, 128, 128, 8, 4), Tile(64, 64, 128, 8, 4, resident=2)),
+    "sm_120": (Tile(64, 128, 128, 8, 2), Tile(64, 64, 128, 8, 3, resident=2)),
+}
+
+# Where the bulk copy engine brings the operands: no registers for addresses, so that two or three programs of four
+# warps share a multiprocessor, and one multiplies while another adds its partial sums or stores. Measured on an H200.
+BULK_TILES: dict[str, tuple[Tile, ...]] = {
+    "sm_90": (
+        Tile(128, 128, 128, 4, 3, resident=2),
+        Tile(64, 128, 128, 4, 3, resident=3),
+        Tile(128, 64, 128, 4, 3, resident=3),
+        Tile(64, 64, 128, 4, 4, resident=3),
+    ),
+}
+
+# Boxes of pixels pass through registers to become a matrix, which leaves none for the sums of a larger tile.
+BULK_CONVOLUTION_TILES: dict[str, tuple[Tile, ...]] = {
+    "sm_90": (
+        Tile(64, 128, 128, 4, 3, resident=2),
+        Tile(128, 64, 128, 4, 3, resident=2),
+        Tile(64, 64, 128, 4, 4, resident=3),
+    ),
+}
+
+
+def generation(capability: tuple[int, int]) -> str:
+    """The newest entry of `TILES` that is not newer than the GPU."""
+    number = capability[0] * 10 + capability[1]
+    known = sorted(int(name[3:]) for name in TILES)
+    return f"sm_{max([k for k in known if k <= number], default=known[0])}"
+
+
+def accumulation(accumulate: str, capability: tuple[int, int]) -> int:
+    """How the kernels of a GPU do what the recipe's `accumulate` says.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    codes = {"promoted": PROMOTED.value, "fp16_mma": FP16_MMA.value, "unpromoted": UNPROMOTED.value}
+    codes |= {"promoted_64": 64, "promoted_32": 32}
+    if accumulate not in codes:
+        raise ValueError(f"accumulate: got {accumulate!r}, expected one of {', '.join(codes)}")
+    if INTERPRETED:
+        return EXACT.value
+    if capability < (8, 9):
+        return FP16_MMA.value
+    if accumulate == "promoted" and generation(capability) in ("sm_89", "sm_120"):
+        return PROMOTED_FMA.value
+    return codes[accumulate]
+
+
+def bulk_available(device: torch.device) -> bool:
+    """True on a GPU whose bulk copy engine has tiles here; where none were measured, threads compute addresses."""
+    return not INTERPRETED and generation(torch.cuda.get_device_capability(device)) in BULK_TILES
+
+
+def choose(
+    device: torch.device,
+    m: int,
+    n: int,
+    k: int,
+    batches: int,
+    *,
+    splittable: bool,
+    halves: bool,
+    small: bool = False,
+    bulk: dict[str, tuple[Tile, ...]] | None = None,
+) -> tuple[Tile, int, int]:
+    """Tile, number of splits of the summed dimension, and number of resident programs.
+
+    Args:
+        device: whose table to use.
+        m, n, k, batches: the product's sizes.
+        splittable: partial sums over parts of k may be added afterwards (FP32 results only).
+        halves: the kernel can compute two tiles side by side.
+        small: the epilogue needs registers, so that larger tiles would spill.
+        bulk: the table to use where the bulk copy engine brings the operands.
+    """
+    if INTERPRETED:
+        # The interpreter's cost is per operation, whatever the tile.
+        sides = (min(512, max(16, triton.next_power_of_2(side))) for side in (m, n, k))
+        return Tile(*sides, 4, 1), 1, 1
+    properties = torch.cuda.get_device_properties(device)
+    processors = properties.multi_processor_count
+    table = (bulk or TILES)[generation((properties.major, properties.minor))]
+    little = table[-1]
+    fitting = [
+        t for t in table if (t.halves == 1 or halves) and n > t.n // 2 and _tiles(t, m, n, batches) >= processors
+    ]
+    tile = little if small or not fitting else fitting[0]
+    splits = 1
+    if splittable:
+        # Enough programs to fill the GPU, but at least eight steps each: partial sums cost memory traffic.
+        programs = _tiles(tile, m, n, batches)
+        while splits < 64 and programs * splits <= processors and k >= splits * 16 * tile.k:
+            splits *= 2
+    return tile, splits, processors * tile.resident
+
+
+def gradient_tile(device: torch.device, outputs: int, channels: int, taps: int) -> tuple[Tile, int]:
+    """Tile of a convolution's bulk weight gradient (`k`: pixels in one step), and programs wanted."""
+    if INTERPRETED:
+        return Tile(*(min(64, max(16, triton.next_power_of_2(side))) for side in (outputs, channels)), 16, 4, 1), 2
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    m = 128 if outputs > 64 else 64
+    # Several taps read the same pixels again, from the cache: narrow tiles leave room for a third program.
+    n = 128 if channels > 64 and taps == 1 else 64
+    tile = Tile(m, n, 64, 4, 3, resident=2 if n == 128 else 3)
+    return tile, processors * tile.resident
+
+
+def takes_epilogue(device: torch.device, tile: Tile, splits: int, rounding: str) -> bool:
+    """True when a product that was to be stored as it is can be rounded on the way without spilling registers.
+
+    From sm_90 on only the small tiles have registers left. Where the bulk copy engine leaves more, stochastic rounding
+    takes what further resident programs need, and larger tiles spill. A sum in parts is rounded when complete.
+    """
+    if INTERPRETED or splits > 1:
+        return splits == 1
+    name = generation(torch.cuda.get_device_capability(device))
+    if any(tile in table.get(name, ()) for table in (BULK_TILES, BULK_CONVOLUTION_TILES)):
+        return rounding != "stochastic"
+    return tile == TILES[name][-1] or name in ("sm_80", "sm_89")
+
+
+def _tiles(tile: Tile, m: int, n: int, batches: int) -> int:
+    return batches * cdiv(m, tile.m) * cdiv(n, tile.n * tile.halves)

@@ -1,0 +1,109 @@
+"""Device functions that matrix products and convolutions share: operands, accumulation, epilogue.
+
+Operands come as FP8, FP16 or BF16 tensors. Nothing here may round an operand.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fp8repro.kernels.shared import codec
+from fp8repro.kernels.shared.codec import STOCHASTIC
+
+# How products accumulate (recipe: `accumulate`).
+FP16_MMA = tl.constexpr(1)  # operands decoded to FP16, FP16 instructions with FP32 accumulation
+UNPROMOTED = tl.constexpr(2)  # native FP8 instructions alone: on sm_90 about 14 bits; for measurements only
+EXACT = tl.constexpr(3)  # operands decoded to FP32: the interpreter's way
+PROMOTED_FMA = tl.constexpr(4)  # PROMOTED where the compiler knows or keeps no promotion
+PROMOTED = tl.constexpr(128)  # native FP8 instructions; on sm_90 partial sums of so many are added in FP32
+# 32 and 64 promote more often; for measurements only.
+
+
+@triton.jit
+def to_fp32(x):
+    """FP8, FP16 or BF16 values as FP32, on bits: the interpreter decodes FP8 infinities and NaNs wrongly."""
+    if x.dtype == tl.float8e5:
+        return codec.decode(x.to(tl.uint8, bitcast=True).to(tl.uint32), 5, 2, True)
+    if x.dtype == tl.float8e4nv:
+        return codec.decode(x.to(tl.uint8, bitcast=True).to(tl.uint32), 4, 3, False)
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def multiply_add(a, b, accumulator, ACCUMULATE: tl.constexpr):
+    """accumulator + a @ b for one step of at least 128 (FP8) along the summed dimension."""
+    if ACCUMULATE == EXACT:
+        # The interpreter's tl.dot multiplies wrongly decoded FP8 and raw BF16 bits, so it gets FP32.
+        accumulator = tl.dot(to_fp32(a), to_fp32(b), accumulator, input_precision="ieee")
+    elif a.dtype.primitive_bitwidth == 16 or ACCUMULATE == UNPROMOTED:
+        accumulator = tl.dot(a, b, accumulator)
+    elif ACCUMULATE == FP16_MMA:
+        accumulator = tl.dot(a.to(tl.float16), b.to(tl.float16), accumulator)
+    elif ACCUMULATE == PROMOTED_FMA:
+        # As an addition the compiler would fold it back into the product's own accumulator.
+        accumulator = tl.fma(tl.dot(a, b), 1.0, accumulator)
+    else:
+        accumulator = tl.dot(a, b, accumulator, max_num_imprecise_acc=ACCUMULATE)
+    return accumulator
+
+
+@triton.jit
+def groups_of_row(rows, first, WIDTH: tl.constexpr):
+    """The Philox blocks of a tile [M, WIDTH], each of which serves eight neighbours in a row; all numbers are multiples
+    of 8.
+
+    Args:
+        rows: int64 [M, 1], how the first elements of the whole rows count.
+        first: the tile's first column.
+    """
+    return (rows >> 3) + (first // 8 + tl.arange(0, WIDTH // 8))[None, :]
+
+
+@triton.jit
+def store_rounded(
+    pointers,
+    result,
+    index,
+    groups,
+    mask,
+    overflow_ptr,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    MAX: tl.constexpr,
+    EB: tl.constexpr,
+    MB: tl.constexpr,
+    INF: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SATURATE: tl.constexpr,
+    SUBNORMAL_NEAREST: tl.constexpr,
+):
+    """Store an FP32 tile as it is (MB == 23), or rounded once to a format; `index` is how its elements count.
+
+    `groups`: `groups_of_row` where eight neighbours draw from one Philox block, else None.
+
+    Rounded tiles are stored as codes, or as FP32 values where the pointers are FP32.
+    """
+    if MB == 23:
+        tl.store(pointers, result, mask=mask)
+    else:
+        draw = index
+        if ROUNDING == STOCHASTIC:
+            if groups is None:
+                draw = codec.draw_of_index(index, seed0, seed1, stream0, stream1)
+            else:
+                w0, w1, w2, w3 = codec.words_of_blocks(groups, seed0, seed1, stream0, stream1)
+                draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), result.shape)
+        code = codec.encode(result, draw, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
+        if pointers.dtype.element_ty == tl.float32:
+            tl.store(pointers, codec.decode(code, EB, MB, INF), mask=mask)
+        else:
+            tl.store(pointers, code.to(pointers.dtype.element_ty), mask=mask)
+        if overflow_ptr is not None:
+            magnitude = tl.abs(result)
+            over = mask & (magnitude > MAX) & (magnitude < float("inf"))
+            tl.atomic_add(overflow_ptr, tl.sum(over.to(tl.int32)))

@@ -1,0 +1,163 @@
+"""Products whose operands the bulk copy engine brings, against FP64 and against the kernels that compute addresses."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fp8repro.engines.products import Conv2dGeometry
+from fp8repro.kernels.conv2d.launch import conv2d, conv2d_error, conv2d_gradient
+from fp8repro.kernels.matmul.launch import Epilogue, matmul, turned
+from fp8repro.kernels.shared import tma as bulk
+from fp8repro.kernels.shared.configs import Tile
+from fp8repro.kernels.shared.launch import LAUNCHES
+from fp8repro.numerics.formats import E5M2
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = 3e-4 if torch.cuda.is_available() else 1e-6
+HOPPER = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+pytestmark = pytest.mark.skipif(not HOPPER, reason="the bulk copy engine starts with sm_90")
+
+
+def operand(*shape, dtype=torch.float8_e5m2, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def assert_close(given, exact, size):
+    assert given.shape == exact.shape
+    assert float(((given - exact).abs() / size.clamp_min(1e-3)).max()) <= TOLERANCE
+
+
+def laid_out(t, row_major):
+    return t if row_major else t.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("columns", [True, False])
+@pytest.mark.parametrize("shape", [(40, 48, 64), (7, 33, 160), (129, 65, 144)])
+def test_matrix_products_in_any_layout(shape, rows, columns):
+    m, n, k = shape
+    a, b = laid_out(operand(3, m, k), rows), laid_out(operand(3, k, n, seed=1), columns)
+    bias = torch.randn(n, device=DEVICE)
+    exact, size = a.double() @ b.double() + bias, a.double().abs() @ b.double().abs() + bias.abs()
+    for halves in (1, 2):
+        tile = Tile(64, 32, 128, 4, 3, halves)
+        assert_close(matmul(a, b, bias, bulk=True, tile=tile), exact, size)
+        assert_close(matmul(a, b, bias, bulk=True, tile=tile, splits=2), exact, size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_operands(dtype):
+    a, b = operand(50, 96, dtype=dtype), operand(40, 96, dtype=dtype, seed=1).t()
+    exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    assert_close(matmul(a, b, bulk=True), exact, size)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 70), (3, 130, 65)])
+def test_turned_bytes(shape):
+    x = operand(*shape)
+    result = turned(x)
+    assert bulk.fits(result)
+    assert torch.equal(result.view(torch.uint8), x.transpose(1, 2).contiguous().view(torch.uint8))
+
+
+GEOMETRIES = [
+    # batch, channels, outputs, height, width, kernel, stride, padding, dilation; whether the engine takes the input
+    ((3, 32, 48, 7, 7, 3, 1, 1, 1), True),
+    ((2, 64, 32, 8, 8, 3, 2, 1, 1), True),
+    ((2, 64, 32, 8, 8, 1, 2, 0, 1), True),
+    ((2, 64, 32, 6, 8, 1, 1, 0, 1), True),
+    ((2, 16, 32, 9, 8, 3, 1, 2, 2), True),
+    ((5, 32, 16, 10, 14, 3, 2, 0, 1), True),
+    ((2, 160, 16, 5, 6, 3, 1, 1, 1), True),
+    # Pixels two apart whose channels are no whole blocks, an odd side, channels that are no 16 bytes.
+    ((2, 48, 16, 10, 10, 3, 2, 1, 1), False),
+    ((2, 32, 16, 9, 10, 3, 2, 1, 1), False),
+    ((1, 3, 5, 6, 6, 3, 1, 1, 1), False),
+]
+
+
+def problem(case):
+    batch, channels, outputs, height, width, kernel, stride, padding, dilation = case
+    geometry = Conv2dGeometry((stride, stride), (padding, padding), (dilation, dilation))
+    x = operand(batch, channels, height, width).to(memory_format=torch.channels_last)
+    weight = operand(outputs, channels, kernel, kernel, seed=1)
+    x64, weight64 = x.double().requires_grad_(), weight.double().requires_grad_()
+    y64 = F.conv2d(x64, weight64, None, stride, padding, dilation)
+    error = operand(*y64.shape, seed=2).to(memory_format=torch.channels_last)
+    y64.backward(error.double())
+    return x, weight, error, geometry, (y64.detach(), x64.grad, weight64.grad)
+
+
+def all_products(x, weight, error, geometry, engine, epilogue=None):
+    return (
+        conv2d(x, weight, None, geometry, bulk=engine, epilogue=epilogue),
+        conv2d_error(error, weight, tuple(x.shape), geometry, bulk=engine, epilogue=epilogue),
+        conv2d_gradient(error, x, tuple(weight.shape), geometry, bulk=engine),
+    )
+
+
+@pytest.mark.parametrize(("case", "taken"), GEOMETRIES)
+def test_convolutions(case, taken):
+    x, weight, error, geometry, exact = problem(case)
+    LAUNCHES.clear()
+    given = all_products(x, weight, error, geometry, True)
+    assert ("weight_gradient" not in LAUNCHES) == taken
+    assert ("gather_product" not in LAUNCHES) == taken
+    sizes = all_products(*(t.float().abs().to(t.dtype) for t in (x, weight, error)), geometry, False)
+    for result, expected, size in zip(given, exact, sizes, strict=True):
+        assert_close(result, expected, size)
+        assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("values", [True, False])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("case", [GEOMETRIES[0][0], GEOMETRIES[1][0], GEOMETRIES[3][0]])
+def test_rounded_results(case, rounding, values):
+    # Small integers: sums are exact in any order, so bytes must be equal.
+    x, weight, error, geometry, _ = problem(case)
+    x, weight, error = ((t.float() * 2).round().to(t.dtype) for t in (x, weight, error))
+    epilogue = Epilogue(E5M2, rounding, seed=3, stream=2**40 + 7, values=values)
+    given = all_products(x, weight, error, geometry, True, epilogue)
+    expected = all_products(x, weight, error, geometry, False, epilogue)
+    for result, other in zip(given, expected, strict=True):
+        assert torch.equal(result.float(), other.float())
+
+
+def test_long_sums_are_promoted():
+    # 4,608 products a sum. What is left in a GPU's tensor core has some 14 bits: 2e-3 wrong at 16,384 products.
+    x, weight, error, geometry, exact = problem((2, 512, 64, 20, 20, 3, 1, 1, 1))
+    for result, expected in zip(all_products(x, weight, error, geometry, True), exact, strict=True):
+        assert float((result - expected).norm() / expected.norm()) <= 2e-4
+
+
+def test_gradient_in_splits():
+    x, weight, error, geometry, exact = problem((9, 32, 16, 14, 14, 3, 1, 1, 1))
+    for splits in (1, 2, 5, 1000):
+        given = conv2d_gradient(error, x, tuple(weight.shape), geometry, bulk=True, splits=splits)
+        assert_close(given, exact[2], exact[2].abs() + 10)
+        again = conv2d_gradient(error, x, tuple(weight.shape), geometry, bulk=True, splits=splits)
+        assert torch.equal(given, again)
+
+
+@pytest.mark.parametrize("sides", [(256, 56, 56), (256, 28, 28), (32, 14, 14), (256, 7, 7), (1, 1, 802816), (3, 5, 9)])
+@pytest.mark.parametrize("pixels", [64, 128])
+def test_boxes_cover_an_image_with_little_waste(sides, pixels):
+    found = bulk.box(*sides, pixels)
+    assert math.prod(found) == pixels
+    assert all(side <= 256 and side & (side - 1) == 0 for side in found)
+    covered = math.prod(math.ceil(size / side) * side for size, side in zip(sides, found, strict=True))
+    assert covered <= 1.15 * math.prod(sides) or math.prod(sides) < 1000
+
+
+def test_what_fits():
+    assert bulk.fits(operand(2, 3, 32))
+    assert not bulk.fits(operand(2, 3, 24))
+    assert not bulk.fits(operand(4, 33)[:, 1:])
+    assert not bulk.fits(operand(32, 32).t())
+    assert not bulk.fits(operand(0, 32))
+    assert bulk.fits(operand(1, 40, dtype=torch.float16))
+    expanded = operand(1, 32).expand(4, 32)
+    assert not bulk.fits(expanded)

@@ -1,0 +1,226 @@
+"""Fused normalizations against torch's in FP64, and their roundings against the reference; modules that use them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fp8repro import quantize
+from fp8repro.kernels.matmul.launch import Epilogue
+from fp8repro.kernels.norm import operators as norm_ops
+from fp8repro.kernels.norm.launch import batch_norm, batch_norm_backward, layer_norm, layer_norm_backward
+from fp8repro.numerics import reference
+from fp8repro.numerics.formats import BF16, E4M3, E5M2, FP16, get_format
+from fp8repro.numerics.recipe import RoleSpec
+from fp8repro.precision.fused_normalization import FusedBatchNorm2d, FusedLayerNorm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(2, 3, 5, 7), (4, 64, 4, 4), (1, 1, 1, 2), (3, 130, 1, 3)]
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    x = torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def close(given, expected, tolerance=1e-5):
+    torch.testing.assert_close(given.double(), expected.detach().double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e5m2])
+@pytest.mark.parametrize(("relu", "with_residual"), [(False, False), (True, False), (True, True)])
+def test_batch_norm_equals_torch(shape, dtype, relu, with_residual):
+    # An offset that a careless variance would drown in.
+    x = (draw(*shape) + 8).to(dtype)
+    weight, bias, grad = draw(shape[1], seed=1), draw(shape[1], seed=2), draw(*shape, seed=3)
+    residual = draw(*shape, seed=4) if with_residual else None
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias, *([residual] if with_residual else []))]
+    expected = F.batch_norm(leaves[0], None, None, leaves[1], leaves[2], training=True)
+    expected = expected + leaves[3] if with_residual else expected
+    expected = F.relu(expected) if relu else expected
+    expected.backward(grad.double())
+
+    result = batch_norm(x, weight, bias, residual=residual, relu=relu)
+    close(result.y, expected)
+    close(result.mean, x.double().mean((0, 2, 3)))
+    close(result.variance, x.double().var((0, 2, 3), correction=0))
+    assert result.y.is_contiguous(memory_format=torch.channels_last)
+    gradients = batch_norm_backward(grad, x, weight, result, needs_residual=with_residual)
+    for given, leaf in zip(gradients, leaves, strict=False):
+        close(given, leaf.grad, 1e-4)
+
+
+def test_flags_are_a_bit_an_element():
+    x = draw(2, 3, 5, 7)
+    result = batch_norm(x, torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE), relu=True)
+    assert result.flags.numel() == (x.numel() + 7) // 8
+    bits = (result.flags[:, None] >> torch.arange(8, device=DEVICE)) & 1
+    in_memory_order = result.y.permute(0, 2, 3, 1).reshape(-1) > 0
+    assert torch.equal(bits.flatten()[: x.numel()].bool(), in_memory_order)
+    assert not bits.flatten()[x.numel() :].any()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_batch_norm_rounds_like_the_reference(rounding):
+    x, weight, bias = draw(2, 6, 5, 3), draw(6, seed=1), draw(6, seed=2)
+    plain, grad = batch_norm(x, weight, bias, relu=True), draw(2, 6, 5, 3, seed=3)
+    epilogue = Epilogue(E5M2, rounding, seed=5, stream=2**50)
+    rounded = batch_norm(x, weight, bias, relu=True, epilogue=epilogue)
+    backward = batch_norm_backward(grad, x, weight, plain)[0]
+    backward_rounded = batch_norm_backward(grad, x, weight, plain, epilogue=epilogue)[0]
+    for given, exact in ((rounded.y, plain.y), (backward_rounded, backward)):
+        expected = reference.round_to_format(exact.cpu(), E5M2, rounding, "inf", 5, 2**50, order="channels_last")
+        assert given.dtype == torch.float8_e5m2
+        assert torch.equal(given.float().cpu(), expected)
+
+
+@pytest.mark.parametrize("kept", [E5M2, E4M3, FP16, BF16], ids=lambda f: f.name)
+def test_batch_norm_keeps_its_input_and_gives_both_results(kept):
+    x = draw(2, 6, 5, 3).to(kept.dtype).float()
+    weight, bias, residual = draw(6, seed=1), draw(6, seed=2), draw(2, 6, 5, 3, seed=4)
+    plain = batch_norm(x, weight, bias, residual=residual, relu=True)
+    result = batch_norm(x, weight, bias, residual=residual, relu=True, epilogue=Epilogue(E5M2), values=True, kept=kept)
+    assert torch.equal(result.values, plain.y)
+    assert torch.equal(result.y.float().cpu(), reference.round_to_format(plain.y.cpu(), E5M2, "nearest", "inf"))
+    assert result.kept.dtype == kept.dtype
+    assert result.kept.stride() == x.stride()
+    assert torch.equal(result.kept.float(), x)
+
+
+def modules(kind, *arguments):
+    """A normalization of torch and the same one by kernels."""
+    pair = [kind(*arguments).to(DEVICE) for _ in range(2)]
+    for module in pair:
+        with torch.no_grad():
+            module.weight.copy_(torch.linspace(-1, 2, arguments[0]))
+            module.bias.copy_(torch.linspace(0.5, -0.5, arguments[0]))
+    pair[1].__class__ = FusedBatchNorm2d if kind is nn.BatchNorm2d else FusedLayerNorm
+    pair[1].consumers = RoleSpec()
+    return pair
+
+
+@pytest.mark.parametrize("fmt", ["e5m2", "bf16", "fp32"])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_modules_by_kernels_equal_torchs(fmt, relu, with_residual):
+    plain, fused = modules(nn.BatchNorm2d, 6)
+    fused.input_format = get_format(fmt)
+    x, residual, error = (
+        draw(4, 6, 5, 3).to(fused.input_format.dtype).float(),
+        draw(4, 6, 5, 3, seed=1),
+        draw(4, 6, 5, 3),
+    )
+    results = []
+    for module in (plain, fused):
+        inputs = [t.clone().requires_grad_() for t in (x, residual)]
+        if module is fused:
+            y = module(inputs[0], inputs[1] if with_residual else None, relu)
+        else:
+            y = plain(inputs[0]) + inputs[1] if with_residual else plain(inputs[0])
+            y = torch.relu(y) if relu else y
+        wanted = [*(inputs if with_residual else inputs[:1]), module.weight, module.bias]
+        gradients = torch.autograd.grad(y, wanted, error)
+        results.append([y, *gradients, module.running_mean, module.running_var, module.num_batches_tracked])
+    for expected, given in zip(*results, strict=True):
+        assert given.shape == expected.shape
+        close(given, expected)
+    # The next layer's bytes, unless a sum comes between.
+    assert hasattr(y, "offered_codes") == relu
+    if relu:
+        _, spec, codes, _ = y.offered_codes
+        assert spec == RoleSpec()
+        assert torch.equal(codes.view(torch.uint8), quantize(y.detach(), "e5m2").view(torch.uint8))
+
+
+def test_layer_normalization_by_kernels_equals_torchs():
+    plain, fused = modules(nn.LayerNorm, 24)
+    results = []
+    for module in (plain, fused):
+        x = draw(3, 5, 24).requires_grad_()
+        y = module(x)
+        results.append([y, *torch.autograd.grad(y, [x, module.weight, module.bias], draw(3, 5, 24, seed=1))])
+    for expected, given in zip(*results, strict=True):
+        close(given, expected)
+    assert torch.equal(y.offered_codes[2].float(), quantize(y.detach(), "e5m2").float())
+    with torch.inference_mode():
+        close(fused(x), plain(x))
+
+
+def test_only_bytes_are_kept_for_backward():
+    _, fused = modules(nn.BatchNorm2d, 64)
+    fused.input_format = E5M2
+    x, sizes = draw(2, 64, 8, 8).to(E5M2.dtype).float().requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel() * t.element_size()), t)[1], id):
+        fused(x, draw(2, 64, 8, 8), relu=True)
+    # The byte and the bit of each element, and the channels' scale, mean and inverse deviation.
+    assert sum(sizes) == x.numel() + x.numel() // 8 + 3 * 64 * 4
+
+
+@pytest.mark.parametrize("op", ["batch_norm", "batch_norm_backward", "layer_norm", "layer_norm_backward"])
+def test_operators_hold_what_torch_asks_of_them(op):
+    # In 16 bit: the checker itself cannot compute with FP8 tensors.
+    x, weight, bias, residual = draw(2, 3, 4, 5), draw(3), draw(3, seed=1), draw(2, 3, 4, 5, seed=1)
+    rows, scale = draw(4, 6), draw(6)
+    for tensor in (x, weight, bias, residual, rows, scale):
+        tensor.requires_grad_("backward" not in op)
+    flags = torch.full((15,), 0xA5, dtype=torch.uint8, device=DEVICE)
+    arguments = {
+        "batch_norm": (x, weight, bias, residual, True, 1e-5, "bf16", "fp16", "nearest", "inf"),
+        "batch_norm_backward": (residual, x, weight, flags, draw(3), draw(3), True),
+        "layer_norm": (rows, scale, draw(6, seed=1), 1e-5, "fp16", "nearest", "inf"),
+        "layer_norm_backward": (draw(4, 6), rows, scale, draw(4), draw(4)),
+    }[op]
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(getattr(norm_ops, op), arguments, test_utils=utilities)
+
+
+def test_batch_norm_shows_divergence():
+    x = draw(2, 3, 4, 4)
+    x[0, 1, 2, 2] = float("nan")
+    ones = torch.ones(3, device=DEVICE)
+    y = batch_norm(x, ones, ones, relu=True).y
+    assert y[:, 1].isnan().all()
+    assert y[:, [0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (2, 3, 100), (1, 1), (70, 513)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e5m2])
+def test_layer_norm_equals_torch(shape, dtype):
+    x = (draw(*shape) + 4).to(dtype)
+    weight, bias, grad = draw(shape[-1], seed=1), draw(shape[-1], seed=2), draw(*shape, seed=3)
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    expected = F.layer_norm(leaves[0], shape[-1:], leaves[1], leaves[2])
+    expected.backward(grad.double())
+    y, mean, inverse, _ = layer_norm(x, weight, bias)
+    close(y, expected)
+    for given, leaf in zip(layer_norm_backward(grad, x, weight, mean, inverse), leaves, strict=True):
+        close(given, leaf.grad, 1e-4)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_layer_norm_rounds_like_the_reference(rounding):
+    x, weight, bias, grad = draw(9, 50), draw(50, seed=1), draw(50, seed=2), draw(9, 50, seed=3)
+    epilogue = Epilogue(E5M2, rounding, seed=5, stream=2**50)
+    y, mean, inverse, _ = layer_norm(x, weight, bias)
+    rounded = layer_norm(x, weight, bias, epilogue=epilogue)[0]
+    backward = layer_norm_backward(grad, x, weight, mean, inverse)[0]
+    backward_rounded = layer_norm_backward(grad, x, weight, mean, inverse, epilogue=epilogue)[0]
+    for given, exact in ((rounded, y), (backward_rounded, backward)):
+        expected = reference.round_to_format(exact.cpu(), E5M2, rounding, "inf", 5, 2**50)
+        assert torch.equal(given.float().cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    ("argument", "x", "weight"),
+    [
+        ("x", torch.zeros(2, 3), torch.zeros(3)),
+        ("x", torch.zeros(1, 3, 1, 1), torch.zeros(3)),
+        ("weight", torch.zeros(2, 3, 1, 1), torch.zeros(4)),
+        ("weight", torch.zeros(2, 3, 1, 1), torch.zeros(3, dtype=torch.float16)),
+    ],
+)
+def test_bad_argument_is_named(argument, x, weight):
+    with pytest.raises(ValueError, match=f"^{argument}: got .*, expected "):
+        batch_norm(x.to(DEVICE), weight.to(DEVICE), torch.zeros(3, device=DEVICE))

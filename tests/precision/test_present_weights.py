@@ -1,0 +1,253 @@
+"""A converted layer computes with its present weight, whoever wrote to it, and the codes of its present input."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, vector_to_parameters
+from training_tools import tiny_config, use_tiny_network
+
+from fp8repro.engines import products
+from fp8repro.numerics.recipe import Recipe, RoleSpec, load_recipe
+from fp8repro.precision.context import StepContext
+from fp8repro.precision.injection import fixed_weights, inject
+from fp8repro.precision.master import MasterWeights
+from fp8repro.precision.site import Site
+from fp8repro.training.loop import train
+
+FP8 = load_recipe("fp8")
+IDENTITY = RoleSpec(format="fp32")
+torch.manual_seed(1)
+X, Y = torch.randn(32, 8), torch.randint(0, 4, (32,))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def converted(recipe: Recipe = FP8, backend: str = "auto") -> nn.Sequential:
+    model = network()
+    inject(model, recipe, StepContext(seed=3), backend=backend)
+    return model
+
+
+def fresh_copy(model: nn.Module, recipe: Recipe = FP8, backend: str = "auto") -> nn.Sequential:
+    """A model that was converted with the present weights of another, in FP32."""
+    fresh = network()
+    fresh.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    inject(fresh, recipe, StepContext(seed=3), backend=backend)
+    return fresh.train(model.training)
+
+
+def outputs(model: nn.Module) -> Tensor:
+    """In evaluation mode, where no random bits are drawn."""
+    training = model.training
+    with torch.no_grad():
+        result: Tensor = model.eval()(X)
+    model.train(training)
+    return result
+
+
+class Habits:
+    """What loops do to a model; each method is one thing that may happen."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.model = converted(backend=backend)
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05)
+        self.masters: MasterWeights | None = None
+        self.average = copy.deepcopy(self.model)
+        self.saved = copy.deepcopy(self.model.state_dict())
+        self.steps = 0
+
+    def forward(self) -> None:
+        self.model(X)
+
+    def begin(self) -> None:
+        self.model.fp8_context.begin(self.steps)  # type: ignore[operator]
+        self.steps += 1
+
+    def backward(self) -> None:
+        F.cross_entropy(self.model(X), Y).backward()
+
+    def step(self) -> None:
+        self.backward()
+        self.optimizer.step() if self.masters is None else self.masters.step()
+        self.optimizer.zero_grad()
+
+    def fused(self) -> None:
+        if self.masters is None:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05, fused=True)
+
+    def keep_masters(self) -> None:
+        self.masters = MasterWeights(self.model, self.optimizer, FP8)
+
+    def write_through_data(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.data.mul_(0.75)
+
+    def write_through_numpy(self) -> None:
+        weight = self.model[2].weight.detach().numpy()
+        weight[:] = weight[::-1].copy()
+
+    def swap_average(self) -> None:
+        for own, other in zip(self.model.parameters(), self.average.parameters(), strict=True):
+            own.data, other.data = own.data.clone().copy_(other.data), other.data.clone().copy_(own.data)
+
+    def save(self) -> None:
+        self.saved = copy.deepcopy(self.model.state_dict())
+
+    def load(self) -> None:
+        self.model.load_state_dict(self.saved)
+
+    def call_with_others(self) -> None:
+        others = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
+        assert torch.func.functional_call(self.model, others, (X,)).abs().max() == 0
+
+    def change_mode(self) -> None:
+        self.model.train(not self.model.training)
+
+
+NAMES = [name for name in vars(Habits) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("backend", ["auto", "emulate"])
+@settings(max_examples=60, deadline=None)
+@given(names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=12))
+def test_after_any_sequence_a_layer_computes_as_a_fresh_copy_would(backend: str, names: list[str]) -> None:
+    habits = Habits(backend)
+    for name in names:
+        getattr(habits, name)()
+    fresh = fresh_copy(habits.model, backend=backend)
+    assert torch.equal(outputs(habits.model), outputs(fresh))
+    # In training mode as well: gradients too, drawn with the same bits.
+    gradients = []
+    for model in (habits.model, fresh):
+        model.train().zero_grad()
+        model.fp8_context.begin(99)  # type: ignore[operator]
+        F.cross_entropy(model(X), Y).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_write_inside_of_a_step_that_was_begun_is_seen() -> None:
+    model = converted()
+    model.fp8_context.begin(0)  # type: ignore[operator]
+    model(X)
+    vector_to_parameters(torch.zeros(sum(p.numel() for p in model.parameters())), model.parameters())
+    assert model(X).abs().max() == 0
+
+
+def test_masters_in_fp32_are_seen() -> None:
+    recipe = replace(FP8, master=IDENTITY)
+    model = converted(recipe)
+    masters = MasterWeights(model, torch.optim.AdamW(model.parameters(), lr=0.05, fused=True), recipe)
+    for _ in range(3):
+        model.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        assert masters.step()
+        assert torch.equal(outputs(model), outputs(fresh_copy(model, recipe)))
+
+
+def test_parametrized_weights_are_those_of_every_call() -> None:
+    model = converted()
+    parametrizations.weight_norm(model[0])
+    with torch.no_grad():
+        model[0].parametrizations.weight.original0.mul_(2.0)  # type: ignore[union-attr]
+        found = model.eval()[0](X)
+        plain = nn.Linear(8, 16)
+        plain.load_state_dict({"weight": model[0].weight, "bias": model[0].bias})
+        alone = nn.Sequential(plain)
+        inject(alone, replace(FP8, exempt=()))
+        assert torch.equal(found, alone.eval()(X))
+    model.train()(X).sum().backward()
+    assert model[0].parametrizations.weight.original0.grad is not None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_buffer_that_a_loop_fills_again_is_rounded_again(training: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 16))
+    inject(model, replace(FP8, exempt=()))
+    model.train(training)
+    memory = np.zeros((4, 8), dtype=np.float32)
+    batch = torch.from_numpy(memory)
+    first = model(batch)
+    memory[:] = 1.0
+    assert not torch.equal(model(batch), first)
+    assert torch.equal(model(batch), model(torch.ones(4, 8)))
+
+
+def count_rounded_weights(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    counted: Counter[str] = Counter()
+    operand = Site.operand
+
+    def counting(self: Site, x: Tensor, role: str, *arguments: Any, **options: Any) -> products.Operand:
+        counted[self.name] += role == "weight"
+        return operand(self, x, role, *arguments, **options)
+
+    monkeypatch.setattr(Site, "operand", counting)
+    return counted
+
+
+def test_inside_a_block_a_weight_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = converted()
+    counted = count_rounded_weights(monkeypatch)
+    with fixed_weights(nn.Sequential(model)):
+        for micro_step in range(3):
+            model.fp8_context.begin(0, micro_step)  # type: ignore[operator]
+            model(X).sum().backward()
+    assert counted == {"0": 1, "2": 1, "4": 1}
+    with fixed_weights(model):
+        model(X)
+        with torch.no_grad():
+            model[0].weight.add_(1.0)  # type: ignore[operator]
+        model(X)
+    # A change that a tensor knows of is seen here too.
+    assert counted == {"0": 3, "2": 2, "4": 2}
+
+
+@pytest.mark.parametrize("micro_steps", [1, 3])
+def test_a_training_step_rounds_every_weight_once(
+    micro_steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    counted = count_rounded_weights(monkeypatch)
+    use_tiny_network(monkeypatch)
+    train(tiny_config(tmp_path / "run", "fp8", micro_steps=micro_steps, max_steps=2, eval_every_epochs=0))
+    # Twice in training, and once for all batches of the evaluation at the end.
+    assert set(counted.values()) == {3}
+    assert len(counted) == 4
+
+
+def test_weights_that_no_recipe_rounds_must_not_change_before_the_backward_pass() -> None:
+    model = converted(replace(FP8, weight=IDENTITY, exempt=()))
+    loss = model(X).sum()
+    with torch.no_grad():
+        model[2].weight.mul_(2.0)  # type: ignore[operator]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def twice(layer: Callable[[Tensor], Tensor]) -> Tensor:
+    return layer(layer(torch.ones(2, 16)))
+
+
+def test_calls_in_one_graph_share_the_rounded_weight() -> None:
+    model = converted()
+    kept = []
+    for _ in range(2):
+        twice(model[2])
+        kept.append(model[2].site._kept.operand)  # type: ignore[union-attr]
+    assert kept[0] is kept[1]
