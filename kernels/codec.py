@@ -54,6 +54,13 @@ def draws_of_words(w0, w1, w2, w3):
 
 
 @triton.jit
+def interleave(a, b, c, d):
+    """[M, N] x 4 -> [M, 4 N]: each thread that holds an element of all four holds four neighbours."""
+    joined = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(joined, [a.shape[0], 4 * a.shape[1]])
+
+
+@triton.jit
 def words_of_blocks(block, seed0, seed1, stream0, stream1):
     """The four random words of each Philox block of a stream; `block` is the int64 element index // 8.
 
