@@ -91,14 +91,14 @@ def _quantize_cases(capability: tuple[int, int]) -> Iterator[Case]:
     aligned = ("columns", "outer_stride", "row_stride")
     name, values_of = "quantize columns e5m2 stochastic", 4 * quantize.PER_CALL * 128
     yield Case(name, rounding.round_columns, columns, constants, aligned=aligned, values=values_of)
-    types = {"x_ptr": "*fp32", "codes_ptr": "*u8", "transposed_ptr": "*u8", "rows": "i32", "columns": "i32"}
+    types = {"x_ptr": "*fp32", "codes_ptr": "*u8", "transposed_ptr": "*i32", "rows": "i32", "columns": "i32"}
     types = {**types, "x_stride": "i32", **WORDS}
+    rows, width = quantize.TILE_ROWS, quantize.TILE_COLUMNS
+    tile = {"stats_ptr": None, "WHOLE_GROUPS": True, "PACKED": 4, "ROWS": rows, "COLUMNS": width}
+    aligned = ("rows", "columns", "x_stride")
     for mode in ("nearest", "stochastic"):
-        tile = {"stats_ptr": None, "WHOLE_GROUPS": True, "ROWS": 64, "COLUMNS": 64}
-        constants = {**options(E5M2, mode), **tile}
-        aligned = ("rows", "columns", "x_stride")
-        name = f"quantize + transpose e5m2 {mode}"
-        yield Case(name, rounding.round_transpose, types, constants, aligned=aligned, values=64 * 64)
+        name, constants = f"quantize + transpose e5m2 {mode}", {**options(E5M2, mode), **tile}
+        yield Case(name, rounding.round_transpose, types, constants, aligned=aligned, values=rows * width)
 
 
 def _product_cases(capability: tuple[int, int]) -> Iterator[Case]:

@@ -61,18 +61,30 @@ def round_elements(
 
 
 @triton.jit
-def add_statistics(stats_ptr, x, code, MAX: tl.constexpr, EB: tl.constexpr, MB: tl.constexpr):
-    """Add a tile's counts to the float64 buffer; masked elements must be zero in `x`."""
+def statistics_of(x, code, MAX: tl.constexpr, EB: tl.constexpr, MB: tl.constexpr):
+    """What each element adds to the statistics: three counts and a magnitude; masked ones must be zero in `x`."""
     magnitude = tl.abs(x)
     finite = magnitude < float("inf")
     nonzero = finite & (magnitude > 0)
     underflow = nonzero & ((code & ((1 << (EB + MB)) - 1)) == 0)
     overflow = finite & (magnitude > MAX)
-    largest = tl.max(tl.where(finite, magnitude, 0.0)).to(tl.float64)
-    tl.atomic_add(stats_ptr, tl.sum(nonzero.to(tl.int32)).to(tl.float64))
-    tl.atomic_add(stats_ptr + 1, tl.sum(underflow.to(tl.int32)).to(tl.float64))
-    tl.atomic_add(stats_ptr + 2, tl.sum(overflow.to(tl.int32)).to(tl.float64))
-    tl.atomic_max(stats_ptr + 3, largest)
+    largest = tl.where(finite, magnitude, 0.0)
+    return nonzero.to(tl.int32), underflow.to(tl.int32), overflow.to(tl.int32), largest
+
+
+@triton.jit
+def joined_statistics(a, b):
+    """What the elements of two tiles of one shape add, each with its counterpart."""
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], tl.maximum(a[3], b[3])
+
+
+@triton.jit
+def add_statistics(stats_ptr, statistics):
+    """Add a tile of `statistics_of` to the float64 buffer."""
+    tl.atomic_add(stats_ptr, tl.sum(statistics[0]).to(tl.float64))
+    tl.atomic_add(stats_ptr + 1, tl.sum(statistics[1]).to(tl.float64))
+    tl.atomic_add(stats_ptr + 2, tl.sum(statistics[2]).to(tl.float64))
+    tl.atomic_max(stats_ptr + 3, tl.max(statistics[3]).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=RANDOM_WORDS)
@@ -111,7 +123,7 @@ def round_flat(
         codes = None if codes_ptr is None else codes_ptr + base + local
         code = round_elements(x, draw, values, codes, mask, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
         if stats_ptr is not None:
-            add_statistics(stats_ptr, x, code, MAX, EB, MB)
+            add_statistics(stats_ptr, statistics_of(x, code, MAX, EB, MB))
 
 
 @triton.jit(do_not_specialize=RANDOM_WORDS)
@@ -141,31 +153,49 @@ def round_columns(
     """Logical [outer, columns, rows] with the columns contiguous in memory: transposes, contiguous images that count
     channels last.
 
-    rows % 8 == 0, so a Philox block covers eight rows of one column and each thread uses all its words.
+    rows % 8 == 0, so a Philox block covers eight rows of one column and each thread uses all its words. It draws
+    for the four neighbouring columns that it loads: no bit has to change threads.
     """
     outer = tl.program_id(2).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.max_contiguous(tl.arange(0, BLOCK), 4)[None, :]
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[:, None]
     mask = (column < columns) & (group * 8 < rows)
-    block = (outer * columns + column) * (rows // 8) + group
-    w0, w1, w2, w3 = codec.words_of_blocks(block, seed0, seed1, stream0, stream1)
+    draw = group
+    if ROUNDING == STOCHASTIC:
+        step = rows // 8
+        first = outer * columns + tl.program_id(0) * BLOCK + 4 * tl.arange(0, BLOCK // 4)[None, :]
+        block = first * step + group
+        a0, a1, a2, a3 = codec.words_of_blocks(block, seed0, seed1, stream0, stream1)
+        b0, b1, b2, b3 = codec.words_of_blocks(block + step, seed0, seed1, stream0, stream1)
+        c0, c1, c2, c3 = codec.words_of_blocks(block + 2 * step, seed0, seed1, stream0, stream1)
+        d0, d1, d2, d3 = codec.words_of_blocks(block + 3 * step, seed0, seed1, stream0, stream1)
+        w0 = codec.interleave(a0, b0, c0, d0)
+        w1 = codec.interleave(a1, b1, c1, d1)
+        w2 = codec.interleave(a2, b2, c2, d2)
+        w3 = codec.interleave(a3, b3, c3, d3)
+    offset = outer * outer_stride + (group * 8).to(tl.int64) * row_stride + column
+    statistics = None
     for lane in tl.static_range(8):
-        if lane // 2 == 0:
-            word = w0
-        elif lane // 2 == 1:
-            word = w1
-        elif lane // 2 == 2:
-            word = w2
-        else:
-            word = w3
-        draw = word << 16 if lane % 2 == 0 else word & 0xFFFF0000
-        offset = outer * outer_stride + (group * 8 + lane).to(tl.int64) * row_stride + column
+        if ROUNDING == STOCHASTIC:
+            if lane // 2 == 0:
+                word = w0
+            elif lane // 2 == 1:
+                word = w1
+            elif lane // 2 == 2:
+                word = w2
+            else:
+                word = w3
+            draw = word << 16 if lane % 2 == 0 else word & 0xFFFF0000
         x = load_fp32(x_ptr + offset, mask)
         values = None if values_ptr is None else values_ptr + offset
         codes = None if codes_ptr is None else codes_ptr + offset
         code = round_elements(x, draw, values, codes, mask, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
         if stats_ptr is not None:
-            add_statistics(stats_ptr, x, code, MAX, EB, MB)
+            more = statistics_of(x, code, MAX, EB, MB)
+            statistics = more if lane == 0 else joined_statistics(statistics, more)
+        offset += row_stride
+    if stats_ptr is not None:
+        add_statistics(stats_ptr, statistics)
 
 
 @triton.jit
@@ -218,7 +248,7 @@ def round_strided(
         codes = codes_ptr + _offset(index, n1, n2, n3, s[0], s[1], s[2], s[3])
     code = round_elements(x, draw, values, codes, mask, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
     if stats_ptr is not None:
-        add_statistics(stats_ptr, x, code, MAX, EB, MB)
+        add_statistics(stats_ptr, statistics_of(x, code, MAX, EB, MB))
 
 
 @triton.jit(do_not_specialize=RANDOM_WORDS)
@@ -242,35 +272,47 @@ def round_transpose(
     SATURATE: tl.constexpr,
     SUBNORMAL_NEAREST: tl.constexpr,
     WHOLE_GROUPS: tl.constexpr,
+    PACKED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One tile of [batch, rows, columns]: read once, codes written as they are and as [batch, columns, rows]."""
-    # One grid dimension: CUDA limits the others to 65,535.
-    across = tl.cdiv(columns, COLUMNS)
-    down = tl.cdiv(rows, ROWS)
-    tile = tl.program_id(0)
-    first_column = tile % across * COLUMNS
-    batch = (tile // across // down).to(tl.int64)
-    row = (tile // across % down).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    """One tile of [batch, rows, columns]: read once, codes written as they are and as [batch, columns, rows].
+
+    WHOLE_GROUPS: columns % 8 == 0, so a Philox block covers eight neighbours in a row and a thread uses all its words.
+    PACKED: how many rows' codes of a column `transposed_ptr` takes as one integer; divides rows.
+    """
+    row = tl.program_id(0) * ROWS + PACKED * tl.arange(0, ROWS // PACKED)[:, None]
+    first_column = tl.program_id(1) * COLUMNS
     column = first_column + tl.arange(0, COLUMNS)[None, :]
+    batch = tl.program_id(2).to(tl.int64)
     mask = (row < rows) & (column < columns)
-    x = load_fp32(x_ptr + (batch * rows + row) * x_stride + column, mask)
+    offset = (batch * rows + row) * x_stride + column
     index = (batch * rows + row) * columns + column
-    draw = index
-    if ROUNDING == STOCHASTIC:
-        if WHOLE_GROUPS:
-            group = first_column // 8 + tl.arange(0, COLUMNS // 8)[None, :]
-            block = (batch * rows + row) * (columns // 8) + group
-            w0, w1, w2, w3 = codec.words_of_blocks(block, seed0, seed1, stream0, stream1)
-            draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), [ROWS, COLUMNS])
-        else:
-            draw = codec.draw_of_index(index, seed0, seed1, stream0, stream1)
-    code = codec.encode(x, draw, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
-    byte = code.to(codes_ptr.dtype.element_ty)
-    tl.store(codes_ptr + index, byte, mask=mask)
-    tl.store(
-        transposed_ptr + (batch * columns + tl.trans(column)) * rows + tl.trans(row), tl.trans(byte), tl.trans(mask)
-    )
+    block = (batch * rows + row) * (columns // 8) + first_column // 8 + tl.arange(0, COLUMNS // 8)[None, :]
+    packed = tl.zeros([ROWS // PACKED, COLUMNS], tl.uint32)
+    statistics = None
+    for lane in tl.static_range(PACKED):
+        x = load_fp32(x_ptr + offset, mask)
+        draw = index
+        if ROUNDING == STOCHASTIC:
+            if WHOLE_GROUPS:
+                w0, w1, w2, w3 = codec.words_of_blocks(block, seed0, seed1, stream0, stream1)
+                draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), [ROWS // PACKED, COLUMNS])
+            else:
+                draw = codec.draw_of_index(index, seed0, seed1, stream0, stream1)
+        code = codec.encode(x, draw, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
+        tl.store(codes_ptr + index, code.to(codes_ptr.dtype.element_ty), mask=mask)
+        packed |= code << (lane * (1 + EB + MB))
+        if stats_ptr is not None:
+            more = statistics_of(x, code, MAX, EB, MB)
+            statistics = more if lane == 0 else joined_statistics(statistics, more)
+        offset += x_stride
+        index += columns
+        block += columns // 8
+    word = tl.program_id(0) * (ROWS // PACKED) + tl.arange(0, ROWS // PACKED)[None, :]
+    words = rows // PACKED
+    place = (batch * columns + tl.trans(column)) * words + word
+    turned = tl.trans(packed).to(transposed_ptr.dtype.element_ty)
+    tl.store(transposed_ptr + place, turned, (tl.trans(column) < columns) & (word < words))
     if stats_ptr is not None:
-        add_statistics(stats_ptr, x, code, MAX, EB, MB)
+        add_statistics(stats_ptr, statistics)

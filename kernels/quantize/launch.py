@@ -19,8 +19,10 @@ from fp8repro.numerics.formats import FloatFormat
 from fp8repro.numerics.streams import Stream
 
 FLAT_BLOCK = 2048
+TILE_ROWS, TILE_COLUMNS = 32, 128  # of what is written in both layouts
 PER_CALL = 8  # elements that draw from one Philox block
 MAX_DIMS = 4
+GRID_LIMIT = 65535  # CUDA's, in the two outer directions
 
 
 def round_into(
@@ -137,18 +139,29 @@ def round_transpose(
     if x.numel() == 0:
         return codes, transposed
     x = x.resolve_neg()
-    dense = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
     rows, columns = x.shape[-2:]
     batch = x.numel() // (rows * columns)
-    row_block, column_block = block_size(32, rows, 256), block_size(128, columns, 256)
-    grid = (cdiv(columns, column_block) * cdiv(rows, row_block) * batch,)
+    row_block, column_block = block_size(TILE_ROWS, rows, 256), block_size(TILE_COLUMNS, columns, 256)
+    grid = (cdiv(rows, row_block), cdiv(columns, column_block), batch)
+    if max(grid[1:]) > GRID_LIMIT:
+        round_into(x, format, rounding, overflow, seed, stream, subnormal_rounding, None, codes, stats)
+        transposed.copy_(codes.transpose(-1, -2))
+        return codes, transposed
+    dense = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
+    # The codes of neighbouring rows change threads and are stored as one integer of 32 bits, where rows are whole ones.
+    packed = 4 // codes.element_size()
+    turned = raw_codes(transposed).view(-1)
+    if rows % packed == 0 and turned.storage_offset() % packed == 0:
+        turned = turned.view(torch.int32)
+    else:
+        packed = 1
     launch(
         kernels.round_transpose,
         grid,
         x.device,
         _raw(dense),
         raw_codes(codes),
-        raw_codes(transposed),
+        turned,
         stats,
         rows,
         columns,
@@ -157,6 +170,7 @@ def round_transpose(
         *signed_words(stream),
         **rounding_options(format, rounding, overflow, subnormal_rounding, capability(x.device)),
         WHOLE_GROUPS=columns % PER_CALL == 0,
+        PACKED=packed,
         ROWS=row_block,
         COLUMNS=column_block,
     )
@@ -245,8 +259,7 @@ def _as_columns(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) ->
     if len(sizes) not in (2, 3) or len(set(strides)) != 1 or strides[0][-2] != 1 or sizes[-1] % PER_CALL:
         return None
     outer, outer_stride = (sizes[0], strides[0][0]) if len(sizes) == 3 else (1, 0)
-    # Grid limits of CUDA in the two outer directions.
-    if outer > 65535 or sizes[-1] // 16 >= 65535:
+    if outer > GRID_LIMIT or sizes[-1] // 16 >= GRID_LIMIT:
         return None
     return outer, sizes[-2], sizes[-1], outer_stride, strides[0][-1]
 

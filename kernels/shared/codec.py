@@ -54,6 +54,13 @@ def draws_of_words(w0, w1, w2, w3):
 
 
 @triton.jit
+def interleave(a, b, c, d):
+    """[M, N] x 4 -> [M, 4 N]: each thread that holds an element of all four holds four neighbours."""
+    joined = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(joined, [a.shape[0], 4 * a.shape[1]])
+
+
+@triton.jit
 def words_of_blocks(block, seed0, seed1, stream0, stream1):
     """The four random words of each Philox block of a stream; `block` is the int64 element index // 8.
 
@@ -156,11 +163,20 @@ def _encode_bits(
     # The largest finite code; the one after it is infinity, and in a format without infinity NaN.
     MAX_CODE: tl.constexpr = (TOP_CODE >> MANTISSA_BITS << MANTISSA_BITS) - 1 if HAS_INFINITY else TOP_CODE - 1
     NAN_CODE: tl.constexpr = (
-        TOP_CODE if EXPONENT_BITS + MANTISSA_BITS == 7 else MAX_CODE + 1 + (1 << (MANTISSA_BITS - 1))
+        TOP_CODE
+        if EXPONENT_BITS + MANTISSA_BITS == 7 or not HAS_INFINITY
+        else MAX_CODE + 1 + (1 << (MANTISSA_BITS - 1))
     )
 
+    # Where one minimum settles overflow and NaN: magnitudes are cut at the value after the largest, which is what
+    # overflow gives, and a NaN stays what it is: the bits of a magnitude greater than every other.
+    BOUNDED: tl.constexpr = EXPONENT_BITS < 8 and not SATURATE and ROUNDING != TOWARD_ZERO
+
     bits = x.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
+    absolute = tl.abs(x)
+    if BOUNDED and HAS_INFINITY:
+        absolute = tl.minimum(absolute, 2.0 ** (1 << (EXPONENT_BITS - 1)), propagate_nan=tl.PropagateNan.ALL)
+    magnitude = absolute.to(tl.uint32, bitcast=True)
     nearest = magnitude + ((1 << (DROPPED - 1)) - 1) + ((magnitude >> DROPPED) & 1)
     if ROUNDING == NEAREST:
         rounded = nearest
@@ -172,41 +188,45 @@ def _encode_bits(
             rounded = tl.where(magnitude < SMALLEST_NORMAL, nearest, rounded)
     else:
         rounded = magnitude
-    code = (rounded >> DROPPED).to(tl.int32) - REBIAS
+    code = (rounded >> DROPPED) - REBIAS
+
+    if BOUNDED:
+        code = tl.minimum(code, NAN_CODE)
+    else:
+        if SATURATE or ROUNDING == TOWARD_ZERO:
+            code = tl.minimum(code, MAX_CODE)
+            code = tl.where(magnitude == 0x7F800000, MAX_CODE + 1, code)
+        else:
+            code = tl.minimum(code, MAX_CODE + 1)
+        code = tl.where(magnitude > 0x7F800000, NAN_CODE, code)
 
     # A format with FP32's exponents has FP32's subnormals, whose codes the lines above give already.
     if EXPONENT_BITS < 8:
-        ALIGN: tl.constexpr = 2.0 ** (MIN_EXPONENT - MANTISSA_BITS + 23)
-        ALIGN_BITS: tl.constexpr = (MIN_EXPONENT - MANTISSA_BITS + 23 + 127) << 23
-        # 128 quanta, in which FP32 has steps of 2^-16 quanta.
-        STEPS: tl.constexpr = (MIN_EXPONENT - MANTISSA_BITS + 7 + 127) << 23
         if ROUNDING == NEAREST or (ROUNDING == STOCHASTIC and SUBNORMAL_NEAREST):
             # FP32 addition rounds to nearest even at the last bit of ALIGN, which is the format's quantum.
-            small_code = (tl.abs(x) + ALIGN).to(tl.int32, bitcast=True) - ALIGN_BITS
+            ALIGN: tl.constexpr = 2.0 ** (MIN_EXPONENT - MANTISSA_BITS + 23)
+            small_code = (absolute + ALIGN).to(tl.uint32, bitcast=True)
         elif ROUNDING == STOCHASTIC and MANTISSA_BITS <= 6:
-            # Rounds to the nearest step, of two the even one, and the one that carries into the quanta is even.
-            sum = tl.abs(x) + ((rest >> 16) + STEPS).to(tl.float32, bitcast=True)
-            small_code = (sum.to(tl.uint32, bitcast=True) >> 16).to(tl.int32) - (STEPS >> 16)
+            # 128 quanta, in which FP32 has steps of 2^-16 quanta: the sum rounds to the nearest step, of two the even
+            # one, and the one that carries into the quanta is even.
+            STEPS: tl.constexpr = (MIN_EXPONENT - MANTISSA_BITS + 7 + 127) << 23
+            sum = absolute + ((rest >> 16) + STEPS).to(tl.float32, bitcast=True)
+            small_code = (sum.to(tl.uint32, bitcast=True) >> 16) - (STEPS >> 16)
         else:
-            # Clamped, so that the discarded branch of large inputs converts no huge float to an integer.
+            # More quanta than such a sum can count. Clamped, so that the discarded branch of large inputs converts no
+            # huge float to an integer.
             small = tl.minimum(magnitude, SMALLEST_NORMAL).to(tl.float32, bitcast=True)
-            steps = small * (2.0 ** (MANTISSA_BITS - MIN_EXPONENT))
-            lower = tl.floor(steps)
-            small_code = lower.to(tl.int32)
+            # In halves of the draw's steps, rounded down: with half a step in `rest`, that rounds whole ones half up.
+            FRACTION: tl.constexpr = 17 if ROUNDING == STOCHASTIC else 0
+            scaled = small * (2.0 ** (MANTISSA_BITS - MIN_EXPONENT + FRACTION))
+            steps = scaled.to(tl.int32).to(tl.uint32, bitcast=True)
             if ROUNDING == STOCHASTIC:
-                # The same of what is left of more quanta than such a sum can count: 128 and a fraction.
-                sum = (steps - lower) + ((rest >> 16) + 0x43000000).to(tl.float32, bitcast=True)
-                small_code += (sum.to(tl.uint32, bitcast=True) >> 16).to(tl.int32) - 0x4300
+                steps += rest >> (32 - FRACTION)
+            small_code = steps >> FRACTION
         code = tl.where(magnitude < SMALLEST_NORMAL, small_code, code)
-
-    if SATURATE or ROUNDING == TOWARD_ZERO:
-        code = tl.minimum(code, MAX_CODE)
-        code = tl.where(magnitude == 0x7F800000, MAX_CODE + 1, code)
-    else:
-        code = tl.minimum(code, MAX_CODE + 1)
-    code = tl.where(magnitude > 0x7F800000, NAN_CODE, code)
-    sign = (bits >> 31) << (EXPONENT_BITS + MANTISSA_BITS)
-    return code.to(tl.uint32, bitcast=True) | sign
+    # Masked last, so that what stands above the bits that are stored costs nothing to clear.
+    sign = (bits >> (31 - EXPONENT_BITS - MANTISSA_BITS)) & (1 << (EXPONENT_BITS + MANTISSA_BITS))
+    return (code | sign) & ((2 << (EXPONENT_BITS + MANTISSA_BITS)) - 1)
 
 
 @triton.jit

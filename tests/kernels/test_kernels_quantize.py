@@ -207,7 +207,7 @@ def test_statistics_accumulate_over_calls():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 129), (300, 64), (3, 5, 12)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 129), (300, 64), (3, 5, 12), (3, 8, 10)])
 def test_transposed_codes_are_the_same_bytes(shape, dtype):
     x = random_fp32(int(np.prod(shape))).view(shape).to(dtype)
     for format, rounding in itertools.product([E5M2, E4M3, FP16], ["nearest", "stochastic"]):
@@ -218,6 +218,24 @@ def test_transposed_codes_are_the_same_bytes(shape, dtype):
         assert torch.equal(codes.cpu().view(raw), expected.view(raw))
         assert torch.equal(transposed.cpu().view(raw), expected.view(raw).transpose(-1, -2).contiguous())
         assert torch.equal(stats.cpu(), counts)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2**16, 1, 1), torch.zeros(8, 24)], ids=["batch", "place"])
+def test_transposed_codes_of_more_matrices_than_a_grid_holds_and_at_any_place(x):
+    x = x.uniform_(generator=torch.Generator().manual_seed(2))
+    shape = (*x.shape[:-2], x.shape[-1], x.shape[-2])
+    codes = torch.empty(x.shape, dtype=E5M2.dtype, device=DEVICE)
+    # One byte past where integers of four begin, and nothing beside it may change.
+    memory = torch.zeros(x.numel() + 4, dtype=torch.uint8, device=DEVICE)
+    transposed = memory[1 : x.numel() + 1].view(E5M2.dtype).view(shape)
+    stats = torch.zeros(4, dtype=torch.float64, device=DEVICE)
+    round_transpose(x.to(DEVICE), E5M2, "stochastic", "inf", SEED, STREAM, stats=stats, out=(codes, transposed))
+    _, expected, counts = run(x, E5M2, "stochastic", "inf")
+    expected = expected.view(torch.uint8)
+    assert torch.equal(codes.cpu().view(torch.uint8), expected)
+    assert torch.equal(transposed.cpu().view(torch.uint8), expected.transpose(-1, -2).contiguous())
+    assert (memory[0].item(), memory[x.numel() + 1 :].any().item()) == (0, False)
+    assert torch.equal(stats.cpu(), counts)
 
 
 def test_empty_and_identity():
