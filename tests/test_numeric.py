@@ -33,7 +33,7 @@ def test_the_first_wrong_value_is_named(bound, value):
 def test_bounds_are_relative_to_a_scale():
     assert_close(changed(1.5), ONES, 0.5)
     assert_close(changed(1.5), ONES, 0.1, scale=changed(5.0))
-    with pytest.raises(AssertionError, match="error 0.5, bound 0.1"):
+    with pytest.raises(AssertionError, match=r"error 0\.5, bound 0\.1"):
         assert_close(changed(1.5), ONES, 0.1, scale=changed(4.9))
     assert_close(changed(1.5), ONES, 0.25, norm=True)
 
