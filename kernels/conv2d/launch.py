@@ -13,8 +13,8 @@ import triton
 from torch import Tensor
 
 from fp8repro.engines.products import Conv2dGeometry
-from fp8repro.kernels.conv2d.device import gather_product, weight_gradient
-from fp8repro.kernels.conv2d.device_tma import FARTHEST, bulk_gather_product, bulk_weight_gradient
+from fp8repro.kernels.conv2d.device import Axis, Positions, implicit_gemm, wgrad
+from fp8repro.kernels.conv2d.device_tma import FARTHEST, implicit_gemm_tma, wgrad_tma
 from fp8repro.kernels.matmul.launch import (
     Epilogue,
     accumulation_of,
@@ -141,29 +141,20 @@ def conv2d_gradient(
     step = summed_step(tile, x)
     chunk = cdiv(cdiv(pixels, splits), step) * step
     partial = torch.empty((splits, outputs, height, width, channels), dtype=torch.float32, device=x.device)
-    g = geometry
     launch(
-        weight_gradient,
+        wgrad,
         (min(programs, splits * cdiv(outputs, tile.m) * cdiv(columns, tile.n)),),
         x.device,
         _channels_last(error),
         _channels_last(x),
         partial,
-        inverse_scale,
         pixels,
         chunk,
-        expected[2],
-        expected[3],
-        x.shape[2],
-        x.shape[3],
+        *x.shape[2:],
         channels,
         outputs,
-        height,
-        width,
-        *g.stride,
-        -g.padding[0],
-        -g.padding[1],
-        *g.dilation,
+        Positions.of(*(_forward_axis(geometry, axis, x.shape[2 + axis], weight_shape[2 + axis]) for axis in (0, 1))),
+        inverse_scale,
         ACCUMULATE=accumulation_of(x, accumulate),
         SPLITS=splits,
         BM=tile.m,
@@ -184,13 +175,9 @@ def output_size(x: torch.Size, weight: torch.Size, geometry: Conv2dGeometry) -> 
     return x[0], weight[0], sizes[0], sizes[1]
 
 
-# Along one axis: (grid, start, stride, step, first, taps, apart, tap, tap_step), the names of `gather_product`.
-Axis = tuple[int, int, int, int, int, int, int, int, int]
-
-
 def _forward_axis(g: Conv2dGeometry, axis: int, size: int, kernel: int) -> Axis:
     grid = (size + 2 * g.padding[axis] - g.dilation[axis] * (kernel - 1) - 1) // g.stride[axis] + 1
-    return grid, 0, 1, g.stride[axis], -g.padding[axis], kernel, g.dilation[axis], 0, 1
+    return Axis(grid, grid, 0, 1, g.stride[axis], -g.padding[axis], kernel, g.dilation[axis], tap=0, tap_step=1)
 
 
 def _error_axes(g: Conv2dGeometry, axis: int, size: int, kernel: int) -> list[Axis]:
@@ -203,7 +190,7 @@ def _error_axes(g: Conv2dGeometry, axis: int, size: int, kernel: int) -> list[Ax
         tap = taps[0] if taps else 0
         first = (phase + padding - tap * dilation) // stride
         grid = (size - phase + stride - 1) // stride
-        axes.append((grid, phase, stride, 1, first, len(taps), -tap_step * dilation // stride, tap, tap_step))
+        axes.append(Axis(grid, size, phase, stride, 1, first, len(taps), -tap_step * dilation // stride, tap, tap_step))
     return axes
 
 
@@ -227,15 +214,13 @@ def _gather(
         bulk = configs.bulk_available(x.device)
     viewed = None
     if bulk and fits(rows_of_weight.flatten(1, 2)):
-        # The axes' fourth and fifth numbers are the step and the first position.
-        steps, first = zip(*((axis[3], axis[4]) for axes in phases for axis in axes), strict=True)
+        steps, first = zip(*((axis.step, axis.first) for axes in phases for axis in axes), strict=True)
         viewed = _bulk_view(source, steps, first)
     outputs, channels, height, width = weight.shape
-    pixels = [shape[0] * rows[0] * columns[0] for rows, columns in phases]
+    pixels = [shape[0] * rows.grid * columns.grid for rows, columns in phases]
     small = not (epilogue.plain or epilogue.values) and (viewed is None or epilogue.rounding == "stochastic")
     table = None if viewed is None else configs.BULK_CONVOLUTION_TILES
-    # The axes' sixth number is the count of taps.
-    summed = [rows[5] * columns[5] * channels for rows, columns in phases]
+    summed = [rows.taps * columns.taps * channels for rows, columns in phases]
     choices = [
         configs.choose(x.device, count, outputs, k, 1, splittable=False, halves=False, small=small, bulk=table)
         for count, k in zip(pixels, summed, strict=True)
@@ -244,29 +229,31 @@ def _gather(
     apart = epilogue.values and not epilogue.plain and not room
     stored = Epilogue() if apart else epilogue
     for axes, count, (tile, _, programs) in zip(phases, pixels, choices, strict=True):
-        by_name: list[tuple[int, ...]] = list(zip(*axes, strict=True))
-        grid, start, stride, step, first, taps, apart_by, tap, tap_step = by_name
-        shared: tuple[Any, ...] = (bias, raw_result(result), stored.overflows, inverse_scale)
+        shared: tuple[Any, ...] = (bias, raw_result(result), inverse_scale, shape[0])
+        positions = Positions.of(*axes)
         options: dict[str, Any] = {**stored.options(x.device), "WHOLE_GROUPS": outputs % PER_CALL == 0}
         options |= {"BN": tile.n, "num_warps": tile.warps, "num_stages": tile.stages}
         if viewed is not None:
             block = _channel_block(tile, x)
+            grid = axes[0].grid, axes[1].grid
             images, rows, columns = box(shape[0], *grid, tile.m)
             taps_of_weight = rows_of_weight.flatten(1, 2)
             boxes = cdiv(shape[0], images) * cdiv(grid[0], rows) * cdiv(grid[1], columns)
             launch(
-                bulk_gather_product,
+                implicit_gemm_tma,
                 (min(programs, boxes * cdiv(outputs, tile.n)),),
                 x.device,
                 describe(viewed, (images, rows, 1, columns, block)),
                 describe(taps_of_weight, (tile.n, 1, block)),
                 *shared,
-                *(shape[0], channels, outputs, *grid, shape[2], shape[3]),
-                *(*start, *stride, *first, *taps, *apart_by, *tap, *tap_step, width),
+                channels,
+                outputs,
+                positions,
+                width,
                 *stored.words(),
                 **options,
                 ACCUMULATE=promoted_by_steps(accumulation_of(x, accumulate)),
-                STEP=step[0],
+                STEP=axes[0].step,
                 IMAGES=images,
                 ROWS=rows,
                 COLUMNS=columns,
@@ -274,15 +261,18 @@ def _gather(
             )
             continue
         launch(
-            gather_product,
+            implicit_gemm,
             (min(programs, cdiv(count, tile.m) * cdiv(outputs, tile.n)),),
             x.device,
             source,
             rows_of_weight,
             *shared,
-            *(shape[0], x.shape[2], x.shape[3], channels, outputs),
-            *(*grid, shape[2], shape[3], *start, *stride, *step, *first, *taps, *apart_by, *tap, *tap_step),
-            *(width, height * width * channels),
+            *x.shape[2:],
+            channels,
+            outputs,
+            positions,
+            width,
+            height * width * channels,
             *stored.words(),
             **options,
             ACCUMULATE=accumulation_of(x, accumulate),
@@ -375,15 +365,15 @@ def _bulk_gradient(
     splits = cdiv(boxes, chunk)
     partial = torch.empty((splits, outputs, height, width, channels), dtype=torch.float32, device=x.device)
     launch(
-        bulk_weight_gradient,
+        wgrad_tma,
         (tiles * splits,),
         x.device,
         describe(errors, (images, rows, columns, tile.m)),
         describe(viewed, (images, rows, 1, columns, tile.n)),
         partial,
+        *(batch, chunk, channels, outputs),
+        Positions.of(*(_forward_axis(g, axis, x.shape[2 + axis], weight_shape[2 + axis]) for axis in (0, 1))),
         inverse_scale,
-        *(batch, grid_h, grid_w, chunk, channels, outputs, height, width),
-        *(-g.padding[0], -g.padding[1], *g.dilation),
         ACCUMULATE=accumulation_of(x, "fp16_mma"),
         STEP=g.stride[0],
         IMAGES=images,

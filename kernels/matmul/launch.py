@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8repro.kernels.matmul.device import multiply, turn
+from fp8repro.kernels.matmul.device import multiply, transpose
 from fp8repro.kernels.quantize.launch import PER_CALL, raw_codes, round_into, rounding_options
 from fp8repro.kernels.shared import configs
 from fp8repro.kernels.shared.launch import INTERPRETED, capability, cdiv, check_device, launch, signed_words
@@ -32,7 +32,6 @@ class Epilogue:
     Attributes:
         format, rounding, overflow, subnormal_rounding, seed, stream: see `fp8repro.quantize`; elements are
             counted in the result's row-major order, those of images channels last.
-        overflows: int32 tensor of one value that finite results beyond the format's largest value are added to.
         values: store FP32 values of the format, not its codes. Such results are rounded on the way where that costs
             no registers that the product needs, else in a pass of their own; the bytes are the same.
     """
@@ -43,7 +42,6 @@ class Epilogue:
     subnormal_rounding: str = "same"
     seed: int = 0
     stream: Stream = 0
-    overflows: Tensor | None = None
     values: bool = False
 
     @property
@@ -70,11 +68,8 @@ class Epilogue:
 
     def round(self, result: Tensor) -> None:
         """Round a product's FP32 result in a pass of its own."""
-        stats = None if self.overflows is None else torch.zeros(4, dtype=torch.float64, device=result.device)
         options = (self.format, self.rounding, self.overflow, self.seed, self.stream, self.subnormal_rounding)
-        round_into(result, *options, result, None, stats)
-        if self.overflows is not None and stats is not None:
-            self.overflows.add_(stats[2].to(torch.int32))
+        round_into(result, *options, result, None, None)
 
 
 def raw_result(t: Tensor) -> Tensor:
@@ -171,15 +166,14 @@ def matmul(
         *operands,
         bias if splits == 1 else None,
         raw_result(target),
-        stored.overflows,
         inverse_scale,
         batches,
         m,
         n,
         k,
         chunk,
-        *(a3.stride() if described is None else (0, 0, 0)),
-        *(b3.stride() if described is None else (0, 0, 0)),
+        a3.stride() if described is None else (0, 0, 0),
+        b3.stride() if described is None else (0, 0, 0),
         *stored.words(),
         **stored.options(a.device),
         ACCUMULATE=accumulation_of(a, accumulate, step),
@@ -190,7 +184,7 @@ def matmul(
         HALVES=tile.halves,
         GROUP=configs.GROUP,
         EVEN_K=described is not None or (k % step == 0 and chunk % step == 0),
-        BULK=described is not None,
+        TMA=described is not None,
         WHOLE_GROUPS=n % PER_CALL == 0,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -228,8 +222,8 @@ def turned(x: Tensor) -> Tensor:
     pitch = cdiv(rows, ALIGNMENT) * ALIGNMENT
     y = torch.empty((batch, columns, pitch), dtype=x.dtype, device=x.device)[:, :, :rows]
     grid = (batch * cdiv(rows, 64) * cdiv(columns, 64),)
-    arguments = (raw_codes(x), raw_codes(y), rows, columns, x.stride(0), x.stride(1), y.stride(0), y.stride(1))
-    launch(turn, grid, x.device, *arguments, ROWS=64, COLUMNS=64)
+    arguments = (raw_codes(x), raw_codes(y), rows, columns, x.stride()[:2], y.stride()[:2])
+    launch(transpose, grid, x.device, *arguments, ROWS=64, COLUMNS=64)
     return y
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp8repro.kernels.quantize.device import RANDOM_WORDS
 from fp8repro.kernels.shared import codec
+from fp8repro.kernels.shared.codec import RANDOM_WORDS, RandomWords
 from fp8repro.kernels.shared.tiles import store_rounded, to_fp32
 
 
@@ -67,17 +67,8 @@ def batch_apply(
     seed1,
     stream0,
     stream1,
-    MAX: tl.constexpr,
-    EB: tl.constexpr,
-    MB: tl.constexpr,
-    INF: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
-    KEPT_EB: tl.constexpr,
-    KEPT_MB: tl.constexpr,
-    KEPT_INF: tl.constexpr,
-    KEPT_ROUNDING: tl.constexpr,
+    ENCODING: tl.constexpr,
+    KEPT: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
@@ -86,12 +77,13 @@ def batch_apply(
 
     Also, where pointers are given: the FP32 values before that rounding, and the codes of x in a format that holds it.
     """
+    words = RandomWords(seed0, seed1, stream0, stream1)
     offset = _flat(BLOCK, WIDE)
     mask = offset < count
     channel = offset % channels
     x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
     if kept_ptr is not None:
-        code = codec.encode(x, offset, KEPT_EB, KEPT_MB, KEPT_INF, KEPT_ROUNDING, False, False)
+        code = codec.encode(x, offset, KEPT)
         tl.store(kept_ptr + offset, code.to(kept_ptr.dtype.element_ty), mask=mask)
     scale = tl.load(inverse_ptr + channel, mask=mask, other=0.0) * tl.load(weight_ptr + channel, mask=mask, other=0.0)
     y = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * scale
@@ -107,25 +99,7 @@ def batch_apply(
         tl.store(flags_ptr + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < count)
     if values_ptr is not None:
         tl.store(values_ptr + offset, y, mask=mask)
-    store_rounded(
-        y_ptr + offset,
-        y,
-        offset.to(tl.int64),
-        None,
-        mask,
-        None,
-        seed0,
-        seed1,
-        stream0,
-        stream1,
-        MAX,
-        EB,
-        MB,
-        INF,
-        ROUNDING,
-        SATURATE,
-        SUBNORMAL_NEAREST,
-    )
+    store_rounded(y_ptr + offset, y, offset.to(tl.int64), None, mask, words, ENCODING)
 
 
 @triton.jit
@@ -203,17 +177,12 @@ def batch_gradient_apply(
     seed1,
     stream0,
     stream1,
-    MAX: tl.constexpr,
-    EB: tl.constexpr,
-    MB: tl.constexpr,
-    INF: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
+    ENCODING: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Gradients of the input (rounded) and of the residual (FP32) from the sums of `batch_gradient_sums`."""
+    words = RandomWords(seed0, seed1, stream0, stream1)
     offset = _flat(BLOCK, WIDE)
     mask = offset < count
     channel = offset % channels
@@ -227,25 +196,7 @@ def batch_gradient_apply(
     product = tl.load(sums_ptr + channels + channel, mask=mask, other=0.0)
     centred = gradient - (total + normalized * product) * inverse_rows
     result = centred * (inverse * tl.load(weight_ptr + channel, mask=mask, other=0.0))
-    store_rounded(
-        grad_x_ptr + offset,
-        result,
-        offset.to(tl.int64),
-        None,
-        mask,
-        None,
-        seed0,
-        seed1,
-        stream0,
-        stream1,
-        MAX,
-        EB,
-        MB,
-        INF,
-        ROUNDING,
-        SATURATE,
-        SUBNORMAL_NEAREST,
-    )
+    store_rounded(grad_x_ptr + offset, result, offset.to(tl.int64), None, mask, words, ENCODING)
 
 
 @triton.jit(do_not_specialize=RANDOM_WORDS)
@@ -264,13 +215,7 @@ def layer_forward(
     seed1,
     stream0,
     stream1,
-    MAX: tl.constexpr,
-    EB: tl.constexpr,
-    MB: tl.constexpr,
-    INF: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
+    ENCODING: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -278,6 +223,7 @@ def layer_forward(
 
     The FP32 values before that rounding are stored too where a pointer is given.
     """
+    words = RandomWords(seed0, seed1, stream0, stream1)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = column < width
@@ -293,25 +239,7 @@ def layer_forward(
     y += tl.load(bias_ptr + column, mask=inside, other=0.0)
     if values_ptr is not None:
         tl.store(values_ptr + offset, y, mask=mask)
-    store_rounded(
-        y_ptr + offset,
-        y,
-        offset,
-        None,
-        mask,
-        None,
-        seed0,
-        seed1,
-        stream0,
-        stream1,
-        MAX,
-        EB,
-        MB,
-        INF,
-        ROUNDING,
-        SATURATE,
-        SUBNORMAL_NEAREST,
-    )
+    store_rounded(y_ptr + offset, y, offset, None, mask, words, ENCODING)
 
 
 @triton.jit(do_not_specialize=RANDOM_WORDS)
@@ -329,17 +257,12 @@ def layer_backward(
     seed1,
     stream0,
     stream1,
-    MAX: tl.constexpr,
-    EB: tl.constexpr,
-    MB: tl.constexpr,
-    INF: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
+    ENCODING: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Gradient of the input, rounded; partial[program, 0 or 1, width] sums those of weight and bias."""
+    words = RandomWords(seed0, seed1, stream0, stream1)
     column = tl.arange(0, BLOCK)[None, :]
     inside = column < width
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
@@ -360,25 +283,7 @@ def layer_backward(
         total = tl.sum(weighted, 1)[:, None] / width
         product = tl.sum(weighted * normalized, 1)[:, None] / width
         result = (weighted - total - normalized * product) * inverse
-        store_rounded(
-            grad_x_ptr + offset,
-            result,
-            offset,
-            None,
-            mask,
-            None,
-            seed0,
-            seed1,
-            stream0,
-            stream1,
-            MAX,
-            EB,
-            MB,
-            INF,
-            ROUNDING,
-            SATURATE,
-            SUBNORMAL_NEAREST,
-        )
+        store_rounded(grad_x_ptr + offset, result, offset, None, mask, words, ENCODING)
     place = partial_ptr + tl.program_id(0) * 2 * width + tl.arange(0, BLOCK)
     tl.store(place, grad_weight, mask=tl.arange(0, BLOCK) < width)
     tl.store(place + width, grad_bias, mask=tl.arange(0, BLOCK) < width)

@@ -1,4 +1,4 @@
-"""The optimizer step in one pass over memory: FP32 or E5M2 gradient, 16-bit master, FP32 state -> master, FP8 weight.
+"""The optimizer step in one pass over memory: FP32 gradient, 16-bit master, FP32 state -> master, FP8 weight.
 
 Arithmetic is FP32 and follows torch's optimizers; roundings are the recipe's. Never synchronizes with the host: a
 non-finite gradient makes the kernel leave everything as it is. Both kernels are torch operators over one group of
@@ -51,9 +51,8 @@ def gradient_norms(grads: list[Tensor], masters: list[Tensor], scale: float) -> 
     members = [Parameter(master, grad) for master, grad in zip(masters, grads, strict=True)]
     table, chunks = _tables(members)
     partial = torch.empty((len(chunks), 2), dtype=torch.float64, device=table.device)
-    options = {"FP8_GRADIENT": grads[0].dtype != torch.float32, "ALIGNED": _aligned(members)}
     arguments = (table, chunks, partial, 1 / scale)
-    launch(updates.gradient_norms, (len(chunks),), table.device, *arguments, **options, BLOCK=BLOCK)
+    launch(updates.gradient_norms, (len(chunks),), table.device, *arguments, ALIGNED=_aligned(members), BLOCK=BLOCK)
     return partial
 
 
@@ -159,6 +158,7 @@ def update_group(
     lr, momentum, beta2, eps, weight_decay = numbers
     master, weight = get_format(master_format), get_format(weight_format)
     table, chunks = _tables(members)
+    on = capability(table.device)
     launch(
         updates.update,
         (len(chunks),),
@@ -167,33 +167,18 @@ def update_group(
         chunks,
         control,
         1 / scale,
-        lr,
-        weight_decay,
-        momentum,
-        beta2,
-        eps,
-        1 - momentum**step,
-        1 - beta2**step,
+        updates.Numbers(lr, weight_decay, momentum, beta2, eps, 1 - momentum**step, 1 - beta2**step),
         *signed_words(seed),
         RULE=RULES[rule],
         NESTEROV=nesterov,
         HAS_MOMENTUM=momentum != 0,
         FIRST=step == 1,
-        FP8_GRADIENT=grads[0].dtype != torch.float32,
         MASTER_TYPE=MASTER_TYPES[masters[0].dtype],
-        MASTER_EB=master.exponent_bits,
-        MASTER_MB=master.mantissa_bits,
-        MASTER_ROUNDING=codec.ROUNDING_CODES[master_rounding],
-        MASTER_SATURATE=master_overflow == "saturate",
-        MASTER_SUBNORMAL_NEAREST=master_subnormal_rounding == "nearest",
+        MASTER_ENCODING=codec.encoding(master, master_rounding, master_overflow, master_subnormal_rounding, on),
+        WEIGHT_ENCODING=codec.encoding(weight, weight_rounding, weight_overflow, weight_subnormal_rounding, on)
+        if weights
+        else None,
         HAS_UPDATED=bool(updated),
-        HAS_WEIGHT=bool(weights),
-        WEIGHT_EB=weight.exponent_bits,
-        WEIGHT_MB=weight.mantissa_bits,
-        WEIGHT_INF=weight.has_infinity,
-        WEIGHT_ROUNDING=codec.rounding_code(weight, weight_rounding, capability(table.device)),
-        WEIGHT_SATURATE=weight_overflow == "saturate",
-        WEIGHT_SUBNORMAL_NEAREST=weight_subnormal_rounding == "nearest",
         PERMUTED=_permuted(members[0]),
         ALIGNED=_aligned(members),
         BLOCK=BLOCK,
@@ -266,7 +251,7 @@ def _check(p: Parameter, states: int, weight: RoleSpec) -> None:
         raise ValueError(f"master: got strides {p.master.stride()}, expected contiguous or channels_last")
     if len(p.state) != states:
         raise ValueError(f"state: got {len(p.state)} tensors, expected {states}")
-    wanted = [("grad", p.grad, (torch.float32, torch.float8_e5m2))]
+    wanted = [("grad", p.grad, (torch.float32,))]
     wanted += [("state", t, (torch.float32,)) for t in p.state]
     if p.updated is not None:
         wanted.append(("updated", p.updated, (torch.float32,)))

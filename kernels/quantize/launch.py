@@ -191,15 +191,7 @@ def rounding_options(
     format: FloatFormat, rounding: str, overflow: str, subnormal_rounding: str, capability: tuple[int, int]
 ) -> dict[str, Any]:
     """The compile-time arguments that say how a kernel rounds; `capability`: see `launch.capability`."""
-    return {
-        "MAX": format.max,
-        "EB": format.exponent_bits,
-        "MB": format.mantissa_bits,
-        "INF": format.has_infinity,
-        "ROUNDING": codec.rounding_code(format, rounding, capability),
-        "SATURATE": overflow == "saturate",
-        "SUBNORMAL_NEAREST": subnormal_rounding == "nearest",
-    }
+    return {"ENCODING": codec.encoding(format, rounding, overflow, subnormal_rounding, capability)}
 
 
 def _raw(t: Tensor) -> Tensor:

@@ -347,9 +347,9 @@ def test_one_training_step(build, recipe, triton_quantizer):
     assert triton_quantizer["roundings"] == 2 * emulated - spared
     matrix = sum(count for kind, count in kinds.items() if "Conv2d" not in kind)
     assert launched["multiply"] == matrix > 0
-    assert launched["weight_gradient"] == kinds["FP8Conv2d gradient"]
+    assert launched["wgrad"] == kinds["FP8Conv2d gradient"]
     # A strided convolution's error takes a launch for each remainder of the position.
-    assert launched["gather_product"] >= kinds["FP8Conv2d forward"] + kinds["FP8Conv2d error"]
+    assert launched["implicit_gemm"] >= kinds["FP8Conv2d forward"] + kinds["FP8Conv2d error"]
     assert any("Conv2d" in kind for kind in kinds) == (build is tiny_resnet)
     assert (launched["round_transpose"] > 0) == (build is tiny_transformer)
     # Every product of the step went to a kernel: products of operands in FP8, exempt layers in FP16.

@@ -113,13 +113,11 @@ def test_accumulations_agree(accumulate):
 def test_epilogue_rounds_like_the_reference(format, rounding, columns):
     a, b = operand(2, 37, 150), (operand(2, 150, columns).float() * 64).to(torch.float8_e5m2)
     exact = matmul(a, b)
-    count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    epilogue = Epilogue(format, rounding, seed=7, stream=2**63 + 1, overflows=count)
+    epilogue = Epilogue(format, rounding, seed=7, stream=2**63 + 1)
     result = matmul(a, b, epilogue=epilogue).cpu()
     expected = reference.round_to_format(exact.cpu(), format, rounding, "inf", 7, 2**63 + 1)
     assert result.dtype == format.dtype
     assert torch.equal(torch.nan_to_num(result.float(), 12345.0), torch.nan_to_num(expected, 12345.0))
-    assert int(count) == int((exact.abs().double() > format.max).sum())
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -129,17 +127,15 @@ def test_values_are_those_of_a_pass_of_their_own(rounding, splits):
     exact, bias = matmul(a, b, splits=splits), 1e4 * torch.randn(41, device=DEVICE)
     for given, expected in ((None, exact), (bias, exact + bias)):
         # A sum in parts is rounded once it is complete.
-        count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-        epilogue = Epilogue(E5M2, rounding, seed=7, stream=2**63 + 1, overflows=count, values=True)
+        epilogue = Epilogue(E5M2, rounding, seed=7, stream=2**63 + 1, values=True)
         before = LAUNCHES.copy()
         result = matmul(a, b, given, epilogue=epilogue, splits=splits)
         assert result.dtype == torch.float32
         if INTERPRETED:
             assert (LAUNCHES - before)["round_flat"] == (splits > 1)
-        over = int((expected.abs().double() > E5M2.max).sum())
+        assert bool((expected.abs().double() > E5M2.max).any())
         Epilogue(E5M2, rounding, seed=7, stream=2**63 + 1).round(expected)
         assert torch.equal(result, expected)
-        assert int(count) == over > 0
 
 
 @pytest.mark.parametrize(
