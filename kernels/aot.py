@@ -180,12 +180,12 @@ def _product_cases(capability: tuple[int, int]) -> Iterator[Case]:
     summed = {"error_ptr": "*fp8e5", "x_ptr": "*fp8e5", "partial_ptr": "*fp32"}
     for label, tile in (("", large), (" small", little)):
         yield convolution(f"conv2d weight gradient{label}", convolutions.wgrad, tile, summed, "*fp32")
-    if generation in configs.BULK_TILES:
-        yield from _bulk_cases(generation, promoted, plain)
+    if generation in configs.TMA_TILES:
+        yield from _tma_cases(generation, promoted, plain)
 
 
-def _bulk_cases(generation: str, promoted: int, plain: dict[str, Any]) -> Iterator[Case]:
-    """Products by the bulk copy engine, in every tile; results are FP32."""
+def _tma_cases(generation: str, promoted: int, plain: dict[str, Any]) -> Iterator[Case]:
+    """Products whose operands TMA loads, in every tile; results are FP32."""
 
     def case(
         name: str, kernel: Any, blocks: dict[str, list[int]], result: str, tile: configs.Tile, constants: dict[str, Any]
@@ -197,20 +197,20 @@ def _bulk_cases(generation: str, promoted: int, plain: dict[str, Any]) -> Iterat
         return Case(name, kernel, types, constants, tile.warps, tile.stages, 90, "product", aligned)
 
     nothing = {"bias_ptr": None}
-    for tile in configs.BULK_TILES[generation]:
+    for tile in configs.TMA_TILES[generation]:
         m, n, k = tile.m, tile.n, tile.k
         constants = {**nothing, **plain, "ACCUMULATE": promoted, "SPLITS": 1, "BM": m, "BN": n, "BK": k, "HALVES": 1}
         constants |= {"GROUP": 8, "EVEN_K": True, "TMA": True, "WHOLE_GROUPS": True}
         blocks = {"a_ptr": [1, m, k], "b_ptr": [1, n, k]}
-        yield case(f"matmul e5m2 x e5m2, bulk copies, {m} x {n}", products.multiply, blocks, "c_ptr", tile, constants)
+        yield case(f"matmul e5m2 x e5m2, TMA, {m} x {n}", products.multiply, blocks, "c_ptr", tile, constants)
     gather = tma_convolutions.implicit_gemm_tma
-    for tile in configs.BULK_CONVOLUTION_TILES[generation]:
+    for tile in configs.TMA_CONVOLUTION_TILES[generation]:
         m, n, k = tile.m, tile.n, tile.k
         boxes = {"IMAGES": m // 16, "ROWS": 4, "COLUMNS": 4}
         code = promoted_by_steps(promoted)
         constants = {**nothing, **plain, **boxes, "ACCUMULATE": code, "STEP": 1, "BN": n, "BK": k, "WHOLE_GROUPS": True}
         blocks = {"x_desc": [m // 16, 4, 1, 4, k], "weight_desc": [n, 1, k]}
-        name = f"conv2d forward and error, bulk copies, {m} x {n}"
+        name = f"conv2d forward and error, TMA, {m} x {n}"
         yield case(name, gather, blocks, "y_ptr", tile, constants)
         yield case(f"{name}, stride 2", gather, blocks, "y_ptr", tile, constants | {"STEP": 2})
     tile = configs.Tile(128, 64, 64, 4, 3)
@@ -218,7 +218,7 @@ def _bulk_cases(generation: str, promoted: int, plain: dict[str, Any]) -> Iterat
     constants = {**boxes, "ACCUMULATE": FP16_MMA.value, "STEP": 1, "BM": tile.m, "BN": tile.n}
     blocks = {"error_desc": [4, 4, 4, tile.m], "x_desc": [4, 4, 1, 4, tile.n]}
     gradient = tma_convolutions.wgrad_tma
-    yield case("conv2d weight gradient, bulk copies, fp16_mma", gradient, blocks, "partial_ptr", tile, constants)
+    yield case("conv2d weight gradient, TMA, fp16_mma", gradient, blocks, "partial_ptr", tile, constants)
 
 
 def _update_cases(capability: tuple[int, int]) -> Iterator[Case]:

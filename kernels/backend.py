@@ -18,6 +18,7 @@ from fp8repro.kernels import ops
 from fp8repro.kernels.conv2d import launch as convolution
 from fp8repro.kernels.matmul import launch as product
 from fp8repro.kernels.matmul.launch import FP8_DTYPES, Epilogue
+from fp8repro.kernels.shared.configs import Target
 from fp8repro.kernels.shared.launch import INTERPRETED
 from fp8repro.numerics.formats import FloatFormat
 from fp8repro.numerics.streams import StreamSlot, signed64
@@ -47,18 +48,19 @@ class TritonBackend:
     Attributes:
         accumulate: "promoted" or "fp16_mma" (see `Recipe.accumulate`).
         how: how results are rounded, or None.
+        target: the GPU to plan for; None: the one that holds the operands, which operators always take.
     """
 
     name = "triton"
 
-    def __init__(self, accumulate: str = "promoted", how: Rounding | None = None) -> None:
+    def __init__(self, accumulate: str = "promoted", how: Rounding | None = None, target: Target | None = None) -> None:
         """Nothing is launched or compiled yet."""
-        self.accumulate, self.how = accumulate, how
+        self.accumulate, self.how, self.target = accumulate, how, target
         self.emulated = EmulateBackend()
 
     def rounding(self, how: Rounding) -> TritonBackend:
         """See `products.Backend`."""
-        return TritonBackend(self.accumulate, how)
+        return TritonBackend(self.accumulate, how, self.target)
 
     def value_dtype(self, fmt: FloatFormat) -> torch.dtype | None:
         """None: codes are enough; FP32 for formats that the kernels cannot read."""
@@ -158,7 +160,7 @@ class TritonBackend:
         return untraced(*operands) or (self.how is not None and isinstance(self.how.stream, StreamSlot))
 
     def _plain_options(self, inverse_scale: float) -> dict[str, Any]:
-        return {"inverse_scale": inverse_scale, "accumulate": self.accumulate}
+        return {"inverse_scale": inverse_scale, "accumulate": self.accumulate, "target": self.target}
 
     def _epilogue(self) -> Epilogue | None:
         """How a plain function is to round its result."""

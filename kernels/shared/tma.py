@@ -1,4 +1,4 @@
-"""Which operands the bulk copy engine of sm_90 and later can bring (TMA), their descriptors, and the boxes of pixels.
+"""Which operands TMA (sm_90 and later) can load, their descriptors, and the boxes of pixels.
 
 Holds no kernel. What does not fit takes the kernels that compute addresses; results differ by the order of sums alone.
 """
