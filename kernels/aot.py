@@ -33,7 +33,8 @@ from fp8repro.kernels.quantize import launch as quantize
 from fp8repro.kernels.shared import codec, configs
 from fp8repro.kernels.shared.launch import INTERPRETED
 from fp8repro.kernels.shared.tiles import FP16_MMA, UNPROMOTED
-from fp8repro.numerics.formats import E4M3, E5M2, FP16, FP32, FloatFormat
+from fp8repro.numerics.formats import E4M3, E5M2, FP16, FloatFormat
+from fp8repro.numerics.rounding import IDENTITY, Rounding
 
 
 @dataclass
@@ -65,7 +66,7 @@ def _quantize_cases(capability: tuple[int, int]) -> Iterator[Case]:
     nothing = ("values_ptr", "codes_ptr", "stats_ptr")
 
     def options(format: FloatFormat, mode: str) -> dict[str, Any]:
-        return quantize.rounding_options(format, mode, "inf", "same", capability)
+        return {"ENCODING": codec.encoding(Rounding(format, mode), capability)}
 
     def flat_case(
         name: str, format: FloatFormat, mode: str, types: dict[str, str] = flat, whole: bool = True, **more: Any
@@ -121,8 +122,8 @@ def _product_cases(capability: tuple[int, int]) -> Iterator[Case]:
     table = configs.TILES[generation]
     large, little = (t for t in table if t.halves == 1)
     promoted = configs.accumulation("promoted", capability)
-    plain = quantize.rounding_options(FP32, "nearest", "inf", "same", capability)
-    rounded = quantize.rounding_options(E5M2, "stochastic", "inf", "same", capability)
+    plain = {"ENCODING": codec.encoding(IDENTITY, capability)}
+    rounded = {"ENCODING": codec.encoding(Rounding(E5M2, "stochastic"), capability)}
     pointers = {"a_ptr": "*fp8e5", "b_ptr": "*fp8e5", "c_ptr": "*fp32", "inverse_scale": "fp32"}
     aligned = ("M", "N", "K", "chunk", "a_strides", "b_strides")
 
@@ -226,8 +227,8 @@ def _update_cases(capability: tuple[int, int]) -> Iterator[Case]:
     numbers = updates.Numbers(*["fp32"] * len(updates.Numbers._fields))
     types = {**pointers, "inverse_scale": "fp32", "numbers": numbers, "seed0": "i32", "seed1": "i32"}
     constants: dict[str, Any] = {"NESTEROV": False, "HAS_MOMENTUM": True, "FIRST": False, "MASTER_TYPE": tl.float16}
-    constants |= {"MASTER_ENCODING": codec.encoding(FP16, "stochastic", "inf", "same", capability)}
-    constants |= {"WEIGHT_ENCODING": codec.encoding(E5M2, "nearest", "inf", "same", capability)}
+    constants |= {"MASTER_ENCODING": codec.encoding(Rounding(FP16, "stochastic"), capability)}
+    constants |= {"WEIGHT_ENCODING": codec.encoding(Rounding(E5M2), capability)}
     constants |= {"HAS_UPDATED": True, "ALIGNED": True, "BLOCK": update.BLOCK}
     for rule, name in enumerate(("sgd", "adam", "adamw")):
         for permuted in (False, True):
@@ -241,8 +242,8 @@ def _update_cases(capability: tuple[int, int]) -> Iterator[Case]:
 
 def _norm_cases(capability: tuple[int, int]) -> Iterator[Case]:
     """As a recipe launches them: FP32 in and out, rounded results beside; backward reads the kept FP8 input."""
-    rounded = quantize.rounding_options(E5M2, "nearest", "inf", "same", capability)
-    plain = quantize.rounding_options(FP32, "nearest", "inf", "same", capability)
+    rounded = {"ENCODING": codec.encoding(Rounding(E5M2), capability)}
+    plain = {"ENCODING": codec.encoding(IDENTITY, capability)}
     kept = {"KEPT": rounded["ENCODING"]}
     codes = ("y_ptr", "flags_ptr", "kept_ptr")
 

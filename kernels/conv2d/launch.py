@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
+from typing import Any
 
 import torch
 import triton
@@ -297,8 +298,8 @@ def _gather(
     for plan in plans:
         tile = plan.tile
         shared = (bias, raw_result(result), inverse_scale, shape[0])
-        options = stored.options(x.device) | {"WHOLE_GROUPS": outputs % PER_CALL == 0, "BN": tile.n, "BK": plan.step}
-        options |= {"num_warps": tile.warps, "num_stages": tile.stages}
+        options: dict[str, Any] = {"WHOLE_GROUPS": outputs % PER_CALL == 0, "BN": tile.n, "BK": plan.step}
+        options |= {"ENCODING": stored.encoding(x.device), "num_warps": tile.warps, "num_stages": tile.stages}
         if viewed is not None and plan.box is not None:
             images, rows, columns = plan.box
             launch(

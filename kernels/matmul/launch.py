@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fp8repro.kernels.matmul.device import multiply, transpose
-from fp8repro.kernels.quantize.launch import PER_CALL, raw_codes, round_into, rounding_options
+from fp8repro.kernels.quantize.launch import PER_CALL, random_words, raw_codes, round_into
 from fp8repro.kernels.shared import configs
-from fp8repro.kernels.shared.launch import INTERPRETED, capability, cdiv, check_device, launch, signed_words
+from fp8repro.kernels.shared.codec import Encoding, encoding
+from fp8repro.kernels.shared.launch import INTERPRETED, capability, cdiv, check_device, launch
 from fp8repro.kernels.shared.tiles import PROMOTED_FMA
 from fp8repro.kernels.shared.tma import ALIGNMENT, describe, fits
-from fp8repro.numerics.formats import FP32, FloatFormat
-from fp8repro.numerics.streams import Stream
+from fp8repro.numerics.rounding import IDENTITY, RandomBits, Rounding
 
 FP8_DTYPES = (torch.float8_e5m2, torch.float8_e4m3fn)
 PROMOTE_MOST_OFTEN = 32
@@ -28,53 +28,48 @@ OPERANDS = "torch.float8_e5m2 or torch.float8_e4m3fn, or both torch.float16 or t
 
 @dataclass(frozen=True)
 class Epilogue:
-    """How a product's FP32 result is stored: rounded once to `format` (FP32: as it is).
+    """How a product's FP32 result is stored: rounded once, or as it is.
 
     Attributes:
-        format, rounding, overflow, subnormal_rounding, seed, stream: see `fp8repro.quantize`; elements are
-            counted in the result's row-major order, those of images channels last.
+        how, bits: see `quantizer.round_into`; elements are counted in the result's row-major order, those of images
+            channels last.
         values: store FP32 values of the format, not its codes. Such results are rounded on the way where that costs
             no registers that the product needs, else in a pass of their own; the bytes are the same.
     """
 
-    format: FloatFormat = FP32
-    rounding: str = "nearest"
-    overflow: str = "inf"
-    subnormal_rounding: str = "same"
-    seed: int = 0
-    stream: Stream = 0
+    how: Rounding = IDENTITY
+    bits: RandomBits = RandomBits()
     values: bool = False
 
     @property
     def plain(self) -> bool:
         """True when nothing is rounded."""
-        return self.format.mantissa_bits == FP32.mantissa_bits
+        return self.how.is_identity
 
-    def options(self, device: torch.device) -> dict[str, Any]:
-        """Compile-time arguments."""
-        options = (self.format, self.rounding, self.overflow, self.subnormal_rounding)
-        return rounding_options(*options, capability(device))
+    def encoding(self, device: torch.device) -> Encoding:
+        """The compile-time argument that says how a kernel rounds."""
+        return encoding(self.how, capability(device))
 
     def storing(self) -> configs.Storing:
         """What plans depend on."""
-        return configs.Storing(not self.plain, not (self.plain or self.values), self.rounding == "stochastic")
+        return configs.Storing(not self.plain, not (self.plain or self.values), self.how.is_stochastic)
 
     def words(self) -> tuple[Any, ...]:
-        """The key and stream words of the random bits, as `signed_words` gives them."""
-        return (*signed_words(self.seed), *signed_words(self.stream))
+        """The key and stream words of the random bits."""
+        return random_words(self.bits)
 
     def empty(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """A tensor for the result."""
         if self.values:
             return torch.empty(shape, dtype=torch.float32, device=device)
-        if self.format.dtype is None:
-            raise ValueError(f"format: got {self.format.name}, expected a format with a storage dtype")
-        return torch.empty(shape, dtype=self.format.dtype, device=device)
+        format = self.how.format
+        if format.dtype is None:
+            raise ValueError(f"format: got {format.name}, expected a format with a storage dtype")
+        return torch.empty(shape, dtype=format.dtype, device=device)
 
     def round(self, result: Tensor) -> None:
         """Round a product's FP32 result in a pass of its own."""
-        options = (self.format, self.rounding, self.overflow, self.seed, self.stream, self.subnormal_rounding)
-        round_into(result, *options, result, None, None)
+        round_into(result, self.how, self.bits, result, None, None)
 
 
 def raw_result(t: Tensor) -> Tensor:
@@ -250,7 +245,7 @@ def _launch(
         (0, 0, 0) if plan.tma else a.stride(),
         (0, 0, 0) if plan.tma else b.stride(),
         *epilogue.words(),
-        **epilogue.options(a.device),
+        ENCODING=epilogue.encoding(a.device),
         ACCUMULATE=accumulation_of(a, accumulate, step),
         SPLITS=plan.splits,
         BM=tile.m,

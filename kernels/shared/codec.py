@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from fp8repro.numerics.formats import FloatFormat
+from fp8repro.numerics.rounding import Rounding
 
 NEAREST = tl.constexpr(0)
 STOCHASTIC = tl.constexpr(1)
@@ -49,18 +50,17 @@ class Encoding(NamedTuple):
     subnormal_nearest: bool
 
 
-def encoding(
-    format: FloatFormat, rounding: str, overflow: str, subnormal_rounding: str, capability: tuple[int, int]
-) -> Encoding:
-    """What kernels for a GPU of that compute capability ((0, 0): in the interpreter) get for a rounding."""
+def encoding(how: Rounding, capability: tuple[int, int]) -> Encoding:
+    """What kernels for a GPU of that compute capability ((0, 0): the interpreter) get for a rounding."""
+    format = how.format
     return Encoding(
         format.max,
         format.exponent_bits,
         format.mantissa_bits,
         format.has_infinity,
-        rounding_code(format, rounding, capability),
-        overflow == "saturate",
-        subnormal_rounding == "nearest",
+        rounding_code(format, how.rounding, capability),
+        how.overflow == "saturate",
+        how.subnormal_rounding == "nearest",
     )
 
 

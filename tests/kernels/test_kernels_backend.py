@@ -7,22 +7,24 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from numeric import assert_close
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from fp8repro.engines import products, quantizer
-from fp8repro.engines.products import Conv2dGeometry, EmulateBackend, Operand, Rounding
+from fp8repro.engines.products import Conv2dGeometry, EmulateBackend, Operand
 from fp8repro.kernels import ops
 from fp8repro.kernels.backend import TritonBackend, available
 from fp8repro.kernels.matmul import launch as matmul
 from fp8repro.kernels.quantize.launch import round_into, round_transpose
-from fp8repro.kernels.shared.launch import INTERPRETED, LAUNCHES
+from fp8repro.kernels.shared.launch import INTERPRETED, counted_launches
 from fp8repro.models.transformer import transformer
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import E4M3, E5M2, FP16, FP16_169, get_format
 from fp8repro.numerics.recipe import load_recipe
+from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, FusedLayerNorm
 from fp8repro.precision.injection import inject
@@ -44,9 +46,8 @@ def operand(x, fmt=E5M2, scale=None):
 
 
 def assert_near(given, expected):
-    assert given.shape == expected.shape
     assert given.dtype == torch.float32
-    assert float((given - expected).norm() / expected.norm()) <= TOLERANCE
+    assert_close(given, expected, TOLERANCE, norm=True)
 
 
 @pytest.mark.parametrize("fmt", [E5M2, E4M3, FP16], ids=lambda f: f.name)
@@ -56,14 +57,14 @@ def test_linear_and_matmul_products(fmt, scale):
     x, w, e, bias = draw(3, 7, 40), draw(24, 40), draw(3, 7, 24), draw(24)
     a, b, ab = draw(2, 3, 9, 16), draw(2, 3, 16, 11), draw(2, 3, 9, 11)
     qx, qw, qe, qa, qb, qab = (operand(t, fmt, scale) for t in (x, w, e, a, b, ab))
-    before = LAUNCHES["multiply"]
-    assert_near(triton.linear(qx, qw, bias), emulate.linear(qx, qw, bias))
-    assert_near(triton.linear_error(qe, qw), emulate.linear_error(qe, qw))
-    assert_near(triton.linear_gradient(qe, qx), emulate.linear_gradient(qe, qx))
-    assert_near(triton.matmul(qa, qb), emulate.matmul(qa, qb))
-    assert_near(triton.matmul_error_a(qab, qb), emulate.matmul_error_a(qab, qb))
-    assert_near(triton.matmul_error_b(qab, qa), emulate.matmul_error_b(qab, qa))
-    assert LAUNCHES["multiply"] == before + 6
+    with counted_launches() as launches:
+        assert_near(triton.linear(qx, qw, bias), emulate.linear(qx, qw, bias))
+        assert_near(triton.linear_error(qe, qw), emulate.linear_error(qe, qw))
+        assert_near(triton.linear_gradient(qe, qx), emulate.linear_gradient(qe, qx))
+        assert_near(triton.matmul(qa, qb), emulate.matmul(qa, qb))
+        assert_near(triton.matmul_error_a(qab, qb), emulate.matmul_error_a(qab, qb))
+        assert_near(triton.matmul_error_b(qab, qa), emulate.matmul_error_b(qab, qa))
+    assert launches["multiply"] == 6
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -86,15 +87,16 @@ def test_convolution_products_and_layouts(channels_last):
 
 def test_what_the_kernels_do_not_take_is_emulated():
     triton = TritonBackend()
-    before = LAUNCHES.copy()
     x, w = draw(5, 8), draw(4, 8)
-    for qx, qw in ((Operand(x), Operand(w)), (operand(x), Operand(w)), (operand(x, FP16_169), operand(w, FP16_169))):
-        assert torch.equal(triton.linear(qx, qw, None), qx.decoded() @ qw.decoded().t())
+    pairs = ((Operand(x), Operand(w)), (operand(x), Operand(w)), (operand(x, FP16_169), operand(w, FP16_169)))
     grouped = Conv2dGeometry(groups=2)
-    with pytest.warns(UserWarning, match="grouped convolutions are emulated"):
-        y = triton.conv2d(operand(draw(1, 4, 5, 5)), operand(draw(6, 2, 3, 3)), None, grouped)
+    with counted_launches() as launches:
+        for qx, qw in pairs:
+            assert_close(triton.linear(qx, qw, None), qx.decoded() @ qw.decoded().t())
+        with pytest.warns(UserWarning, match="grouped convolutions are emulated"):
+            y = triton.conv2d(operand(draw(1, 4, 5, 5)), operand(draw(6, 2, 3, 3)), None, grouped)
     assert y.shape == (1, 6, 3, 3)
-    assert before == LAUNCHES
+    assert not launches
     assert triton.value_dtype(get_format("e5m2")) is None
     assert triton.value_dtype(get_format("fp16_1_6_9")) == torch.float32
 
@@ -103,7 +105,7 @@ def test_what_the_kernels_do_not_take_is_emulated():
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("fmt", [E5M2, FP16, FP16_169], ids=lambda f: f.name)
 def test_rounded_products_have_the_bytes_of_a_pass_of_their_own(rounding, fmt):
-    how = Rounding(fmt, rounding, "inf", "same", 3, 2**63 + 9)
+    how, bits = Rounding(fmt, rounding), RandomBits(3, 2**63 + 9)
     plain = TritonBackend()
     layout = {"memory_format": torch.channels_last}
     x, w, e, bias = (operand(draw(*s)) for s in ((3, 7, 40), (24, 40), (3, 7, 24), (24,)))
@@ -131,11 +133,11 @@ def test_rounded_products_have_the_bytes_of_a_pass_of_their_own(rounding, fmt):
     )
     for multiply in (*matrices, *convolutions):
         order = "channels_last" if multiply in convolutions else "row_major"
-        rounded = plain.rounding(replace(how, order=order))
+        rounded = plain.rounding(how, replace(bits, order=order))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exact, given = multiply(plain), multiply(rounded)
-        expected = reference.round_to_format(exact, fmt, rounding, "inf", how.seed, how.stream, order=order)
+        expected = reference.round_to_format(exact, how, replace(bits, order=order))
         assert not torch.equal(exact, expected)
         assert torch.equal(given, expected)
         assert given.stride() == exact.stride()
@@ -154,15 +156,14 @@ def test_products_of_linear_layers_get_the_layout_of_tensor_cores(recipe, triton
     model = nn.Sequential(nn.Linear(24, 40, bias=False), nn.ReLU(), nn.Linear(40, 16)).to(DEVICE)
     inject(model, replace(load_recipe(recipe), exempt=()), StepContext(seed=1), "triton")
     monkeypatch.setattr(matmul, "matmul", spy)
-    before = LAUNCHES.copy()
     # In both orders of the same memory: rows of a matrix, and rows that lie apart.
-    for x in (draw(3, 5, 24), draw(15, 48)[:, :24]):
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-            y = model(x.requires_grad_())
-        y.square().sum().backward()
+    with counted_launches() as launched:
+        for x in (draw(3, 5, 24), draw(15, 48)[:, :24]):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+                y = model(x.requires_grad_())
+            y.square().sum().backward()
     # The summed dimension is contiguous in both operands of every product.
     assert strides == [(1, 1)] * 12
-    launched = LAUNCHES - before
     # Inputs, errors and weights in both layouts.
     assert launched["round_transpose"] == 2 * 6
     # One layout of the input is kept for backward.
@@ -210,13 +211,12 @@ def test_a_step_can_be_traced_without_data(build, monkeypatch):
             names.append(str(function))
             return function(*args, **(kwargs or {}))
 
-    before = LAUNCHES.copy()
     model, loss_of = build()
     inject(model, "fp8_stochastic", StepContext(seed=1), "triton")
     parameters = list(model.parameters())
-    with FakeTensorMode(allow_non_fake_inputs=True), Record():
+    with FakeTensorMode(allow_non_fake_inputs=True), Record(), counted_launches() as launches:
         gradients = torch.autograd.grad(loss_of(model), parameters)
-    assert before == LAUNCHES
+    assert not launches
     assert [g.shape for g in gradients] == [p.shape for p in parameters]
     operators = {name.split(".")[1] for name in names if name.startswith("fp8repro")}
     kinds = ("conv2d", "conv2d_error", "conv2d_gradient", "batch_norm", "batch_norm_backward")
@@ -232,21 +232,19 @@ def triton_quantizer(monkeypatch):
     torch_engine = quantizer._torch_round_into
     count = Counter()
 
-    def engine(x, fmt, rounding, overflow, seed, stream, subnormal, values, codes, stats):
-        options = (fmt, rounding, overflow, seed, stream, subnormal)
+    def engine(x, how, bits, values, codes, stats):
         expected_values, expected_codes = (None if t is None else torch.empty_like(t) for t in (values, codes))
-        torch_engine(x.cpu().clone(), *options, expected_values, expected_codes, None)
-        round_into(x, *options, values, codes, stats)
+        torch_engine(x.cpu().clone(), how, bits, expected_values, expected_codes, None)
+        round_into(x, how, bits, values, codes, stats)
         for given, expected in ((values, expected_values), (codes, expected_codes)):
             if given is not None:
                 assert torch.equal(given.float(), expected.float())
         count["roundings"] += 1
 
-    def turning_engine(x, fmt, rounding, overflow, seed, stream, subnormal, codes, turned, stats):
-        options = (fmt, rounding, overflow, seed, stream, subnormal)
+    def turning_engine(x, how, bits, codes, turned, stats):
         expected = torch.empty_like(codes)
-        torch_engine(x.cpu().clone(), *options, None, expected, None)
-        round_transpose(x, *options, stats, (codes, turned))
+        torch_engine(x.cpu().clone(), how, bits, None, expected, None)
+        round_transpose(x, how, bits, stats, (codes, turned))
         assert torch.equal(codes.float(), expected.float())
         assert torch.equal(turned.float(), expected.float().t())
         count["roundings"] += 1
@@ -319,9 +317,8 @@ def one_step(build, recipe, backend):
 def test_one_training_step(build, recipe, triton_quantizer):
     expected_loss, expected, *_ = one_step(build, recipe, "emulate")
     emulated = triton_quantizer["roundings"]
-    before = LAUNCHES.copy()
-    loss, gradients, model, masters, seen = one_step(build, recipe, "triton")
-    launched = LAUNCHES - before
+    with counted_launches() as launched:
+        loss, gradients, model, masters, seen = one_step(build, recipe, "triton")
 
     assert abs(loss - expected_loss) <= 1e-3 * expected_loss
     # Another order of summation flips a rounding here and there, and a flip in E5M2 is a quarter of the value.
@@ -356,5 +353,6 @@ def test_one_training_step(build, recipe, triton_quantizer):
     formats = {operand.codes.dtype for _, _, operands in seen for operand in operands}
     assert formats == {torch.float8_e5m2, torch.float16}
     # The update too: one launch or two for each dtype of master.
-    assert masters.step(SCALE)
-    assert 0 < (LAUNCHES - before)["update"] <= 4
+    with counted_launches() as launched:
+        assert masters.step(SCALE)
+    assert 0 < launched["update"] <= 4
