@@ -92,7 +92,7 @@ def _round_copies(
     inner = _dense_like(values), _dense_like(codes)
     round_into(x.resolve_neg().contiguous(), how, bits, *inner, stats)
     for target, copy in zip((values, codes), inner, strict=True):
-        if target is not None:
+        if target is not None and copy is not None:
             target.copy_(copy)
 
 

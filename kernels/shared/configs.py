@@ -159,8 +159,8 @@ def choose(
         tma: the table to use where TMA loads the operands.
     """
     if target.interpreted:
-        sides = (min(512, max(16, triton.next_power_of_2(side))) for side in (m, n, k))
-        return Tile(*sides, 4, 1), 1, 1
+        rows, columns, step = (min(512, max(16, triton.next_power_of_2(side))) for side in (m, n, k))
+        return Tile(rows, columns, step, 4, 1), 1, 1
     table = (tma or TILES)[generation(target.capability)]
     little = table[-1]
     fitting = [
@@ -179,7 +179,8 @@ def choose(
 def wgrad_tile(target: Target, outputs: int, channels: int, taps: int) -> tuple[Tile, int]:
     """Tile of a convolution's weight gradient by TMA (`k`: pixels in one step), and programs wanted."""
     if target.interpreted:
-        return Tile(*(min(64, max(16, triton.next_power_of_2(side))) for side in (outputs, channels)), 16, 4, 1), 2
+        rows, columns = (min(64, max(16, triton.next_power_of_2(side))) for side in (outputs, channels))
+        return Tile(rows, columns, 16, 4, 1), 2
     m = 128 if outputs > 64 else 64
     # Several taps read the same pixels again, from the cache: narrow tiles leave room for a third program.
     n = 128 if channels > 64 and taps == 1 else 64
