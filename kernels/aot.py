@@ -242,8 +242,8 @@ def _update_cases(capability: tuple[int, int]) -> Iterator[Case]:
 
 def _norm_cases(capability: tuple[int, int]) -> Iterator[Case]:
     """As a recipe launches them: FP32 in and out, rounded results beside; backward reads the kept FP8 input."""
-    rounded, plain = (codec.encoding(how, capability) for how in (Rounding(E5M2), IDENTITY))
-    codes = ("y_ptr", "flags_ptr", "kept_ptr")
+    rounded = codec.encoding(Rounding(E5M2), capability)
+    codes = ("codes_ptr", "flags_ptr", "kept_ptr")
 
     def norm(name: str, kernel: Any, fp8: tuple[str, ...] = (), **constants: Any) -> Case:
         types = {}
@@ -255,26 +255,13 @@ def _norm_cases(capability: tuple[int, int]) -> Iterator[Case]:
         return Case(name, kernel, types, constants, group="norm", aligned=("channels", "count", "width"))
 
     apply, block = normalizations.batch_apply, norms.FLAT_BLOCK
-    fp8_only = {"values_ptr": None, "kept_ptr": None}
     x = ("x_ptr",)
     yield norm("batch norm statistics", normalizations.channel_statistics, ROWS=32, BLOCK=64)
     yield norm("batch norm apply", apply, ENCODING=rounded, KEPT=rounded, RELU=True, BLOCK=block, WIDE=False)
-    everything = ("x_ptr", "residual_ptr")
-    yield norm(
-        "batch norm apply, fp8 in and out",
-        apply,
-        everything,
-        **fp8_only,
-        ENCODING=rounded,
-        KEPT=rounded,
-        RELU=True,
-        BLOCK=block,
-        WIDE=False,
-    )
     yield norm("batch norm gradient sums", normalizations.batch_gradient_sums, x, WHOLE_BYTES=True, ROWS=32, BLOCK=64)
-    yield norm("batch norm gradient", normalizations.batch_gradient_apply, x, ENCODING=plain, BLOCK=block, WIDE=False)
+    yield norm("batch norm gradient", normalizations.batch_gradient_apply, x, BLOCK=block, WIDE=False)
     yield norm("layer norm", normalizations.layer_forward, ENCODING=rounded, ROWS=2, BLOCK=1024)
-    yield norm("layer norm gradient", normalizations.layer_backward, ENCODING=plain, ROWS=2, BLOCK=1024)
+    yield norm("layer norm gradient", normalizations.layer_backward, ROWS=2, BLOCK=1024)
 
 
 def cases(capability: int) -> Iterator[Case]:

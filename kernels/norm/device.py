@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 
 from fp8repro.kernels.shared import codec
-from fp8repro.kernels.shared.codec import RANDOM_WORDS, RandomWords
-from fp8repro.kernels.shared.tiles import store_rounded, to_fp32
+from fp8repro.kernels.shared.tiles import to_fp32
 
 
 @triton.jit
@@ -49,43 +48,44 @@ def _flat(BLOCK: tl.constexpr, WIDE: tl.constexpr):
     return program * BLOCK + tl.arange(0, BLOCK)
 
 
-@triton.jit(do_not_specialize=RANDOM_WORDS)
+@triton.jit
+def _store_codes(pointers, x, mask, ENCODING: tl.constexpr):
+    """Store the codes of a rounding without random bits."""
+    code = codec.encode(x, None, ENCODING)
+    tl.store(pointers, code.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def batch_apply(
     x_ptr,
     mean_ptr,
-    inverse_ptr,
+    rstd_ptr,
     weight_ptr,
     bias_ptr,
     residual_ptr,
     y_ptr,
-    values_ptr,
+    codes_ptr,
     kept_ptr,
     flags_ptr,
     count,
     channels,
-    seed0,
-    seed1,
-    stream0,
-    stream1,
     ENCODING: tl.constexpr,
     KEPT: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """y = rounded(relu(normalized x + residual)), and one bit an element that says where the ReLU let it pass.
+    """y = relu(normalized x + residual), and one bit an element that says where the ReLU let it pass.
 
-    Also, where pointers are given: the FP32 values before that rounding, and the codes of x in a format that holds it.
+    Also, where pointers are given: the codes of y rounded to ENCODING, and those of x in KEPT, which holds its values.
     """
-    words = RandomWords(seed0, seed1, stream0, stream1)
     offset = _flat(BLOCK, WIDE)
     mask = offset < count
     channel = offset % channels
     x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
     if kept_ptr is not None:
-        code = codec.encode(x, offset, KEPT)
-        tl.store(kept_ptr + offset, code.to(kept_ptr.dtype.element_ty), mask=mask)
-    scale = tl.load(inverse_ptr + channel, mask=mask, other=0.0) * tl.load(weight_ptr + channel, mask=mask, other=0.0)
+        _store_codes(kept_ptr + offset, x, mask, KEPT)
+    scale = tl.load(rstd_ptr + channel, mask=mask, other=0.0) * tl.load(weight_ptr + channel, mask=mask, other=0.0)
     y = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * scale
     y += tl.load(bias_ptr + channel, mask=mask, other=0.0)
     if residual_ptr is not None:
@@ -97,9 +97,9 @@ def batch_apply(
         bits = tl.reshape(passed.to(tl.int32), [BLOCK // 8, 8]) << tl.arange(0, 8)[None, :]
         byte = _flat(BLOCK // 8, WIDE)
         tl.store(flags_ptr + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < count)
-    if values_ptr is not None:
-        tl.store(values_ptr + offset, y, mask=mask)
-    store_rounded(y_ptr + offset, y, offset.to(tl.int64), None, mask, words, ENCODING)
+    tl.store(y_ptr + offset, y, mask=mask)
+    if codes_ptr is not None:
+        _store_codes(codes_ptr + offset, y, mask, ENCODING)
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def batch_gradient_sums(
     flags_ptr,
     x_ptr,
     mean_ptr,
-    inverse_ptr,
+    rstd_ptr,
     partial_ptr,
     rows,
     channels,
@@ -132,7 +132,7 @@ def batch_gradient_sums(
     end = tl.minimum(start + chunk, rows)
     inside = channel < channels
     mean = tl.load(mean_ptr + channel, mask=inside, other=0.0)[None, :]
-    inverse = tl.load(inverse_ptr + channel, mask=inside, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + channel, mask=inside, other=0.0)[None, :]
     totals = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     products = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for first in range(start, end, ROWS):
@@ -151,7 +151,7 @@ def batch_gradient_sums(
             gradient = _masked_gradient(grad_ptr, flags_ptr, offset, mask)
         x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
         totals += gradient
-        products += tl.where(mask, gradient * ((x - mean) * inverse), 0.0)
+        products += tl.where(mask, gradient * ((x - mean) * rstd), 0.0)
     total = tl.sum(totals, 0)
     product = tl.sum(products, 0)
     place = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * channels + channel
@@ -159,13 +159,13 @@ def batch_gradient_sums(
     tl.store(place + channels, product, mask=inside)
 
 
-@triton.jit(do_not_specialize=RANDOM_WORDS)
+@triton.jit
 def batch_gradient_apply(
     grad_ptr,
     flags_ptr,
     x_ptr,
     mean_ptr,
-    inverse_ptr,
+    rstd_ptr,
     weight_ptr,
     sums_ptr,
     grad_x_ptr,
@@ -173,57 +173,46 @@ def batch_gradient_apply(
     count,
     channels,
     inverse_rows,
-    seed0,
-    seed1,
-    stream0,
-    stream1,
-    ENCODING: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Gradients of the input (rounded) and of the residual (FP32) from the sums of `batch_gradient_sums`."""
-    words = RandomWords(seed0, seed1, stream0, stream1)
+    """Gradients of the input and of the residual from the sums of `batch_gradient_sums`."""
     offset = _flat(BLOCK, WIDE)
     mask = offset < count
     channel = offset % channels
     gradient = _masked_gradient(grad_ptr, flags_ptr, offset, mask)
     if grad_residual_ptr is not None:
         tl.store(grad_residual_ptr + offset, gradient, mask=mask)
-    inverse = tl.load(inverse_ptr + channel, mask=mask, other=0.0)
+    rstd = tl.load(rstd_ptr + channel, mask=mask, other=0.0)
     x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
-    normalized = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * inverse
+    normalized = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * rstd
     total = tl.load(sums_ptr + channel, mask=mask, other=0.0)
     product = tl.load(sums_ptr + channels + channel, mask=mask, other=0.0)
     centred = gradient - (total + normalized * product) * inverse_rows
-    result = centred * (inverse * tl.load(weight_ptr + channel, mask=mask, other=0.0))
-    store_rounded(grad_x_ptr + offset, result, offset.to(tl.int64), None, mask, words, ENCODING)
+    result = centred * (rstd * tl.load(weight_ptr + channel, mask=mask, other=0.0))
+    tl.store(grad_x_ptr + offset, result, mask=mask)
 
 
-@triton.jit(do_not_specialize=RANDOM_WORDS)
+@triton.jit
 def layer_forward(
     x_ptr,
     weight_ptr,
     bias_ptr,
     y_ptr,
-    values_ptr,
+    codes_ptr,
     mean_ptr,
-    inverse_ptr,
+    rstd_ptr,
     rows,
     width,
     eps,
-    seed0,
-    seed1,
-    stream0,
-    stream1,
     ENCODING: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Normalize ROWS whole rows of [rows, width], round them, and keep mean and inverse deviation of each.
+    """Normalize ROWS whole rows of [rows, width], and keep mean and rstd of each.
 
-    The FP32 values before that rounding are stored too where a pointer is given.
+    Where a pointer is given, the codes of the result rounded to ENCODING are stored too.
     """
-    words = RandomWords(seed0, seed1, stream0, stream1)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = column < width
@@ -232,37 +221,31 @@ def layer_forward(
     x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
     mean = tl.sum(x, 1) / width
     away = tl.where(mask, x - mean[:, None], 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(away * away, 1) / width + eps)
+    rstd = 1.0 / tl.sqrt(tl.sum(away * away, 1) / width + eps)
     tl.store(mean_ptr + row, mean, mask=row < rows)
-    tl.store(inverse_ptr + row, inverse, mask=row < rows)
-    y = away * inverse[:, None] * tl.load(weight_ptr + column, mask=inside, other=0.0)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    y = away * rstd[:, None] * tl.load(weight_ptr + column, mask=inside, other=0.0)
     y += tl.load(bias_ptr + column, mask=inside, other=0.0)
-    if values_ptr is not None:
-        tl.store(values_ptr + offset, y, mask=mask)
-    store_rounded(y_ptr + offset, y, offset, None, mask, words, ENCODING)
+    tl.store(y_ptr + offset, y, mask=mask)
+    if codes_ptr is not None:
+        _store_codes(codes_ptr + offset, y, mask, ENCODING)
 
 
-@triton.jit(do_not_specialize=RANDOM_WORDS)
+@triton.jit
 def layer_backward(
     grad_ptr,
     x_ptr,
     weight_ptr,
     mean_ptr,
-    inverse_ptr,
+    rstd_ptr,
     grad_x_ptr,
     partial_ptr,
     rows,
     width,
-    seed0,
-    seed1,
-    stream0,
-    stream1,
-    ENCODING: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradient of the input, rounded; partial[program, 0 or 1, width] sums those of weight and bias."""
-    words = RandomWords(seed0, seed1, stream0, stream1)
+    """Gradient of the input; partial[program, 0 or 1, width] sums those of weight and bias."""
     column = tl.arange(0, BLOCK)[None, :]
     inside = column < width
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
@@ -274,16 +257,16 @@ def layer_backward(
         offset = row[:, None] * width + column
         gradient = to_fp32(tl.load(grad_ptr + offset, mask=mask, other=0.0))
         x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
-        inverse = tl.load(inverse_ptr + row, mask=row < rows, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
         mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
-        normalized = tl.where(mask, (x - mean) * inverse, 0.0)
+        normalized = tl.where(mask, (x - mean) * rstd, 0.0)
         grad_weight += tl.sum(gradient * normalized, 0)
         grad_bias += tl.sum(gradient, 0)
         weighted = gradient * weight
         total = tl.sum(weighted, 1)[:, None] / width
         product = tl.sum(weighted * normalized, 1)[:, None] / width
-        result = (weighted - total - normalized * product) * inverse
-        store_rounded(grad_x_ptr + offset, result, offset, None, mask, words, ENCODING)
+        result = (weighted - total - normalized * product) * rstd
+        tl.store(grad_x_ptr + offset, result, mask=mask)
     place = partial_ptr + tl.program_id(0) * 2 * width + tl.arange(0, BLOCK)
     tl.store(place, grad_weight, mask=tl.arange(0, BLOCK) < width)
     tl.store(place + width, grad_bias, mask=tl.arange(0, BLOCK) < width)
