@@ -61,7 +61,7 @@ def test_flags_are_a_bit_an_element():
     assert result.flags.numel() == (x.numel() + 7) // 8
     bits = (result.flags[:, None] >> torch.arange(8, device=DEVICE)) & 1
     in_memory_order = result.y.permute(0, 2, 3, 1).reshape(-1) > 0
-    assert torch.equal(bits.flatten()[: x.numel()].bool(), in_memory_order)
+    assert_close(bits.flatten()[: x.numel()].bool(), in_memory_order)
     assert not bits.flatten()[x.numel() :].any()
 
 
@@ -122,7 +122,7 @@ def test_modules_by_kernels_equal_torchs(fmt, relu, with_residual):
     offer = fused.context.offers.find(y, Rounding())
     assert (offer is not None) == relu
     if relu:
-        assert torch.equal(offer.codes.view(torch.uint8), quantize(y.detach(), "e5m2").view(torch.uint8))
+        assert_close(offer.codes.view(torch.uint8), quantize(y.detach(), "e5m2").view(torch.uint8))
 
 
 def test_layer_normalization_by_kernels_equals_torchs():
@@ -135,7 +135,7 @@ def test_layer_normalization_by_kernels_equals_torchs():
     for expected, given in zip(*results, strict=True):
         close(given, expected)
     offer = fused.context.offers.find(y, Rounding())
-    assert torch.equal(offer.codes.float(), quantize(y.detach(), "e5m2").float())
+    assert_close(offer.codes.float(), quantize(y.detach(), "e5m2").float())
     with torch.inference_mode():
         close(fused(x), plain(x))
 
