@@ -54,7 +54,7 @@ class Case:
     minimum: int = 80  # least compute capability
     group: str = "quantize"
     aligned: tuple[str, ...] = field(default=())  # integer arguments that are multiples of 16
-    values: int = 0  # how many a program rounds, where that is all it does
+    values: int = 0  # how many a program of a quantizer rounds
 
 
 WORDS = dict.fromkeys(codec.RANDOM_WORDS, "i32")
@@ -140,7 +140,7 @@ def _product_cases(capability: tuple[int, int]) -> Iterator[Case]:
             "WHOLE_GROUPS": True,
         }
         constants |= {"bias_ptr": None, "BM": tile.m, "BN": tile.n, "BK": tile.k, "HALVES": tile.halves}
-        # As BLAS says it: "N" is row-major, "T" transposed.
+        # "N": row-major; "T": transposed.
         constants |= {"a_strides.2" if layout[0] == "N" else "a_strides.1": 1}
         constants |= {"b_strides.2" if layout[1] == "N" else "b_strides.1": 1}
         kernel, minimum = products.multiply, 89 if "e4m3" in name else 80
@@ -321,7 +321,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
             subprocess.run([tool, option, cubin.name], check=True, capture_output=True, text=True).stdout
             for option in ("--dump-resource-usage", "--dump-sass")
         )
-    # The frame that ptxas reports is spills alone: no kernel here has arrays in local memory.
+    # No kernel has arrays in local memory, so the stack frame is spills.
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))  # type: ignore[union-attr]
     return {
         "name": case.name,
@@ -330,7 +330,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
         "registers": registers,
         "spilled": stack,
         "shared": compiled.metadata.shared,
-        # What pads the code to whole lines is never executed.
+        # Padding at the end is never executed.
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!\s|NOP)", code, re.MULTILINE)) - 1,
         "values_a_thread": case.values // (32 * case.warps),
         "satfinite": len(re.findall(r"cvt[.\w]*satfinite", ptx)),

@@ -74,7 +74,7 @@ class TritonBackend:
         return None if fmt.dtype not in (None, torch.float32) else torch.float32
 
     def turns(self, fmt: FloatFormat) -> bool:
-        """True in FP8, whose instructions take both operands with the summed dimension contiguous."""
+        """True in FP8, whose instructions want the summed dimension contiguous in both operands."""
         return fmt.is_fp8
 
     def linear(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
@@ -96,9 +96,9 @@ class TritonBackend:
         """See `products.Backend`."""
         if not _native(error, x):
             return self._rounded(self.emulated.linear_gradient(error, x))
-        turned = error.codes.flatten(0, -2).t() if error.turned is None else error.turned
+        transposed = error.codes.flatten(0, -2).t() if error.turned is None else error.turned
         codes = x.codes.flatten(0, -2) if x.turned is None else x.turned.t()
-        return self._matmul(turned, codes, None, _inverse_scale(error, x))
+        return self._matmul(transposed, codes, None, _inverse_scale(error, x))
 
     def conv2d(self, x: Operand, weight: Operand, bias: Tensor | None, geometry: Conv2dGeometry) -> Tensor:
         """See `products.Backend`."""
@@ -131,7 +131,7 @@ class TritonBackend:
         if not _native(error, x, geometry):
             return self._rounded(self.emulated.conv2d_gradient(error, x, geometry, like))
         shape, scale = list(like.shape), _inverse_scale(error, x)
-        # Summed over the whole batch, in parts: nothing is complete within a kernel.
+        # Sums over the batch come in parts, so no kernel holds a complete value to round.
         if self._plain(error.codes, x.codes):
             options = self._plain_options(scale)
             result = convolution.conv2d_gradient(error.codes, x.codes, tuple(shape), geometry, **options)

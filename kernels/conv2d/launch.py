@@ -85,7 +85,8 @@ def conv2d_error(
 ) -> Tensor:
     """Error product: error [B, O, P, Q], weight [O, C, R, S] -> [B, C, H, W], channels_last.
 
-    A strided convolution is split by the remainder of the input position, so that no tap is multiplied by zero.
+    A strided convolution takes a launch for each remainder of the input position by the stride, so that no tap is
+    multiplied by zero.
 
     Raises:
         ValueError: an argument does not fit; nothing was launched.
@@ -97,7 +98,7 @@ def conv2d_error(
     _check_shape("error", error, output_size(shape, weight.shape, geometry))
     if _pointwise(weight, geometry):
         return _pixel_product(error, weight.flatten(1), None, inverse_scale, accumulate, epilogue, target)
-    # Sums over output channels, which become the contiguous ones: a copy of the weight's bytes.
+    # Sums run over output channels, which `_gather` makes contiguous by a copy of the weight's bytes.
     transposed = weight.transpose(0, 1)
     rows, columns = (_error_axes(geometry, axis, input_shape[2 + axis], weight.shape[2 + axis]) for axis in (0, 1))
     phases = tuple((row, column) for row in rows for column in columns)
@@ -379,7 +380,7 @@ def _tma_view(source: Tensor, phases: tuple[tuple[Axis, Axis], ...]) -> Tensor |
     step, channels = axes[0].step, source.shape[3]
     if any(axis.step != step for axis in axes):
         return None
-    # With pixels apart, a block of channels that is not whole would go on in the pixel beside.
+    # With a step over 1, a block of channels must end with its pixel: the next one follows in the same dimension.
     whole = channels % min(CHANNELS, triton.next_power_of_2(channels)) == 0
     if step > 1 and (not whole or min(axis.first for axis in axes) < -step * FARTHEST.value):
         return None

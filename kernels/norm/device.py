@@ -1,4 +1,4 @@
-"""Triton kernels of batch and layer normalization that read and write 8-bit tensors.
+"""Triton kernels of batch and layer normalization; inputs may be FP8, and codes of results are stored beside them.
 
 Statistics and normalization are FP32; sums are combined in a fixed order, never by atomics.
 """
@@ -19,9 +19,9 @@ def channel_statistics(x_ptr, partial_ptr, rows, channels, chunk, ROWS: tl.const
     start = tl.program_id(1).to(tl.int64) * chunk
     end = tl.minimum(start + chunk, rows)
     inside = channel < channels
-    # Deviations from any value near the mean keep the difference of squares accurate.
+    # Shifted by one of the values, which is near the mean: the sum of squares loses no digits.
     origin = to_fp32(tl.load(x_ptr + start * channels + channel, mask=inside, other=0.0))
-    # A sum for each place of the tile, so that threads exchange sums once, not at every tile.
+    # Elementwise over tiles, so that threads exchange sums once, not at every tile.
     totals = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     squares_of = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for first in range(start, end, ROWS):
@@ -92,7 +92,7 @@ def batch_apply(
         y += to_fp32(tl.load(residual_ptr + offset, mask=mask, other=0.0))
     if RELU:
         passed = (y > 0) & mask
-        # NaN must pass: a diverged run shall be seen.
+        # NaN passes, so that a diverged run is seen.
         y = tl.where(y <= 0, 0.0, y)
         bits = tl.reshape(passed.to(tl.int32), [BLOCK // 8, 8]) << tl.arange(0, 8)[None, :]
         byte = _flat(BLOCK // 8, WIDE)
@@ -140,7 +140,7 @@ def batch_gradient_sums(
         mask = (row < end) & inside[None, :]
         offset = row * channels + channel[None, :]
         if flags_ptr is not None and WHOLE_BYTES:
-            # One load for the bits of eight channels, where each element loading its own would take most of the time.
+            # One load for the bits of eight channels: a load for each element would take most of the time.
             gradient = to_fp32(tl.load(grad_ptr + offset, mask=mask, other=0.0))
             eighth = tl.program_id(0) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
             place = row * (channels // 8) + eighth[None, :]

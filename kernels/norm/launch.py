@@ -20,7 +20,7 @@ from fp8repro.numerics.rounding import Rounding
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn)
 FLAT_BLOCK = 1024
-NARROW = (1 << 31) - (1 << 17)  # elements whose offsets 32 bits hold, those of the last block's masked end included
+NARROW = (1 << 31) - (1 << 17)  # so many elements have 32-bit offsets, with the masked ones of the last block
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Normalizations as torch operators with their derivatives: FP32 in and out, bytes kept for backward.
 
-What an operator cannot give (an absent output) is a tensor without elements: operators have no optional results.
-Where nobody traces, `normalize_batch` and `normalize_rows` do the same without the operators.
+Operators have no optional results: an absent output is a tensor without elements. Where nothing is traced,
+`normalize_batch` and `normalize_rows` do the same without the operators.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_batch_backward` as an operator."""
     grad_x, *others, grad_residual = _batch_backward(grad, x, weight, flags, mean, rstd, residual)
-    # Two rows of one tensor, which results of an operator may not be.
+    # An operator's results may not share memory; these are two rows of one tensor.
     grad_weight, grad_bias = (g.clone() for g in others)
     return grad_x, grad_weight, grad_bias, grad_residual
 
@@ -109,7 +109,7 @@ def _(
 def _keep_batch_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, residual, _, _, kept, *_ = inputs
     _, _, stored, flags, mean, rstd, _ = output
-    # Nothing but the result has a derivative; the other outputs' gradients would be made as zeros.
+    # Only the result has a derivative; without this, zeros would be made as gradients of the other outputs.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(stored if kept else x, weight, flags, mean, rstd)
     ctx.has_residual = residual is not None
@@ -147,7 +147,7 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def normalize_batch(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """`batch_norm`, as an operator only where somebody traces."""
+    """`batch_norm`, as an operator only under a tracer."""
     output: tuple[Tensor, ...] = (_BatchNorm.apply if untraced(x, *arguments[:3]) else batch_norm)(x, *arguments)
     return output
 
@@ -181,7 +181,7 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias."""
     grad_x, *others = norm.layer_norm_backward(grad, x, weight, mean, rstd)
-    # Two rows of one tensor, which results of an operator may not be.
+    # An operator's results may not share memory; these are two rows of one tensor.
     grad_weight, grad_bias = (g.clone() for g in others)
     return grad_x, grad_weight, grad_bias
 
@@ -221,6 +221,6 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def normalize_rows(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """`layer_norm`, as an operator only where somebody traces."""
+    """`layer_norm`, as an operator only under a tracer."""
     output: tuple[Tensor, ...] = (_LayerNorm.apply if untraced(x, *arguments[:2]) else layer_norm)(x, *arguments)
     return output

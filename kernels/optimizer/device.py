@@ -60,7 +60,7 @@ def _draws(row, STREAM: tl.constexpr, first, offset, seed, PERMUTED: tl.constexp
     stream = tl.load(row + STREAM)
     words = RandomWords(seed[0], seed[1], (stream & 0xFFFFFFFF).to(tl.uint32), (stream >> 32).to(tl.uint32))
     if PERMUTED:
-        # Matrices that lie as [rows, columns] and count as [columns, rows].
+        # Matrices that are [rows, columns] in memory and are counted as [columns, rows].
         rows = tl.load(row + ROWS)
         columns = tl.load(row + PER_ROW)
         inner = offset % (rows * columns)

@@ -1,8 +1,8 @@
 """The optimizer step in one pass over memory: FP32 gradient, 16-bit master, FP32 state -> master, FP8 weight.
 
-Arithmetic is FP32 and follows torch's optimizers; roundings are the recipe's. Never synchronizes with the host: a
-non-finite gradient makes the kernel leave everything as it is. Both kernels are torch operators over one group of
-parameters that a launch can take, so that CUDA graphs, compiled graphs and the profiler know them by name.
+Arithmetic is FP32 and follows torch's optimizers; roundings are the recipe's. Never synchronizes with the host: with a
+non-finite gradient the kernel changes nothing. Both kernels are torch operators, each over a group of parameters that
+one launch takes, so that CUDA graphs, compiled graphs and the profiler know them by name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def gradient_control(parameters: Sequence[Parameter], scale: float = 1.0, clip_n
     ]
     if not partials:
         raise ValueError("parameters: got none, expected at least one")
-    # One order of addition whatever the scheduling.
+    # Summed here, in one order, so that scheduling changes no bit.
     square, bad = torch.cat(partials).sum(0)
     norm = square.sqrt()
     factor = torch.ones_like(norm) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -116,7 +116,7 @@ def update_group(
     seed: int,
     order: str = "row_major",
 ) -> None:
-    """One launch of `update`, for parameters alike in dtypes and kind of layout. No fake: it makes no tensor.
+    """One launch of `update`, for parameters of the same dtypes and kind of layout. No fake: it makes no tensor.
 
     Args:
         grads, masters: one a parameter.
@@ -162,7 +162,7 @@ def update_group(
         HAS_MOMENTUM=momentum != 0,
         FIRST=step == 1,
         MASTER_TYPE=MASTER_TYPES[masters[0].dtype],
-        # On bits: what a master loses is the same everywhere.
+        # Without the GPU's own conversion, which may drop a NaN's sign.
         MASTER_ENCODING=codec.encoding(read(master_rounding), (0, 0)),
         WEIGHT_ENCODING=codec.encoding(read(weight_rounding), capability(table.device)) if weights else None,
         HAS_UPDATED=bool(updated),
@@ -224,8 +224,8 @@ def _chunks(counts: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.stack([tensor, torch.arange(len(tensor)) - first[tensor]], 1).contiguous().to(device)
 
 
-def _walk(t: Tensor) -> tuple[int, ...]:
-    """Strides of the dimensions that are walked; torch's optimizers give the others other ones."""
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """Strides of dimensions of more than one element; torch's optimizers set the others as they like."""
     return tuple(stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1)
 
 
@@ -247,7 +247,7 @@ def _check(p: Parameter, states: int, weight: Rounding) -> None:
         if not weight.format.is_fp8:
             raise ValueError(f"weight: got format {weight.format.name}, expected e5m2 or e4m3")
     for name, tensor, dtypes in wanted:
-        like = (tensor.shape, _walk(tensor), tensor.device) == (p.master.shape, _walk(p.master), p.master.device)
+        like = (tensor.shape, _strides(tensor), tensor.device) == (p.master.shape, _strides(p.master), p.master.device)
         if not like or tensor.is_neg() or tensor.dtype not in dtypes:
             given = f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
             place = f"of shape {tuple(p.master.shape)}, strides {p.master.stride()}, on {p.master.device}"

@@ -1,6 +1,6 @@
 """Triton kernels of the quantizer: one pass over memory, statistics included, for each kind of memory layout.
 
-Device code only; quantize.py picks the kernel. Must never round through a float8 cast (see codec.py).
+Device code only; launch.py picks the kernel. Must never round through a float8 cast (see codec.py).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def round_flat(
 ):
     """All tensors contiguous; with a statistics buffer the grid is small and strides over the blocks."""
     words = RandomWords(seed0, seed1, stream0, stream1)
-    # Eight elements a thread, as many as draw from a Philox block: no bit has to change threads.
+    # Eight elements a thread share one Philox block, so no random bits move between threads.
     local = tl.max_contiguous(tl.arange(0, BLOCK), 8)
     for block in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
         base = tl.cast(block, tl.int64) * BLOCK
@@ -132,11 +132,11 @@ def round_columns(
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Logical [outer, columns, rows] with the columns contiguous in memory: transposes, contiguous images that count
-    channels last.
+    """Tensors that count as [outer, columns, rows] and have columns contiguous in memory: transposed matrices, and
+    contiguous images whose elements are counted channels last.
 
     rows % 8 == 0, so a Philox block covers eight rows of one column and each thread uses all its words. It draws
-    for the four neighbouring columns that it loads: no bit has to change threads.
+    for the four neighbouring columns that it loads, so no random bits move between threads.
     """
     words = RandomWords(seed0, seed1, stream0, stream1)
     outer = tl.program_id(2).to(tl.int64)
@@ -285,7 +285,7 @@ def round_transpose(
     word = tl.program_id(0) * (ROWS // PACKED) + tl.arange(0, ROWS // PACKED)[None, :]
     words = rows // PACKED
     place = (batch * columns + tl.trans(column)) * words + word
-    turned = tl.trans(packed).to(transposed_ptr.dtype.element_ty)
-    tl.store(transposed_ptr + place, turned, (tl.trans(column) < columns) & (word < words))
+    transposed = tl.trans(packed).to(transposed_ptr.dtype.element_ty)
+    tl.store(transposed_ptr + place, transposed, (tl.trans(column) < columns) & (word < words))
     if stats_ptr is not None:
         add_statistics(stats_ptr, statistics)

@@ -1,8 +1,8 @@
 """Device functions that encode and decode low-precision floats, and draw Philox bits.
 
-On bits and by FP32 additions, because the interpreter's cast to a float8 type rounds wrongly; to nearest by the GPU's
-own conversion where it has one, with the overflow that this saturates put right behind it.
-The meaning of every rounding is reference.py's; nothing here may define its own.
+Rounding works on bits and by FP32 additions, because the interpreter's cast to a float8 type is wrong. To nearest, GPUs
+that have the instruction convert themselves; it saturates, which is corrected afterwards.
+reference.py defines every rounding; nothing here may define its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def rounding_code(format: FloatFormat, rounding: str, capability: tuple[int, int
 
 
 class Encoding(NamedTuple):
-    """How kernels round to a format and read its codes: one compile-time argument (`ENCODING`), passed on whole.
+    """How kernels round to a format and read its codes: one compile-time argument, `ENCODING`.
 
     Attributes:
         max: largest finite value.
@@ -67,8 +67,8 @@ def encoding(how: Rounding, capability: tuple[int, int]) -> Encoding:
 class RandomWords(NamedTuple):
     """Key and stream of Philox, as 32-bit words by value, or those of the stream as pointers to them.
 
-    Made within a kernel from four arguments (`RANDOM_WORDS`): of a tuple's elements Triton would compile the values 1
-    and multiples of 16 anew, because it reads `do_not_specialize` for whole arguments only.
+    Kernels make it from four arguments (`RANDOM_WORDS`), not one: Triton (3.6 to 3.8) ignores `do_not_specialize` for
+    elements of a tuple, and would compile a kernel anew for words that are 1 or multiples of 16.
     """
 
     seed0: Any
@@ -225,8 +225,8 @@ def _encode_bits(x, draw, ENCODING: tl.constexpr):
         else MAX_CODE + 1 + (1 << (MANTISSA_BITS - 1))
     )
 
-    # Where one minimum settles overflow and NaN: magnitudes are cut at the value after the largest, which is what
-    # overflow gives, and a NaN stays what it is: the bits of a magnitude greater than every other.
+    # One minimum then settles overflow and NaN: larger magnitudes become the value after the largest, which overflow
+    # gives anyway, and NaN, whose bits are those of a still larger magnitude, stays NaN.
     BOUNDED: tl.constexpr = EXPONENT_BITS < 8 and not SATURATE and ROUNDING != TOWARD_ZERO
 
     bits = x.to(tl.uint32, bitcast=True)
@@ -281,7 +281,7 @@ def _encode_bits(x, draw, ENCODING: tl.constexpr):
                 steps += rest >> (32 - FRACTION)
             small_code = steps >> FRACTION
         code = tl.where(magnitude < SMALLEST_NORMAL, small_code, code)
-    # Masked last, so that what stands above the bits that are stored costs nothing to clear.
+    # One mask, at the end, clears all bits above those that are stored.
     sign = (bits >> (31 - EXPONENT_BITS - MANTISSA_BITS)) & (1 << (EXPONENT_BITS + MANTISSA_BITS))
     return (code | sign) & ((2 << (EXPONENT_BITS + MANTISSA_BITS)) - 1)
 
@@ -299,7 +299,7 @@ def decode(code, ENCODING: tl.constexpr):
     MAX_CODE: tl.constexpr = (TOP_CODE >> MANTISSA_BITS << MANTISSA_BITS) - 1 if HAS_INFINITY else TOP_CODE - 1
 
     if EXPONENT_BITS == 5 and HAS_INFINITY:
-        # The upper part of an FP16, and that conversion is exact.
+        # The upper bits of an FP16 value, which converts exactly.
         half = (code << (10 - MANTISSA_BITS)).to(tl.uint16).to(tl.float16, bitcast=True)
         value = half.to(tl.float32)
     else:

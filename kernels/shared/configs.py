@@ -56,7 +56,7 @@ TMA_TILES: dict[str, tuple[Tile, ...]] = {
     ),
 }
 
-# Boxes of pixels pass through registers to become a matrix, which leaves none for the sums of a larger tile.
+# A box of pixels passes through registers to become a matrix, so a larger tile has no room for its sums.
 TMA_CONVOLUTION_TILES: dict[str, tuple[Tile, ...]] = {
     "sm_90": (
         Tile(64, 128, 128, 4, 3, resident=2),
@@ -67,7 +67,7 @@ TMA_CONVOLUTION_TILES: dict[str, tuple[Tile, ...]] = {
 
 
 class Storing(NamedTuple):
-    """What a plan has to know of an epilogue.
+    """What a plan depends on in an epilogue.
 
     Attributes:
         rounded: the result is rounded.
@@ -182,7 +182,7 @@ def wgrad_tile(target: Target, outputs: int, channels: int, taps: int) -> tuple[
         rows, columns = (min(64, max(16, triton.next_power_of_2(side))) for side in (outputs, channels))
         return Tile(rows, columns, 16, 4, 1), 2
     m = 128 if outputs > 64 else 64
-    # Several taps read the same pixels again, from the cache: narrow tiles leave room for a third program.
+    # With several taps pixels come from the cache, and narrow tiles leave room for a third program.
     n = 128 if channels > 64 and taps == 1 else 64
     tile = Tile(m, n, 64, 4, 3, resident=2 if n == 128 else 3)
     return tile, target.processors * tile.resident

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fp8repro.numerics.streams import Stream, StreamSlot
 
-# Of the blocks of `counted_launches` that are open. A module's variable, because autograd's threads launch, too.
+# Those of the open blocks of `counted_launches`. Global, because autograd launches kernels from its own threads.
 _COUNTERS: list[Counter[str]] = []
 
 
@@ -25,7 +25,8 @@ def _probe() -> None:
     pass
 
 
-# Decided by TRITON_INTERPRET when Triton is imported; a compiled kernel cannot take CPU tensors, and the reverse.
+# Decided by TRITON_INTERPRET when Triton is imported. Compiled kernels take CUDA tensors only, interpreted ones CPU
+# tensors only.
 INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
 
 
@@ -66,7 +67,7 @@ def check_device(name: str, tensor: Tensor) -> None:
 
 
 def signed_words(value: Stream) -> tuple[int, int] | tuple[Tensor, Tensor]:
-    """Low and high 32-bit words of a 64-bit integer, as int32 values, which every launch types alike.
+    """Low and high 32-bit words of a 64-bit integer, as int32 values, so that every launch has the same types.
 
     Of a stream in device memory, the int32 tensors that a kernel takes as pointers.
     """

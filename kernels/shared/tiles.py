@@ -14,8 +14,8 @@ from fp8repro.kernels.shared.codec import STOCHASTIC
 # How products accumulate (recipe: `accumulate`).
 FP16_MMA = tl.constexpr(1)  # operands decoded to FP16, FP16 instructions with FP32 accumulation
 UNPROMOTED = tl.constexpr(2)  # native FP8 instructions alone: on sm_90 about 14 bits; for measurements only
-EXACT = tl.constexpr(3)  # operands decoded to FP32: the interpreter's way
-PROMOTED_FMA = tl.constexpr(4)  # PROMOTED where the compiler knows or keeps no promotion
+EXACT = tl.constexpr(3)  # operands decoded to FP32, in the interpreter
+PROMOTED_FMA = tl.constexpr(4)  # PROMOTED where Triton cannot promote
 PROMOTED = tl.constexpr(128)  # native FP8 instructions; on sm_90 partial sums of so many are added in FP32
 # 32 and 64 promote more often; for measurements only.
 
@@ -43,7 +43,7 @@ def multiply_add(a, b, accumulator, ACCUMULATE: tl.constexpr):
     elif ACCUMULATE == FP16_MMA:
         accumulator = tl.dot(a.to(tl.float16), b.to(tl.float16), accumulator)
     elif ACCUMULATE == PROMOTED_FMA:
-        # As an addition the compiler would fold it back into the product's own accumulator.
+        # An addition would be folded back into the product's own accumulator.
         accumulator = tl.fma(tl.dot(a, b), 1.0, accumulator)
     else:
         accumulator = tl.dot(a, b, accumulator, max_num_imprecise_acc=ACCUMULATE)
