@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from typing import Any
 import yaml
 
 from fp8repro.errors import UserError
-from fp8repro.results.records import CONFIG, METRICS, SUMMARY, saved_settings, settings_of
-from fp8repro.settings.choices import nearest
-from fp8repro.settings.overrides import PROFILES, jobs
+from fp8repro.paper.run_folder import CONFIG, METRICS, SUMMARY, read_or_empty, saved_settings, settings_of
+from fp8repro.settings.choices import PROFILES, nearest
+from fp8repro.settings.overrides import jobs
 from fp8repro.settings.schema import run_config
 
 TRANSLATION_MODELS = ("gnmt", "transformer")
@@ -142,11 +141,10 @@ def state(job: Job) -> str:
             f"{str(job.folder)!r} holds a run with {key}={saved.get(key)}, expected {job.cell.settings.get(key)}; "
             "move it away or give another --runs folder"
         )
-    try:
-        status = json.loads((job.folder / SUMMARY).read_text(encoding="utf-8")).get("status")
-    except (OSError, ValueError, AttributeError):
+    summary = read_or_empty(job.folder / SUMMARY)
+    if not summary:
         return BEGUN if (job.folder / METRICS).is_file() else OPEN
-    return DONE if status == "finished" else FAILED
+    return DONE if summary.get("status") == "finished" else FAILED
 
 
 def _assignment(key: str, path: object) -> str:

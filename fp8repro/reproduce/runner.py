@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fp8repro.errors import UserError
 from fp8repro.paper.plan import DONE, FAILED, Job, state
+from fp8repro.paper.run_folder import LOCK, METRICS, SUMMARY, read_or_empty
 from fp8repro.reproduce.board import Board
-from fp8repro.results.records import METRICS, SUMMARY
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_STOP = 60
@@ -68,7 +69,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, processes: int, board: Board, re
     for job in jobs:
         now = state(job)
         if now == DONE:
-            board.known(job, failure_summary(job))
+            board.known(job, summary_of(job))
         elif now == FAILED and not retry:
             failures[job.name] = f"{failure_reason(job)} (failed before; --retry runs it again)"
         else:
@@ -89,7 +90,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, processes: int, board: Board, re
                 reason = _reason(one)
                 if reason is not None:
                     failures[one.job.name] = reason
-                board.ended(one.job, time.monotonic() - one.started, reason, failure_summary(one.job))
+                board.ended(one.job, time.monotonic() - one.started, reason, summary_of(one.job))
             board.show({one.job.name: one.progress() for one in running})
     finally:
         _stop(running)
@@ -129,18 +130,14 @@ def start(job: Job, slot: int, workers: int, processes: int) -> Running:
     return Running(job, process, log, time.monotonic(), slot)
 
 
-def failure_summary(job: Job) -> dict[str, object]:
+def summary_of(job: Job) -> dict[str, Any]:
     """A job's summary, empty where there is none."""
-    try:
-        summary = json.loads((job.folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
+    return read_or_empty(job.folder / SUMMARY)
 
 
 def failure_reason(job: Job) -> str:
     """Why a run says that it failed."""
-    return str(failure_summary(job).get("reason", "it left no reason"))
+    return str(summary_of(job).get("reason", "it left no reason"))
 
 
 def lock_plan(folder: Path) -> Callable[[], None]:
@@ -151,7 +148,7 @@ def lock_plan(folder: Path) -> Callable[[], None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a")
+        file = (folder / LOCK).open("a")
     except OSError as error:
         raise UserError(f"--runs: {str(folder)!r} cannot be written ({error.strerror})") from None
     try:
@@ -196,8 +193,8 @@ def _die_with_parent() -> None:
 def _wait_until_free(folder: Path) -> None:
     """A run whose plan was killed may still be writing its last checkpoint."""
     limit = time.monotonic() + SECONDS_TO_STOP
-    while (folder / ".lock").is_file() and time.monotonic() < limit:
-        with (folder / ".lock").open("a") as file, suppress(OSError):
+    while (folder / LOCK).is_file() and time.monotonic() < limit:
+        with (folder / LOCK).open("a") as file, suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         time.sleep(SECONDS_BETWEEN_LOOKS)

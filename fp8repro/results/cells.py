@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,16 +10,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from fp8repro.errors import UserError
+from fp8repro.paper.run_folder import CONFIG, metrics_rows, read_or_empty
 from fp8repro.precision.loss_scaling import make_scaler
-from fp8repro.results.records import (
-    CONFIG,
-    METRICS,
-    RunRecord,
-    read_failures,
-    read_records,
-    read_yaml_file,
-    require_same_bits,
-)
+from fp8repro.results.records import RunRecord, read_failures, read_records, require_same_bits
 from fp8repro.settings.lengths import with_units
 from fp8repro.settings.schema import LossScalingConfig, build_dataclass
 
@@ -36,17 +28,9 @@ class Run:
     @cached_property
     def _rows(self) -> dict[str, list[dict[str, Any]]]:
         kinds: dict[str, list[dict[str, Any]]] = {}
-        path = self.record.folder / METRICS
-        if not path.is_file():
-            return kinds
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    kinds.setdefault(str(row.get("kind")), []).append(row)
+        for row in metrics_rows(self.record.folder):
+            if isinstance(row.get("step"), int):
+                kinds.setdefault(str(row.get("kind")), []).append(row)
         return kinds
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
@@ -56,7 +40,7 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved configuration."""
-        return with_units(read_yaml_file(self.record.folder / CONFIG))
+        return with_units(read_or_empty(self.record.folder / CONFIG))
 
     def series(self, kind: str, name: str, split: str | None = None) -> list[tuple[float, float]]:
         """(epoch, value) of a curve, missing values left out."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +10,7 @@ from typing import Any
 from fp8repro.paper.plan import plan_file, study_cells
 from fp8repro.results.cells import CellRuns, Run
 from fp8repro.settings.choices import groups
+from fp8repro.tabular import comma_separated
 
 Cells = Mapping[str, CellRuns]
 FLOOR_SHARE = 1e-6
@@ -78,17 +77,15 @@ class Figure:
 
     def csv(self) -> str:
         """The data: one line for each point or each entry of a matrix."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["panel", "series", "x", "y"])
+        points = []
         for panel in self.panels:
             for line in panel.lines:
-                writer.writerows([panel.title, line.label, x, y] for x, y in zip(line.x, line.y, strict=True))
+                points += [(panel.title, line.label, x, y) for x, y in zip(line.x, line.y, strict=True)]
         for map in self.maps:
             for row, values in zip(map.rows, map.values, strict=True):
-                entries = zip(map.x, values, strict=True)
-                writer.writerows([map.title, row, x, y] for x, y in entries if not math.isnan(y))
-        return out.getvalue()
+                points += [(map.title, row, x, y) for x, y in zip(map.x, values, strict=True) if not math.isnan(y)]
+        keys = ("panel", "series", "x", "y")
+        return comma_separated(keys, (dict(zip(keys, point, strict=True)) for point in points))
 
 
 def figures(cells: Cells, profile: str) -> list[Figure]:

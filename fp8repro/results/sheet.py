@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from fp8repro.tabular import comma_separated, markdown
 
 FORMATS = ("md", "csv", "json")
 
@@ -64,15 +64,10 @@ class Sheet:
         if format == "json":
             return json.dumps({"title": self.title, "rows": self._plain(), "notes": list(self.notes)}, indent=2) + "\n"
         if format == "csv":
-            out = io.StringIO()
             plain = self._plain()
             keys = list(dict.fromkeys(key for row in plain for key in row)) or [column.key for column in self.columns]
-            writer = csv.DictWriter(out, keys, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(plain)
-            return out.getvalue()
-        lines = [[column.title for column in self.columns], ["---"] * len(self.columns), *self.texts()]
-        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+            return comma_separated(keys, plain)
+        body = markdown([column.title for column in self.columns], self.texts())
         return "\n\n".join([f"### {self.title}", body, *self.notes]) + "\n"
 
     def _plain(self) -> list[dict[str, Any]]:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fp8repro.paper.plan import plan_file, study_cells
+from fp8repro.paper.reported import paper_figures
 from fp8repro.results.cells import CellRuns, Run, by_seed, comparable
 from fp8repro.results.paired import difference
 from fp8repro.results.sheet import Column, Sheet, stat
-from fp8repro.results.tables import paper_figures
 from fp8repro.settings.choices import groups
 
 Cells = Mapping[str, CellRuns]

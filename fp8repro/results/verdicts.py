@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from fp8repro.paper.plan import plan_file, study_cells
+from fp8repro.paper.reported import paper_figures
 from fp8repro.results.cells import CellRuns, by_seed, comparable
 from fp8repro.results.paired import FAILS, HOLDS, TOLERANCE, UNDECIDED, Difference, difference, greater, not_worse
 from fp8repro.results.sheet import Column, Sheet
 from fp8repro.results.studies import ROLES, conversion
-from fp8repro.results.tables import paper_figures
 
 Cells = Mapping[str, CellRuns]
 # The paper: half the bytes of FP32 masters. The bound on what is kept for backward is this project's own.

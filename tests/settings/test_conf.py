@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fp8repro.paper.reported import paper_figures
 from fp8repro.precision.loss_scaling import make_scaler
-from fp8repro.results.tables import paper_figures
 from fp8repro.settings.choices import groups
 from fp8repro.settings.overrides import PROFILES, jobs
 from fp8repro.settings.schema import (

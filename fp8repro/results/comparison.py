@@ -1,29 +1,26 @@
 """The comparison: runs grouped by what ran, their mean and spread over seeds, beside the paper's figures.
 
-Every number of ours comes from a run record, every number of the paper's from results/paper.yaml.
+Every number of ours comes from a run record, every number of the paper's from paper.yaml.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fp8repro.errors import UserError
+from fp8repro.paper.reported import paper_figures
 from fp8repro.results.records import RunRecord, require_same_bits
+from fp8repro.settings.choices import PROFILES
+from fp8repro.tabular import aligned, comma_separated, markdown
 
 METRICS = {"top1": "Top-1 accuracy, %", "bleu": "BLEU (sacreBLEU, detokenized)"}
 DECIMALS = {"top1": 2, "bleu": 1}
-PROFILES = ("paper", "midscale", "embedded")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 FORMATS = ("text", "md", "csv", "json")
 BASELINE = "fp32"
@@ -65,13 +62,6 @@ class Row:
     chrf: float | None
 
 
-def paper_figures() -> dict[str, Any]:
-    """results/paper.yaml."""
-    text = files("fp8repro.paper").joinpath("paper.yaml").read_text(encoding="utf-8")
-    figures: dict[str, Any] = yaml.safe_load(text)
-    return figures
-
-
 def comparison(records: Iterable[RunRecord]) -> list[Row]:
     """One row for each kind of run, in the paper's order of models, FP32 first.
 
@@ -107,13 +97,14 @@ def render(rows: Sequence[Row], format: str) -> str:
     if format == "json":
         return json.dumps([asdict(row) for row in rows], indent=2) + "\n"
     if format == "csv":
-        return _csv(rows)
+        plain = [{**asdict(row), "seed_list": " ".join(map(str, row.seed_list))} for row in rows]
+        return comma_separated(list(Row.__dataclass_fields__), plain)
     parts = []
     for metric, title in METRICS.items():
         chosen = [row for row in rows if row.metric == metric]
         if chosen:
             header, body = _cells(chosen, metric)
-            table = _markdown(header, body) if format == "md" else _aligned(header, body)
+            table = markdown(header, body) if format == "md" else aligned(header, body)
             heading = f"### {title}\n" if format == "md" else f"{title}\n"
             parts.append("\n".join([heading, table, "", *_footnotes(chosen)]))
     return "\n\n".join(parts) + "\n" if parts else "no finished runs\n"
@@ -214,7 +205,7 @@ def _order(row: Row, models: list[str]) -> tuple[Any, ...]:
 
     return (
         place(row.metric, list(METRICS)),
-        place(row.profile, PROFILES),
+        place(row.profile, PROFILES[::-1]),
         place(row.model, models),
         row.data,
         place(row.precision, PRECISIONS),
@@ -268,24 +259,3 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
         lines.append("Profiles other than paper ran on other data than the paper's: compare the gaps, not the levels.")
     lines += [f"BLEU signature: {s}" for s in dict.fromkeys(row.signature for row in rows if row.signature)]
     return lines
-
-
-def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _aligned(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in (header, *body)) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in (header, *body)]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(Row.__dataclass_fields__), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({**asdict(row), "seed_list": " ".join(str(seed) for seed in row.seed_list)})
-    return out.getvalue()
