@@ -81,6 +81,11 @@ def study_cells(study: str, profile: str) -> list[str]:
     return [name.format(convnet=convnet) for name in plan["studies"][study]["cells"]]
 
 
+def study_models(study: str, profile: str) -> list[str]:
+    """The models of a study whose cells are `<model>_fp32` and `<model>_fp8`, each once."""
+    return list(dict.fromkeys(name.rsplit("_", 1)[0] for name in study_cells(study, profile)))
+
+
 def make_plan(
     settings: Sequence[str] = (),
     only: Sequence[str] = (),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -135,12 +135,30 @@ class CellRuns:
         return {seed: value for seed, value in found.items() if value is not None}
 
     @property
+    def in_order(self) -> list[Run]:
+        """The runs by seed."""
+        return [run for _, run in sorted(self.runs.items())]
+
+    @property
     def first(self) -> Run | None:
         """The run with the least seed."""
-        return self.runs[min(self.runs)] if self.runs else None
+        return next(iter(self.in_order), None)
+
+    @property
+    def empty(self) -> bool:
+        """True when no run was ever started, or none left a record."""
+        return not (self.runs or self.failures)
 
 
-def read_cells(roots: Iterable[str | Path]) -> tuple[dict[str, dict[str, CellRuns]], list[RunRecord], list[str]]:
+class Cells(dict[str, CellRuns]):
+    """Cells of a profile by name; one that was never run is empty."""
+
+    def __missing__(self, name: str) -> CellRuns:
+        """Nothing is recorded of it."""
+        return CellRuns(name)
+
+
+def read_cells(roots: Iterable[str | Path]) -> tuple[dict[str, Cells], list[RunRecord], list[str]]:
     """Cells by profile and experiment, all finished runs, and a line for each folder without a usable record.
 
     Runs of a cell that differ in more than their seed are not mixed: the kind with most seeds stands, then the longest.
@@ -151,7 +169,7 @@ def read_cells(roots: Iterable[str | Path]) -> tuple[dict[str, dict[str, CellRun
     roots = list(roots)
     records, problems = read_records(roots)
     require_same_bits(records)
-    cells: dict[str, dict[str, CellRuns]] = {}
+    cells: dict[str, Cells] = {}
     kinds: dict[tuple[str, str], dict[str, list[RunRecord]]] = {}
     for record in records:
         experiment = record.summary.get("experiment")
@@ -159,7 +177,7 @@ def read_cells(roots: Iterable[str | Path]) -> tuple[dict[str, dict[str, CellRun
             kind = repr(sorted((key, repr(value)) for key, value in record.settings.items()))
             kinds.setdefault((record.profile, experiment), {}).setdefault(kind, []).append(record)
     for (profile, experiment), by_kind in kinds.items():
-        cell = cells.setdefault(profile, {}).setdefault(experiment, CellRuns(experiment))
+        cell = cells.setdefault(profile, Cells()).setdefault(experiment, CellRuns(experiment))
         ranked = sorted(by_kind.values(), key=lambda group: (-len({r.seed for r in group}), -_steps(group[0])))
         for record in ranked[0]:
             # Done twice, a run is one seed; the first folder stands, and the others are named.
@@ -174,7 +192,7 @@ def read_cells(roots: Iterable[str | Path]) -> tuple[dict[str, dict[str, CellRun
     for summary in read_failures(roots):
         where, experiment, seed = (summary.get(key) for key in ("profile", "experiment", "seed"))
         if isinstance(where, str) and isinstance(experiment, str) and isinstance(seed, int):
-            cell = cells.setdefault(where, {}).setdefault(experiment, CellRuns(experiment))
+            cell = cells.setdefault(where, Cells()).setdefault(experiment, CellRuns(experiment))
             if seed not in cell.runs:
                 cell.failures[seed] = str(summary.get("reason", "no reason was recorded"))
     return cells, records, problems
@@ -234,8 +252,3 @@ def _steps(record: RunRecord) -> float:
 
 def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def by_seed(cells: Mapping[str, CellRuns], cell: str, figure: str) -> dict[int, float]:
-    """A cell's figure by seed; empty where the cell was not run."""
-    return cells[cell].figures(figure) if cell in cells else {}

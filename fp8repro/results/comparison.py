@@ -16,8 +16,9 @@ from typing import Any
 from fp8repro.errors import UserError
 from fp8repro.paper.reported import paper_figures
 from fp8repro.results.records import RunRecord, require_same_bits
+from fp8repro.results.sheet import Column, Sheet, Stat
 from fp8repro.settings.choices import PROFILES
-from fp8repro.tabular import aligned, comma_separated, markdown
+from fp8repro.tabular import comma_separated
 
 METRICS = {"top1": "Top-1 accuracy, %", "bleu": "BLEU (sacreBLEU, detokenized)"}
 DECIMALS = {"top1": 2, "bleu": 1}
@@ -99,15 +100,8 @@ def render(rows: Sequence[Row], format: str) -> str:
     if format == "csv":
         plain = [{**asdict(row), "seed_list": " ".join(map(str, row.seed_list))} for row in rows]
         return comma_separated(list(Row.__dataclass_fields__), plain)
-    parts = []
-    for metric, title in METRICS.items():
-        chosen = [row for row in rows if row.metric == metric]
-        if chosen:
-            header, body = _cells(chosen, metric)
-            table = markdown(header, body) if format == "md" else aligned(header, body)
-            heading = f"### {title}\n" if format == "md" else f"{title}\n"
-            parts.append("\n".join([heading, table, "", *_footnotes(chosen)]))
-    return "\n\n".join(parts) + "\n" if parts else "no finished runs\n"
+    sheets = [_sheet([row for row in rows if row.metric == metric], metric) for metric in METRICS]
+    return "\n".join(sheet.render(format) for sheet in sheets if sheet.rows) or "no finished runs\n"
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:
@@ -214,47 +208,35 @@ def _order(row: Row, models: list[str]) -> tuple[Any, ...]:
     )
 
 
-def _cells(rows: Sequence[Row], metric: str) -> tuple[list[str], list[list[str]]]:
+def _sheet(rows: Sequence[Row], metric: str) -> Sheet:
     digits = DECIMALS[metric]
-    header = ["model", "data", "profile", "precision", "loss scaling", "seeds", "mean", "gap to FP32"]
-    header += ["paper FP32", "paper FP8", "paper gap"]
-    body = [
-        [
-            *(row.model, row.data, row.profile, row.precision, row.loss_scaling, str(row.seeds)),
-            _spread(row.mean, row.sd, digits, sign=False),
-            _spread(row.gap, row.gap_se, digits, sign=True),
-            *(_number(value, digits) for value in (row.paper_fp32, row.paper_fp8)),
-            _number(row.paper_gap, digits, sign=True),
-            *([_number(row.chrf, 1)] if metric == "bleu" else []),
-            row.settings,
-        ]
+    columns = [
+        *(Column(key, key.replace("_", " ")) for key in ("model", "data", "profile", "precision", "loss_scaling")),
+        Column("seeds", "seeds"),
+        Column("mean", "mean", digits),
+        Column("gap", "gap to FP32", digits, sign=True),
+        Column("paper_fp32", "paper FP32", digits),
+        Column("paper_fp8", "paper FP8", digits),
+        Column("paper_gap", "paper gap", digits, sign=True),
+    ]
+    columns += [Column("chrf", "chrF", 1)] if metric == "bleu" else []
+    columns += [Column("settings", "settings")] if any(row.settings for row in rows) else []
+    values = [
+        {
+            **asdict(row),
+            "mean": Stat(row.mean, row.sd, row.seeds),
+            "gap": row.gap if row.gap is None else Stat(row.gap, row.gap_se, row.seeds),
+        }
         for row in rows
     ]
-    if metric == "bleu":
-        header.append("chrF")
-    if any(row.settings for row in rows):
-        header.append("settings")
-    else:
-        body = [line[:-1] for line in body]
-    return header, body
-
-
-def _number(value: float | None, digits: int, sign: bool = False) -> str:
-    if value is None:
-        return "-"
-    return f"{value:{'+' if sign else ''}.{digits}f}"
-
-
-def _spread(value: float | None, spread: float | None, digits: int, sign: bool) -> str:
-    text = _number(value, digits, sign)
-    return text if spread is None else f"{text} ± {spread:.{digits}f}"
+    return Sheet("comparison", METRICS[metric], columns, values, _footnotes(rows))
 
 
 def _footnotes(rows: Sequence[Row]) -> list[str]:
     lines = ["mean ± standard deviation over seeds; gap ± its standard error."]
     for data in dict.fromkeys(row.paper_data for row in rows if row.paper_data):
         marks = sorted({row.paper_mark for row in rows if row.paper_data == data and row.paper_mark})
-        lines.append(f"Paper: {data} (known by mark {', '.join(marks)} of results/paper.yaml).")
+        lines.append(f"Paper: {data} (known by mark {', '.join(marks)} of fp8repro/paper/paper.yaml).")
     if any(row.profile != "paper" for row in rows):
         lines.append("Profiles other than paper ran on other data than the paper's: compare the gaps, not the levels.")
     lines += [f"BLEU signature: {s}" for s in dict.fromkeys(row.signature for row in rows if row.signature)]

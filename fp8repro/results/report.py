@@ -12,7 +12,7 @@ from fp8repro.errors import UserError
 from fp8repro.paper.plan import plan_file
 from fp8repro.paper.reported import paper_figures
 from fp8repro.paper.run_folder import ENVIRONMENT, read_or_empty
-from fp8repro.results.cells import CellRuns, read_cells
+from fp8repro.results.cells import Cells, read_cells
 from fp8repro.results.figures import Figure, figures
 from fp8repro.results.sheet import FORMATS, Column, Sheet
 from fp8repro.results.studies import sheets
@@ -73,14 +73,14 @@ def render_page(top: Sheet, sections: Sequence[Section]) -> str:
     return environment.from_string(template).render(top=top, sections=sections, paper=paper)
 
 
-def _section(profile: str, cells: Mapping[str, CellRuns], found: Sequence[Verdict]) -> Section:
+def _section(profile: str, cells: Cells, found: Sequence[Verdict]) -> Section:
     return Section(
         profile, SCALES[profile], statement_sheet(found), sheets(cells, profile), figures(cells, profile),
         run_sheet(cells),
     )  # fmt: skip
 
 
-def run_sheet(cells: Mapping[str, CellRuns]) -> Sheet:
+def run_sheet(cells: Cells) -> Sheet:
     """Every run of the plan: seed, length, recipe, what it ran on, its code's version."""
     order = list(dict.fromkeys(name for study in plan_file()["studies"].values() for name in study["cells"]))
     rows = []

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fp8repro.tabular import comma_separated, markdown
+from fp8repro.tabular import aligned, comma_separated, markdown
 
 FORMATS = ("md", "csv", "json")
 
@@ -60,14 +60,17 @@ class Sheet:
         return [[show(row.get(column.key), column) for column in self.columns] for row in self.rows]
 
     def render(self, format: str) -> str:
-        """The table as "md", "csv" or "json"; it ends with a newline."""
+        """The table as "text", "md", "csv" or "json"; it ends with a newline."""
         if format == "json":
             return json.dumps({"title": self.title, "rows": self._plain(), "notes": list(self.notes)}, indent=2) + "\n"
         if format == "csv":
             plain = self._plain()
             keys = list(dict.fromkeys(key for row in plain for key in row)) or [column.key for column in self.columns]
             return comma_separated(keys, plain)
-        body = markdown([column.title for column in self.columns], self.texts())
+        header = [column.title for column in self.columns]
+        if format == "text":
+            return "\n".join([self.title, "", aligned(header, self.texts()), "", *self.notes]) + "\n"
+        body = markdown(header, self.texts())
         return "\n\n".join([f"### {self.title}", body, *self.notes]) + "\n"
 
     def _plain(self) -> list[dict[str, Any]]:
