@@ -33,7 +33,8 @@ from fp8repro.kernels.quantize import launch as quantize
 from fp8repro.kernels.shared import codec, configs
 from fp8repro.kernels.shared.launch import INTERPRETED
 from fp8repro.kernels.shared.tiles import FP16_MMA, UNPROMOTED
-from fp8repro.numerics.formats import E4M3, E5M2, FP16, FP32, FloatFormat
+from fp8repro.numerics.formats import E4M3, E5M2, FP16, FloatFormat
+from fp8repro.numerics.rounding import IDENTITY, Rounding
 
 
 @dataclass
@@ -61,7 +62,7 @@ def _quantize_cases(capability: tuple[int, int]) -> Iterator[Case]:
     nothing = ("values_ptr", "codes_ptr", "stats_ptr")
 
     def options(format: FloatFormat, mode: str) -> dict[str, Any]:
-        return quantize.rounding_options(format, mode, "inf", "same", capability)
+        return quantize.rounding_options(Rounding(format, mode), capability)
 
     def flat_case(
         name: str, format: FloatFormat, mode: str, types: dict[str, str] = flat, whole: bool = True, **more: Any
@@ -111,8 +112,8 @@ def _product_cases(capability: tuple[int, int]) -> Iterator[Case]:
     large, little = (t for t in table if t.halves == 1)
     promoted = configs.accumulation("promoted", capability)
     words = rounding.RANDOM_WORDS
-    plain = quantize.rounding_options(FP32, "nearest", "inf", "same", capability)
-    rounded = quantize.rounding_options(E5M2, "stochastic", "inf", "same", capability)
+    plain = quantize.rounding_options(IDENTITY, capability)
+    rounded = quantize.rounding_options(Rounding(E5M2, "stochastic"), capability)
     sizes = ("M", "N", "K", "chunk", "a_batch", "a_row", "a_column", "b_batch", "b_row", "b_column")
     integers = dict.fromkeys((*sizes, *words, "batches"), "i32")
     pointers = {"a_ptr": "*fp8e5", "b_ptr": "*fp8e5", "c_ptr": "*fp32", "inverse_scale": "fp32"}
@@ -246,8 +247,8 @@ def _update_cases(capability: tuple[int, int]) -> Iterator[Case]:
 
 def _norm_cases(capability: tuple[int, int]) -> Iterator[Case]:
     """As a recipe launches them: FP32 in and out, rounded results beside; backward reads the kept FP8 input."""
-    rounded = quantize.rounding_options(E5M2, "nearest", "inf", "same", capability)
-    plain = quantize.rounding_options(FP32, "nearest", "inf", "same", capability)
+    rounded = quantize.rounding_options(Rounding(E5M2), capability)
+    plain = quantize.rounding_options(IDENTITY, capability)
     kept = {"KEPT_EB": 5, "KEPT_MB": 2, "KEPT_INF": True, "KEPT_ROUNDING": rounded["ROUNDING"]}
     codes = ("y_ptr", "flags_ptr", "kept_ptr")
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8repro.engines.guards import spell_format, untraced
-from fp8repro.engines.products import Conv2dGeometry, EmulateBackend, Operand, Rounding
+from fp8repro.engines.guards import spell, untraced
+from fp8repro.engines.products import Conv2dGeometry, EmulateBackend, Operand
 from fp8repro.engines.quantizer import round_into
 from fp8repro.kernels import ops
 from fp8repro.kernels.conv2d import launch as convolution
@@ -20,6 +20,7 @@ from fp8repro.kernels.matmul import launch as product
 from fp8repro.kernels.matmul.launch import FP8_DTYPES, Epilogue
 from fp8repro.kernels.shared.launch import INTERPRETED
 from fp8repro.numerics.formats import FloatFormat
+from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.numerics.streams import StreamSlot, signed64
 
 
@@ -46,19 +47,21 @@ class TritonBackend:
 
     Attributes:
         accumulate: "promoted" or "fp16_mma" (see `Recipe.accumulate`).
-        how: how results are rounded, or None.
+        how, bits: how results are rounded, or None.
     """
 
     name = "triton"
 
-    def __init__(self, accumulate: str = "promoted", how: Rounding | None = None) -> None:
+    def __init__(
+        self, accumulate: str = "promoted", how: Rounding | None = None, bits: RandomBits = RandomBits()
+    ) -> None:
         """Nothing is launched or compiled yet."""
-        self.accumulate, self.how = accumulate, how
+        self.accumulate, self.how, self.bits = accumulate, how, bits
         self.emulated = EmulateBackend()
 
-    def rounding(self, how: Rounding) -> TritonBackend:
+    def rounding(self, how: Rounding, bits: RandomBits) -> TritonBackend:
         """See `products.Backend`."""
-        return TritonBackend(self.accumulate, how)
+        return TritonBackend(self.accumulate, how, bits)
 
     def value_dtype(self, fmt: FloatFormat) -> torch.dtype | None:
         """None: codes are enough; FP32 for formats that the kernels cannot read."""
@@ -155,32 +158,26 @@ class TritonBackend:
 
     def _plain(self, *operands: Tensor | None) -> bool:
         """True where kernels are called without their operators."""
-        return untraced(*operands) or (self.how is not None and isinstance(self.how.stream, StreamSlot))
+        return untraced(*operands) or (self.how is not None and isinstance(self.bits.stream, StreamSlot))
 
     def _plain_options(self, inverse_scale: float) -> dict[str, Any]:
         return {"inverse_scale": inverse_scale, "accumulate": self.accumulate}
 
     def _epilogue(self) -> Epilogue | None:
         """How a plain function is to round its result."""
-        h = self.how
-        if h is None:
-            return None
-        return Epilogue(h.format, h.rounding, h.overflow, h.subnormal_rounding, h.seed, h.stream, values=True)
+        return None if self.how is None else Epilogue(self.how, self.bits, values=True)
 
-    def _options(self) -> tuple[str, str, str, str, int, int]:
+    def _options(self) -> tuple[str, int, int]:
         """How an operator is to round its result."""
-        h = self.how
-        if h is None:
-            return "fp32", "nearest", "inf", "same", 0, 0
-        assert isinstance(h.stream, int)
-        seed, stream = signed64(h.seed), signed64(h.stream)
-        return spell_format(h.format), h.rounding, h.overflow, h.subnormal_rounding, seed, stream
+        if self.how is None:
+            return ops.AS_IT_IS, 0, 0
+        assert isinstance(self.bits.stream, int)
+        return spell(self.how), signed64(self.bits.seed), signed64(self.bits.stream)
 
     def _rounded(self, result: Tensor) -> Tensor:
         """A result that no kernel of ours has rounded, rounded in place."""
         if self.how is not None:
-            options = {key: value for key, value in vars(self.how).items() if key != "format"}
-            round_into(result, self.how.format, **options, values=result)
+            round_into(result, self.how, self.bits, values=result)
         return result
 
 

@@ -7,57 +7,45 @@ bits, only the recipe says (functional.py). Where nobody traces, kernels are cal
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fp8repro.engines.guards import read_format, spell_format, untraced
+from fp8repro.engines.guards import read, spell, untraced
 from fp8repro.engines.products import Conv2dGeometry
 from fp8repro.kernels.conv2d import launch as convolution
 from fp8repro.kernels.matmul import launch as product
 from fp8repro.kernels.quantize import launch as quantize
-from fp8repro.numerics.formats import FloatFormat
-from fp8repro.numerics.streams import Stream, StreamSlot, signed64
+from fp8repro.numerics.rounding import IDENTITY, RandomBits, Rounding
+from fp8repro.numerics.streams import StreamSlot, signed64
 
 
 @torch.library.custom_op("fp8repro::round_transpose", mutates_args=("codes", "transposed", "stats"))
 def round_transpose(
-    x: Tensor,
-    format: str,
-    rounding: str,
-    overflow: str,
-    seed: int,
-    stream: int,
-    subnormal_rounding: str,
-    codes: Tensor,
-    transposed: Tensor,
-    stats: Tensor | None,
+    x: Tensor, how: str, seed: int, stream: int, codes: Tensor, transposed: Tensor, stats: Tensor | None
 ) -> None:
-    """See `kernels.quantize`; seed and stream as in `round_into`."""
-    fmt = read_format(format)
-    quantize.round_transpose(x, fmt, rounding, overflow, seed, stream, subnormal_rounding, stats, (codes, transposed))
+    """See `kernels.quantize`; rounding, seed and stream as in `round_into`."""
+    quantize.round_transpose(x, read(how), RandomBits(seed, stream), stats, (codes, transposed))
 
 
 def transpose_engine(
-    x: Tensor, format: FloatFormat, rounding: str, overflow: str, seed: int, stream: Stream, *outputs: Any
+    x: Tensor, how: Rounding, bits: RandomBits, codes: Tensor, transposed: Tensor, stats: Tensor | None
 ) -> None:
     """`round_transpose` with the signature of the quantizer's engines; as an operator only where somebody traces."""
-    subnormal_rounding, codes, transposed, stats = outputs
-    if isinstance(stream, StreamSlot) or untraced(x, codes, transposed, stats):
-        options = (format, rounding, overflow, seed, stream, subnormal_rounding)
-        quantize.round_transpose(x.detach(), *options, stats, (codes, transposed))
+    if isinstance(bits.stream, StreamSlot) or untraced(x, codes, transposed, stats):
+        quantize.round_transpose(x.detach(), how, bits, stats, (codes, transposed))
         increment_version([codes, transposed])
         return
-    round_transpose(x, spell_format(format), rounding, overflow, signed64(seed), signed64(stream), *outputs)
+    round_transpose(x, spell(how), signed64(bits.seed), signed64(bits.stream), codes, transposed, stats)
 
 
-def _epilogue(
-    format: str, rounding: str, overflow: str, subnormal_rounding: str, seed: int, stream: int
-) -> product.Epilogue:
-    """What rounds a result to a format's FP32 values; "fp32" leaves it as it is."""
-    return product.Epilogue(read_format(format), rounding, overflow, subnormal_rounding, seed, stream, values=True)
+# What leaves a product's result as it is.
+AS_IT_IS = spell(IDENTITY)
+
+
+def _epilogue(how: str, seed: int, stream: int) -> product.Epilogue:
+    """What rounds a result to a format's FP32 values."""
+    return product.Epilogue(read(how), RandomBits(seed, stream), values=True)
 
 
 @torch.library.custom_op("fp8repro::matmul", mutates_args=())
@@ -67,15 +55,12 @@ def matmul(
     bias: Tensor | None,
     inverse_scale: float,
     accumulate: str,
-    format: str = "fp32",
-    rounding: str = "nearest",
-    overflow: str = "inf",
-    subnormal_rounding: str = "same",
+    how: str = AS_IT_IS,
     seed: int = 0,
     stream: int = 0,
 ) -> Tensor:
     """a [..., M, K] @ b [..., K, N] * inverse_scale + bias -> FP32 [..., M, N], rounded; see `kernels.matmul`."""
-    epilogue = _epilogue(format, rounding, overflow, subnormal_rounding, seed, stream)
+    epilogue = _epilogue(how, seed, stream)
     return product.matmul(a, b, bias, inverse_scale=inverse_scale, accumulate=accumulate, epilogue=epilogue)
 
 
@@ -104,16 +89,13 @@ def conv2d(
     dilation: list[int],
     inverse_scale: float,
     accumulate: str,
-    format: str = "fp32",
-    rounding: str = "nearest",
-    overflow: str = "inf",
-    subnormal_rounding: str = "same",
+    how: str = AS_IT_IS,
     seed: int = 0,
     stream: int = 0,
 ) -> Tensor:
     """x [B, C, H, W], weight [O, C, R, S] -> FP32 [B, O, P, Q], channels_last, rounded; see `kernels.conv2d`."""
     geometry = geometry_of(stride, padding, dilation)
-    epilogue = _epilogue(format, rounding, overflow, subnormal_rounding, seed, stream)
+    epilogue = _epilogue(how, seed, stream)
     return convolution.conv2d(
         x, weight, bias, geometry, inverse_scale=inverse_scale, accumulate=accumulate, epilogue=epilogue
     )
@@ -145,16 +127,13 @@ def conv2d_error(
     dilation: list[int],
     inverse_scale: float,
     accumulate: str,
-    format: str = "fp32",
-    rounding: str = "nearest",
-    overflow: str = "inf",
-    subnormal_rounding: str = "same",
+    how: str = AS_IT_IS,
     seed: int = 0,
     stream: int = 0,
 ) -> Tensor:
     """error [B, O, P, Q], weight [O, C, R, S] -> FP32 [B, C, H, W], channels_last, rounded; see `kernels.conv2d`."""
     geometry = geometry_of(stride, padding, dilation)
-    epilogue = _epilogue(format, rounding, overflow, subnormal_rounding, seed, stream)
+    epilogue = _epilogue(how, seed, stream)
     return convolution.conv2d_error(
         error,
         weight,

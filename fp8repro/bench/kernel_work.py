@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from fp8repro.bench.gpu import Bench
 from fp8repro.engines.products import Conv2dGeometry
+from fp8repro.engines.updates import Parameter, Rule
 from fp8repro.errors import RunFailure
 from fp8repro.kernels.conv2d.launch import conv2d, conv2d_error, conv2d_gradient
 from fp8repro.kernels.matmul.launch import matmul
 from fp8repro.kernels.optimizer.launch import gradient_control, update
 from fp8repro.kernels.quantize.launch import round_into, round_transpose
 from fp8repro.numerics import reference
-from fp8repro.numerics.formats import E4M3, E5M2
-from fp8repro.numerics.recipe import RoleSpec
+from fp8repro.numerics.formats import E4M3, E5M2, FP16
+from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.precision.context import StepContext
-from fp8repro.precision.fused_step import Parameter, Rule
 
 GEMM = 8192
 # (name, rows, outputs, inputs): Transformer-base at 4,096 tokens; GNMT at 128 sentences of 50 words, and one LSTM step.
@@ -42,13 +42,14 @@ def parity(bench: Bench) -> None:
         RunFailure: a result is wrong.
     """
     generator = torch.Generator().manual_seed(0)
-    bits = torch.randint(-(2**31), 2**31, (bench.size(1 << 20),), generator=generator).to(torch.int32)
-    x = bits.view(torch.float32)
+    patterns = torch.randint(-(2**31), 2**31, (bench.size(1 << 20),), generator=generator).to(torch.int32)
+    x = patterns.view(torch.float32)
     for fmt in (E5M2, E4M3):
         for rounding in ("nearest", "stochastic"):
             codes = torch.empty_like(x, dtype=fmt.dtype, device=bench.device)
-            round_into(x.to(bench.device), fmt, rounding, "inf", 3, 2**63, "same", None, codes, None)
-            expected = reference.encode(reference.round_to_format(x, fmt, rounding, "inf", 3, 2**63), fmt)
+            how, bits = Rounding(fmt, rounding), RandomBits(3, 2**63)
+            round_into(x.to(bench.device), how, bits, None, codes, None)
+            expected = reference.encode(reference.round_to_format(x, how, bits), fmt)
             wrong = int((codes.cpu().view(torch.uint8) != expected).sum())
             if wrong:
                 raise RunFailure(f"parity: quantize {fmt.name} {rounding}: {wrong} of {x.numel()} bytes are wrong")
@@ -85,12 +86,12 @@ def measure_quantize(bench: Bench) -> None:
     x = torch.randn(n, device=bench.device)
     codes = torch.empty_like(x, dtype=E5M2.dtype)
     for rounding, bar in (("nearest", 0.85), ("stochastic", 0.80)):
-        ms = bench.milliseconds(partial(round_into, x, E5M2, rounding, "inf", 1, 2, "same", None, codes, None))
+        ms = bench.milliseconds(partial(round_into, x, Rounding(E5M2, rounding), RandomBits(1, 2), None, codes, None))
         bench.add(f"quantize FP32 -> E5M2 {rounding}", str(n), ms, 5 * n / ms / rate, "copy bandwidth", bar)
     side = bench.size(GEMM)
     matrix = torch.randn(side, side, device=bench.device)
     for rounding in ("nearest", "stochastic"):
-        ms = bench.milliseconds(partial(round_transpose, matrix, E5M2, rounding))
+        ms = bench.milliseconds(partial(round_transpose, matrix, Rounding(E5M2, rounding)))
         ratio = 6 * side * side / ms / rate
         bench.add(f"quantize + transpose {rounding}", f"{side}^2", ms, ratio, "copy bandwidth", 0.75)
 
@@ -217,10 +218,10 @@ def measure_update(bench: Bench) -> None:
         weight = torch.randn(n, device=bench.device)
         grad, momentum = torch.randn_like(weight), torch.zeros_like(weight)
         parameter = Parameter(weight.half(), grad, (momentum,), 1, torch.empty_like(weight, dtype=E5M2.dtype))
-        rule, master = Rule("sgd", 1e-3, 0.9, weight_decay=1e-4), RoleSpec("fp16", "stochastic")
+        rule, master = Rule("sgd", 1e-3, 0.9, weight_decay=1e-4), Rounding(FP16, "stochastic")
 
-        def step(p: Parameter = parameter, rule: Rule = rule, master: RoleSpec = master) -> None:
-            update([p], rule, 2, master, RoleSpec(), gradient_control([p], 1024.0), 1024.0)
+        def step(p: Parameter = parameter, rule: Rule = rule, master: Rounding = master) -> None:
+            update([p], rule, 2, master, Rounding(), gradient_control([p], 1024.0), 1024.0)
 
         ms = bench.milliseconds(step)
         # Gradient twice (check, update), master and momentum read and written, weight written.

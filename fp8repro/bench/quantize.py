@@ -17,6 +17,7 @@ from fp8repro.bench.cpu import DEFAULT_OUT, ForeignLoad, Row, interleaved_median
 from fp8repro.engines.cpu.malloc import keep_freed_memory
 from fp8repro.engines.quantizer import quantize, round_into
 from fp8repro.numerics.formats import E5M2
+from fp8repro.numerics.rounding import RandomBits, Rounding
 
 PUBLIC = "quantize(x)"
 # Largest time relative to `copy_`, by number of values.
@@ -38,7 +39,8 @@ def work(x: Tensor) -> dict[str, Work]:
     stats = torch.zeros(4, dtype=torch.float64)
 
     def ours(rounding: str, values: Tensor | None, codes: Tensor | None, stats: Tensor | None = None) -> Work:
-        return lambda: round_into(x, E5M2, rounding, "inf", seed=1, stream=2, values=values, codes=codes, stats=stats)
+        how = Rounding(E5M2, rounding)
+        return lambda: round_into(x, how, RandomBits(1, 2), values=values, codes=codes, stats=stats)
 
     found: dict[str, Work] = {"copy_": lambda: copy.copy_(x)}
     for rounding in ("nearest", "stochastic"):
@@ -66,8 +68,8 @@ def peer_rows(x: Tensor, repeats: int) -> list[Row]:
     values = torch.empty_like(x)
     for rounding in ("nearest", "stochastic"):
 
-        def ours(rounding: str = rounding) -> None:
-            round_into(x, E5M2, rounding, "inf", seed=1, stream=2, values=values)
+        def ours(how: Rounding = Rounding(E5M2, rounding)) -> None:
+            round_into(x, how, RandomBits(1, 2), values=values)
 
         def theirs(rounding: str = rounding) -> object:
             return float_quantize(x, exp=5, man=2, rounding=rounding)

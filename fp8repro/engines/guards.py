@@ -5,11 +5,14 @@ Says whether an engine may be called as a plain function, and checks what it get
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch  # type: ignore[attr-defined]
 
 from fp8repro.numerics.formats import FORMATS, FloatFormat, get_format
+from fp8repro.numerics.rounding import Rounding
 
 # Bound once: these are asked before every rounding.
 _PLAIN_TYPES = (Tensor, nn.Parameter)
@@ -149,6 +152,23 @@ def read_format(spelled: str) -> FloatFormat:
         return get_format(spelled)
     dtype = getattr(torch, fields[3]) if fields[3] else None
     return FloatFormat(name, int(fields[0]), int(fields[1]), fields[2] == "1", dtype)
+
+
+@functools.cache
+def spell(how: Rounding) -> str:
+    """A rounding as an operator's plain argument."""
+    return ";".join((spell_format(how.format), how.rounding, how.overflow, how.subnormal_rounding))
+
+
+@functools.cache
+def read(spelled: str) -> Rounding:
+    """The rounding that `spell` spelled.
+
+    Raises:
+        ValueError: nobody spelled it so.
+    """
+    format, *words = spelled.split(";")
+    return Rounding(read_format(format), *words)
 
 
 def _refuse(name: str, given: Tensor, dtypes: tuple[torch.dtype | None, ...], x: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fp8repro.engines.guards import plain
 from fp8repro.numerics.formats import FP32, FloatFormat
-from fp8repro.numerics.streams import Stream
+from fp8repro.numerics.rounding import RandomBits, Rounding
 
 
 @dataclass
@@ -73,28 +73,12 @@ class Conv2dGeometry:
     groups: int = 1
 
 
-@dataclass(frozen=True)
-class Rounding:
-    """How results are to be rounded, in FP32 tensors; the arguments of `quantizer.round_into`.
-
-    Backends may know the order by the product: those of convolutions count channels last, all others row-major.
-    """
-
-    format: FloatFormat
-    rounding: str
-    overflow: str
-    subnormal_rounding: str
-    seed: int
-    stream: Stream
-    order: str = "row_major"
-
-
 class Backend(Protocol):
     """What multiplies: three products for each kind of layer, all with FP32 results that are not rounded."""
 
     name: str
 
-    def rounding(self, how: Rounding) -> Backend | None:
+    def rounding(self, how: Rounding, bits: RandomBits) -> Backend | None:
         """The same products with results rounded as they are stored, to the bytes of a pass of its own.
 
         None where the backend knows no such products.
@@ -151,7 +135,7 @@ class EmulateBackend:
 
     name = "emulate"
 
-    def rounding(self, how: Rounding) -> Backend | None:
+    def rounding(self, how: Rounding, bits: RandomBits) -> Backend | None:
         """None: results are rounded in a pass of their own."""
         return None
 

@@ -6,6 +6,7 @@ and the profiler have to see are its operators; everybody else gets the engines 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +17,12 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from fp8repro.engines.cpu import rounding as native
-from fp8repro.engines.guards import check_format, check_input, check_rounding, read_format, spell_format, untraced
+from fp8repro.engines.guards import check_format, check_input, check_rounding, read, spell, untraced
 from fp8repro.numerics import reference
-from fp8repro.numerics.formats import FP32, FloatFormat, get_format
-from fp8repro.numerics.reference import ORDERS, OVERFLOWS, ROUNDINGS, SUBNORMAL_ROUNDINGS, counted
-from fp8repro.numerics.streams import Stream, StreamSlot, signed64
+from fp8repro.numerics.formats import FloatFormat, get_format
+from fp8repro.numerics.reference import counted
+from fp8repro.numerics.rounding import ORDERS, RandomBits, Rounding, one_of
+from fp8repro.numerics.streams import StreamSlot, signed64
 
 STATISTICS = ("nonzero", "underflow", "overflow", "absmax")
 
@@ -63,23 +65,29 @@ def quantize(
         ValueError: an option is not one of those above, the format has no storage dtype, or codes of a tensor that
             requires a gradient are asked for.
     """
-    fmt = get_format(format)
     check_input(x)
-    _check_options(rounding, overflow, subnormal_rounding, order)
-    if order != "row_major" and x.dim() > 2:
-        # Engines count row-major; to them channels_last memory is contiguous.
-        options = {"subnormal_rounding": subnormal_rounding}
-        return quantize(counted(x, order), fmt, rounding, overflow, seed, stream, out, **options).movedim(-1, 1)
+    how = _read_options(format, rounding, overflow, subnormal_rounding)
+    if order != "row_major":
+        one_of("order", order, ORDERS)
+        if x.dim() > 2:
+            # Engines count row-major; to them channels_last memory is contiguous.
+            options = (how.format, rounding, overflow, seed, stream, out)
+            return quantize(counted(x, order), *options, subnormal_rounding=subnormal_rounding).movedim(-1, 1)
     if type(seed) is not int or type(stream) is not int:
         seed, stream = _integer("seed", seed), _integer("stream", stream)
-    dtype = _result_dtype(fmt, out)
-    check_format(fmt)
+    dtype = _result_dtype(how.format, out)
+    check_format(how.format)
     if _differentiated(x):
         if dtype != torch.float32:
             raise ValueError(_NO_GRADIENT)
-        result: Tensor = _StraightThrough.apply(x, fmt, rounding, overflow, seed, stream, subnormal_rounding, out)
+        result: Tensor = _StraightThrough.apply(x, how, seed, stream, out)
         return result
-    return _quantized(x, fmt, rounding, overflow, seed, stream, subnormal_rounding, out)
+    return _quantized(x, how, seed, stream, out)
+
+
+@functools.cache
+def _read_options(format: str | FloatFormat, rounding: str, overflow: str, subnormal_rounding: str) -> Rounding:
+    return Rounding(get_format(format), rounding, overflow, subnormal_rounding)
 
 
 def _differentiated(x: Tensor) -> bool:
@@ -88,27 +96,21 @@ def _differentiated(x: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
-def _quantized(
-    x: Tensor,
-    format: FloatFormat,
-    rounding: str,
-    overflow: str,
-    seed: int,
-    stream: int,
-    subnormal_rounding: str,
-    out: str,
-) -> Tensor:
+def _quantized(x: Tensor, how: Rounding, seed: int, stream: int, out: str) -> Tensor:
     """`quantize` of checked arguments, without a derivative; an operator only where somebody traces."""
     if not untraced(x):
-        options = (rounding, overflow, signed64(seed), signed64(stream), subnormal_rounding, out)
-        traced: Tensor = rounded(x, spell_format(format), *options)
+        traced: Tensor = rounded(x, spell(how), signed64(seed), signed64(stream), out)
         return traced
-    result = torch.empty_like(x, dtype=torch.float32 if out == "float32" else format.dtype)
+    result = torch.empty_like(x, dtype=torch.float32 if out == "float32" else how.format.dtype)
     values, codes = (result, None) if out == "float32" else (None, result)
-    fast = x.is_cpu and format.mantissa_bits < FP32.mantissa_bits and native.available()
-    engine: Any = native.round_unchecked if fast else _round
-    engine(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, None)
+    engine: Any = native.round_unchecked if _is_native(x, how) else _round
+    engine(x, how, RandomBits(seed, stream), values, codes, None)
     return result
+
+
+def _is_native(x: Tensor, how: Rounding) -> bool:
+    """Whether the C++ engine rounds; the identity is a copy, and torch's."""
+    return x.is_cpu and not how.is_identity and native.available()
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -124,7 +126,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad.to(ctx.dtype), *[None] * 7
+        return grad.to(ctx.dtype), *[None] * 4
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
@@ -132,12 +134,12 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *options: Any) -> tuple[Tensor, int]:
-        return _each_alone(lambda t: _StraightThrough.apply(t, *options), x.movedim(in_dims[0], 0), options[1])
+        return _each_alone(lambda t: _StraightThrough.apply(t, *options), x.movedim(in_dims[0], 0), options[0])
 
 
-def _each_alone(quantized: Callable[[Tensor], Tensor], batch: Tensor, rounding: str) -> tuple[Tensor, int]:
+def _each_alone(quantized: Callable[[Tensor], Tensor], batch: Tensor, how: Rounding) -> tuple[Tensor, int]:
     """Of a batch of tensors: every one draws the bits that it draws alone."""
-    if rounding != "stochastic":
+    if not how.is_stochastic:
         return quantized(batch), 0
     return torch.stack([quantized(each) for each in batch.unbind()]), 0
 
@@ -159,79 +161,73 @@ def _result_dtype(format: FloatFormat, out: str) -> torch.dtype:
 
 def round_into(
     x: Tensor,
-    format: FloatFormat,
-    rounding: str,
-    overflow: str,
+    how: Rounding,
+    bits: RandomBits = RandomBits(),
     *,
-    seed: int = 0,
-    stream: Stream = 0,
-    subnormal_rounding: str = "same",
     values: Tensor | None = None,
     codes: Tensor | None = None,
     turned: Tensor | None = None,
     stats: Tensor | None = None,
     add: bool = False,
-    order: str = "row_major",
 ) -> None:
-    """Round `x` in one pass into preallocated outputs, without a derivative; the arguments are those of `quantize`.
+    """Round `x` in one pass into preallocated outputs, without a derivative and without a scale.
 
     Args:
+        x: see `quantize`.
+        how: to which format, and how.
+        bits: where random bits come from; the stream may lie in device memory where Triton kernels round.
         values: FP32 or BF16 tensor of x's shape (it may be `x` itself) that receives the rounded values.
         codes: tensor of x's shape in the format's storage dtype that receives the encoding.
         turned: for a matrix x, codes and no values: tensor that receives the codes of its transpose.
         stats: float64 tensor of 4 values (`STATISTICS`) that is added to (absmax: raised).
-        stream: may lie in device memory where Triton kernels round (`fp8repro.numerics.streams`).
         add: add the rounded values to `values`, a tensor of its own.
 
     Raises:
         TypeError: `x` is no dense floating-point tensor of the three input types.
         ValueError: the dtype, shape or device of an output does not fit; nothing was written.
     """
-    if order != "row_major" and isinstance(x, Tensor):
+    if bits.order != "row_major" and isinstance(x, Tensor):
         # Engines count row-major; to them channels_last memory is contiguous.
-        x = counted(x, order)
-        values, codes = (None if out is None else counted(out, order) for out in (values, codes))
-    engine: Any
+        x = counted(x, bits.order)
+        values, codes = (None if out is None else counted(out, bits.order) for out in (values, codes))
+        bits = RandomBits(bits.seed, bits.stream)
     x = x.detach() if isinstance(x, Tensor) and x.requires_grad else x
     if add and values is not None:
-        check_rounding(x, format, values, codes, stats)
-        fast = x.is_cpu and x.is_contiguous() and values.is_contiguous() and untraced(x, values, stats)
-        if fast and values.dtype == torch.float32 and format.mantissa_bits < FP32.mantissa_bits and native.available():
-            engine = native.round_into
-            engine(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats, add=True)
-            _note_changes(values, codes)
-            return
-        total, values = values, torch.empty_like(x, dtype=values.dtype)
-    if turned is not None and codes is not None:
-        _round_turned(x, format, rounding, overflow, seed, stream, subnormal_rounding, codes, turned, stats)
-        return
-    # An operator's arguments are plain: they cannot name a place in device memory.
-    if untraced(x) or isinstance(stream, StreamSlot):
-        fast = x.is_cpu and format.mantissa_bits < FP32.mantissa_bits and native.available()
-        engine = native.round_into if fast else _round
-        engine(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
+        _add_rounded(x, how, bits, values, codes, stats)
+    elif turned is not None and codes is not None:
+        _round_turned(x, how, bits, codes, turned, stats)
+    elif untraced(x) or isinstance(bits.stream, StreamSlot):
+        # An operator's arguments are plain: they cannot name a place in device memory.
+        _round(x, how, bits, values, codes, stats)
         _note_changes(values, codes)
     else:
-        check_rounding(x, format, values, codes, stats)
+        check_rounding(x, how.format, values, codes, stats)
         # An operator of ours may not be handed views with a sign of their own beside absent tensors.
         outputs = [torch.empty_like(t) if t is not None and t.is_neg() else t for t in (values, codes)]
-        words = (signed64(seed), signed64(stream), subnormal_rounding)
-        rounded_into(x.resolve_neg(), spell_format(format), rounding, overflow, *words, *outputs, stats)
+        rounded_into(x.resolve_neg(), spell(how), signed64(bits.seed), signed64(bits.stream), *outputs, stats)
         for target, output in zip((values, codes), outputs, strict=True):
             if target is not None and output is not None and target is not output:
                 target.copy_(output)
-    if add and values is not None:
-        total.add_(values)
+
+
+def _add_rounded(
+    x: Tensor, how: Rounding, bits: RandomBits, values: Tensor, codes: Tensor | None, stats: Tensor | None
+) -> None:
+    check_rounding(x, how.format, values, codes, stats)
+    alike = values.dtype == torch.float32 and x.is_contiguous() and values.is_contiguous()
+    if alike and _is_native(x, how) and untraced(x, values, stats):
+        native.round_into(x, how, bits, values, codes, stats, add=True)
+        _note_changes(values, codes)
+        return
+    rounded = torch.empty_like(x, dtype=values.dtype)
+    round_into(x, how, bits, values=rounded, codes=codes, stats=stats)
+    values.add_(rounded)
 
 
 def _round(
     x: Tensor,
-    format: FloatFormat,
-    rounding: str,
-    overflow: str,
-    seed: int,
-    stream: Stream,
-    subnormal_rounding: str,
+    how: Rounding,
+    bits: RandomBits,
     values: Tensor | None,
     codes: Tensor | None,
     stats: Tensor | None,
@@ -243,9 +239,9 @@ def _round(
         from fp8repro.kernels.quantize import launch as kernels
 
         engine = kernels.round_into
-    elif x.is_cpu and format.mantissa_bits < FP32.mantissa_bits and native.available():
+    elif _is_native(x, how):
         engine = native.round_into
-    engine(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
+    engine(x, how, bits, values, codes, stats)
 
 
 def _note_changes(*tensors: Tensor | None) -> None:
@@ -256,47 +252,33 @@ def _note_changes(*tensors: Tensor | None) -> None:
 @torch.library.custom_op("fp8repro::round_into", mutates_args=("values", "codes", "stats"))
 def rounded_into(
     x: Tensor,
-    format: str,
-    rounding: str,
-    overflow: str,
+    how: str,
     seed: int,
     stream: int,
-    subnormal_rounding: str,
     values: Tensor | None,
     codes: Tensor | None,
     stats: Tensor | None,
 ) -> None:
-    """`round_into` as an operator: the format as `spell_format` gives it, seed and stream signed, with the same bits.
+    """`round_into` as an operator: the rounding as `spell` gives it, seed and stream signed, with the same bits.
 
     No fake: it makes no tensor.
     """
-    fmt = read_format(format)
-    _round(x, fmt, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
+    _round(x, read(how), RandomBits(seed, stream), values, codes, stats)
 
 
 @torch.library.custom_op("fp8repro::quantize", mutates_args=())
-def rounded(
-    x: Tensor,
-    format: str,
-    rounding: str,
-    overflow: str,
-    seed: int,
-    stream: int,
-    subnormal_rounding: str,
-    out: str = "float32",
-) -> Tensor:
+def rounded(x: Tensor, how: str, seed: int, stream: int, out: str = "float32") -> Tensor:
     """`quantize` as an operator, with arguments as those of `rounded_into`; differentiated as the identity."""
-    fmt = read_format(format)
-    result = torch.empty_like(x, dtype=_result_dtype(fmt, out))
+    rounding = read(how)
+    result = torch.empty_like(x, dtype=_result_dtype(rounding.format, out))
     values, codes = (result, None) if out == "float32" else (None, result)
-    _round(x, fmt, rounding, overflow, seed, stream, subnormal_rounding, values, codes, None)
+    _round(x, rounding, RandomBits(seed, stream), values, codes, None)
     return result
 
 
 @rounded.register_fake
-def _(x: Tensor, format: str, *options: Any) -> Tensor:
-    out = options[5] if len(options) > 5 else "float32"
-    return torch.empty_like(x, dtype=_result_dtype(read_format(format), out))
+def _(x: Tensor, how: str, seed: int, stream: int, out: str = "float32") -> Tensor:
+    return torch.empty_like(x, dtype=_result_dtype(read(how).format, out))
 
 
 def _keep_dtype(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -306,62 +288,50 @@ def _keep_dtype(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return grad.to(ctx.dtype), None, None, None, None, None, None, None
+    return grad.to(ctx.dtype), None, None, None, None
 
 
 rounded.register_autograd(_straight_through, setup_context=_keep_dtype)
 
 
 @rounded.register_vmap
-def _(info: Any, in_dims: tuple[Any, ...], x: Tensor, format: str, rounding: str, *options: Any) -> tuple[Tensor, int]:
-    return _each_alone(lambda t: rounded(t, format, rounding, *options), x.movedim(in_dims[0], 0), rounding)
+def _(info: Any, in_dims: tuple[Any, ...], x: Tensor, how: str, *options: Any) -> tuple[Tensor, int]:
+    return _each_alone(lambda t: rounded(t, how, *options), x.movedim(in_dims[0], 0), read(how))
 
 
 def _round_turned(
-    x: Tensor,
-    format: FloatFormat,
-    rounding: str,
-    overflow: str,
-    seed: int,
-    stream: Stream,
-    subnormal_rounding: str,
-    codes: Tensor,
-    turned: Tensor,
-    stats: Tensor | None,
+    x: Tensor, how: Rounding, bits: RandomBits, codes: Tensor, turned: Tensor, stats: Tensor | None
 ) -> None:
     if x.is_cuda:
         from fp8repro.kernels.ops import transpose_engine
 
-        transpose_engine(x, format, rounding, overflow, seed, stream, subnormal_rounding, codes, turned, stats)
+        transpose_engine(x, how, bits, codes, turned, stats)
         return
-    options = {"seed": seed, "stream": stream, "subnormal_rounding": subnormal_rounding}
-    round_into(x, format, rounding, overflow, **options, codes=codes, stats=stats)  # type: ignore[arg-type]
+    round_into(x, how, bits, codes=codes, stats=stats)
     turned.copy_(codes.t())
 
 
 def _torch_round_into(
     x: Tensor,
-    format: FloatFormat,
-    rounding: str,
-    overflow: str,
-    seed: int,
-    stream: int,
-    subnormal_rounding: str,
+    how: Rounding,
+    bits: RandomBits,
     values: Tensor | None,
     codes: Tensor | None,
     stats: Tensor | None,
 ) -> None:
     """The engine for machines without a compiler: torch's own casts where they are right, else the reference."""
+    format = how.format
     check_rounding(x, format, values, codes, stats)
     if x.numel() == 0 or x.is_meta:
         return
-    cast_is_right = rounding == "nearest" and overflow == "inf" and format.dtype is not None and format.has_infinity
+    to_infinity = how.rounding == "nearest" and how.overflow == "inf"
+    cast_is_right = to_infinity and format.dtype is not None and format.has_infinity
     if cast_is_right and format.dtype is not None:
         # torch rounds once, to nearest even, to infinity; its E4M3 cast saturates and is not used.
         encoded = x.to(format.dtype)
         rounded = encoded.to(torch.float32)
     else:
-        rounded = reference.round_to_format(x, format, rounding, overflow, seed, stream, subnormal_rounding)
+        rounded = reference.round_to_format(x, how, bits)
         encoded = None
     if stats is not None:
         _add_statistics(stats, x, rounded, format)
@@ -380,17 +350,6 @@ def _add_statistics(stats: Tensor, x: Tensor, rounded: Tensor, format: FloatForm
     stats[1] += (nonzero & (rounded == 0)).sum()
     stats[2] += (magnitude.to(torch.float64) > format.max).sum()
     stats[3] = torch.maximum(stats[3], magnitude.max().to(torch.float64))
-
-
-def _check_options(rounding: str, overflow: str, subnormal_rounding: str, order: str) -> None:
-    for name, value, accepted in (
-        ("rounding", rounding, ROUNDINGS),
-        ("overflow", overflow, OVERFLOWS),
-        ("subnormal_rounding", subnormal_rounding, SUBNORMAL_ROUNDINGS),
-        ("order", order, ORDERS),
-    ):
-        if value not in accepted:
-            raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(accepted)}")
 
 
 def _integer(name: str, word: Any) -> int:

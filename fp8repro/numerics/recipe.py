@@ -7,71 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fp8repro.errors import UserError
-from fp8repro.numerics.formats import FORMATS, FloatFormat, get_format
-from fp8repro.numerics.reference import OVERFLOWS, ROUNDINGS, SUBNORMAL_ROUNDINGS
+from fp8repro.numerics.formats import FP16
+from fp8repro.numerics.rounding import Rounding, one_of
 
 ROLES = ("weight", "activation", "error", "gradient", "master")
-SCALINGS = ("none", "tensor")
 ACCUMULATIONS = ("promoted", "fp16_mma")
 AUTO = "auto"
 # E4M3 and E5M2 lack the range and the significand of a sum of updates, and no engine stores masters in them.
 MASTER_FORMATS = ("fp16", "bf16", "fp16_1_6_9", "fp32")
-ROLE_CHOICES: dict[str, tuple[str, ...]] = {
-    "format": tuple(FORMATS),
-    "rounding": ROUNDINGS,
-    "overflow": OVERFLOWS,
-    "subnormal_rounding": SUBNORMAL_ROUNDINGS,
-    "scaling": SCALINGS,
-}
 SWITCHES = ("round_outputs", "round_input_errors", "attention_products", "fuse_normalization")
-
-
-def _one_of(setting: str, given: Any, accepted: tuple[str, ...]) -> None:
-    if not isinstance(given, str) or given not in accepted:
-        raise UserError(f"{setting}: got {given!r}, expected one of {', '.join(accepted)}")
-
-
-@dataclass(frozen=True)
-class RoleSpec:
-    """How the tensors of one role are rounded.
-
-    Attributes:
-        format: name of a `FloatFormat`; "fp32" leaves the tensor as it is.
-        rounding: "nearest", "stochastic" or "toward_zero".
-        overflow: "inf" or "saturate".
-        subnormal_rounding: "same", or "nearest" (the authors' toolkit) in stochastic mode.
-        scaling: "none", or "tensor": multiply by the power of two that brings the largest magnitude
-            just under the format's maximum, and divide it out again after the product.
-    """
-
-    format: str = "e5m2"
-    rounding: str = "nearest"
-    overflow: str = "inf"
-    subnormal_rounding: str = "same"
-    scaling: str = "none"
-
-    def __post_init__(self) -> None:
-        """Raise UserError for a value that is not among those above."""
-        for name, accepted in ROLE_CHOICES.items():
-            _one_of(name, getattr(self, name), accepted)
-
-    @property
-    def float_format(self) -> FloatFormat:
-        """The format itself."""
-        return get_format(self.format)
-
-    @property
-    def is_identity(self) -> bool:
-        """True when the role is left in FP32."""
-        return self.format == "fp32"
-
-    def for_evaluation(self) -> RoleSpec:
-        """The same role without randomness: evaluation always rounds to nearest."""
-        return replace(self, rounding="nearest") if self.rounding == "stochastic" else self
 
 
 @dataclass(frozen=True)
@@ -97,17 +45,17 @@ class Recipe:
     """
 
     name: str = "fp8"
-    weight: RoleSpec = RoleSpec()
-    activation: RoleSpec = RoleSpec()
-    error: RoleSpec = RoleSpec(rounding="stochastic")
-    gradient: RoleSpec = RoleSpec(rounding="stochastic")
-    master: RoleSpec = RoleSpec(format="fp16", rounding="stochastic")
+    weight: Rounding = Rounding()
+    activation: Rounding = Rounding()
+    error: Rounding = Rounding(rounding="stochastic")
+    gradient: Rounding = Rounding(rounding="stochastic")
+    master: Rounding = Rounding(FP16, "stochastic")
     round_outputs: bool = True
     round_input_errors: bool = True
     attention_products: bool = True
     fuse_normalization: bool = True
     exempt: tuple[str, ...] | str = AUTO
-    exempt_roles: RoleSpec = RoleSpec(format="fp16")
+    exempt_roles: Rounding = Rounding(FP16)
     autocast: str = "none"
     accumulate: str = "promoted"
     recurrent_gradients: str = "step"
@@ -115,15 +63,15 @@ class Recipe:
     def __post_init__(self) -> None:
         """Raise UserError for a combination that nothing carries out; the message names the setting."""
         for name in (*ROLES, "exempt_roles"):
-            if not isinstance(getattr(self, name), RoleSpec):
-                raise UserError(f"{name}: got {getattr(self, name)!r}, expected a RoleSpec")
+            if not isinstance(getattr(self, name), Rounding):
+                raise UserError(f"{name}: got {getattr(self, name)!r}, expected a Rounding")
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name}: got {getattr(self, name)!r}, expected true or false")
-        _one_of("autocast", self.autocast, ("none", "bf16"))
-        _one_of("accumulate", self.accumulate, ACCUMULATIONS)
-        _one_of("recurrent_gradients", self.recurrent_gradients, ("step", "sequence"))
-        _one_of("master.format", self.master.format, MASTER_FORMATS)
+        one_of("autocast", self.autocast, ("none", "bf16"))
+        one_of("accumulate", self.accumulate, ACCUMULATIONS)
+        one_of("recurrent_gradients", self.recurrent_gradients, ("step", "sequence"))
+        one_of("master.format", self.master.format.name, MASTER_FORMATS)
         if self.master.scaling != "none":
             raise UserError(f"master.scaling: got {self.master.scaling!r}, expected none: masters are stored unscaled")
         if self.autocast != "none" and self.converts:
@@ -135,6 +83,17 @@ class Recipe:
     def converts(self) -> bool:
         """True when layers have to be swapped at all."""
         return not all(getattr(self, role).is_identity for role in ROLES[:4])
+
+
+def recipe_to_mapping(recipe: Recipe) -> dict[str, Any]:
+    """Plain values, from which `recipe_from_mapping` builds the recipe again."""
+    return {f.name: _plain(getattr(recipe, f.name)) for f in fields(Recipe)}
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Rounding):
+        return value
+    return {f.name: getattr(value, f.name) for f in fields(Rounding)} | {"format": value.format.name}
 
 
 def recipe_from_mapping(values: Mapping[str, Any], setting: str = "precision") -> Recipe:
@@ -176,16 +135,19 @@ def load_recipe(name: str) -> Recipe:
     return recipe_from_mapping(values)
 
 
-def _role_from_mapping(values: Any, setting: str) -> RoleSpec:
+def _role_from_mapping(values: Any, setting: str) -> Rounding:
     if not isinstance(values, Mapping):
         raise UserError(f"{setting}: got {values!r}, expected a mapping such as {{format: e5m2, rounding: nearest}}")
+    known = [f.name for f in fields(Rounding)]
     for key in values:
-        if key not in ROLE_CHOICES:
-            raise UserError(f"{setting}.{key}: unknown setting, expected one of {', '.join(ROLE_CHOICES)}")
+        if key not in known:
+            raise UserError(f"{setting}.{key}: unknown setting, expected one of {', '.join(known)}")
     # Hydra and YAML read a bare inf as a number.
-    texts = {key: "inf" if isinstance(value, float) and value == math.inf else value for key, value in values.items()}
+    texts: dict[str, Any] = {
+        key: "inf" if isinstance(value, float) and value == math.inf else value for key, value in values.items()
+    }
     try:
-        return RoleSpec(**texts)
+        return Rounding(**texts)
     except UserError as error:
         raise UserError(f"{setting}.{error}") from None
 

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from fp8repro.numerics.formats import FloatFormat
-
-ROUNDINGS = ("nearest", "stochastic", "toward_zero")
-OVERFLOWS = ("inf", "saturate")
-SUBNORMAL_ROUNDINGS = ("same", "nearest")
-ORDERS = ("row_major", "channels_last")
+from fp8repro.numerics.rounding import RandomBits, Rounding
 
 # Which bits this code makes numbers with. 1 was 32 random bits a value, four values a Philox call, every tensor counted
 # row-major; 2 is what stands below.
@@ -105,50 +101,38 @@ def _quantum(magnitude: Tensor, exponent: Tensor, format: FloatFormat) -> Tensor
     return torch.ldexp(torch.ones_like(magnitude), exponent - format.mantissa_bits)
 
 
-def round_to_format(
-    x: Tensor,
-    format: FloatFormat,
-    rounding: str = "nearest",
-    overflow: str = "inf",
-    seed: int = 0,
-    stream: int = 0,
-    subnormal_rounding: str = "same",
-    order: str = "row_major",
-) -> Tensor:
-    """Round every element of `x` once to `format`.
+def round_to_format(x: Tensor, how: Rounding, bits: RandomBits = RandomBits()) -> Tensor:
+    """Round every element of `x` once.
 
     Args:
         x: FP32, FP16 or BF16 tensor of any shape and strides.
-        format: the target format.
-        rounding: "nearest" (ties to even), "stochastic" or "toward_zero".
-        overflow: "inf" (in a format without infinity: NaN) or "saturate".
-        seed: 64-bit key of the random draws (stochastic only).
-        stream: 64-bit stream of the random draws (stochastic only).
-        subnormal_rounding: "same", or "nearest" to round magnitudes under the smallest normal value to nearest.
-        order: how elements are counted (stochastic only); see `counted`.
+        how: to which format, and how; a scale is not applied.
+        bits: where random draws come from (stochastic rounding only); the stream is a number.
 
     Returns:
         FP32 tensor of x's shape (contiguous) whose values all lie in the format's set.
     """
+    format = how.format
     exact = x.detach().to(torch.float64).contiguous()
     magnitude = exact.abs()
     quantum = _quantum(magnitude, _binade(magnitude, format), format)
     steps = magnitude / quantum  # exact: a division by a power of two
     lower = torch.floor(steps)
     nearest = torch.round(steps)  # half to even
-    if rounding == "nearest":
+    if how.rounding == "nearest":
         rounded = nearest
-    elif rounding == "toward_zero":
+    elif how.rounding == "toward_zero":
         rounded = lower
     else:
         draw = torch.empty_like(exact)
-        in_order = counted(draw, order)
-        in_order.copy_(random_draws(exact.numel(), seed, stream, exact.device).view(in_order.shape))
+        in_order = counted(draw, bits.order)
+        assert isinstance(bits.stream, int)
+        in_order.copy_(random_draws(exact.numel(), bits.seed, bits.stream, exact.device).view(in_order.shape))
         rounded = torch.where(draw < threshold(steps - lower), lower + 1, lower)
-        if subnormal_rounding == "nearest":
+        if how.subnormal_rounding == "nearest":
             rounded = torch.where(magnitude < format.smallest_normal, nearest, rounded)
     result = rounded * quantum
-    if rounding == "toward_zero" or overflow == "saturate":
+    if how.rounding == "toward_zero" or how.overflow == "saturate":
         beyond = format.max
     else:
         beyond = float("inf") if format.has_infinity else float("nan")

@@ -14,10 +14,11 @@ from torch.autograd.function import once_differentiable
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fp8repro.engines.cpu import rounding as native
+from fp8repro.engines.guards import spell
 from fp8repro.engines.products import decode
 from fp8repro.engines.quantizer import round_into
 from fp8repro.numerics.formats import BF16, FP32, FloatFormat
-from fp8repro.numerics.recipe import RoleSpec
+from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.site import Site, offer
 
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
@@ -26,10 +27,10 @@ _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 def storage_format(site: Site) -> FloatFormat:
     """The smallest format that holds a layer's rounded outputs exactly; FP32 where they are not rounded."""
     spec = site.roles["activation"]
-    if spec.is_identity or not site.round_outputs or spec.float_format.dtype is None:
+    if spec.is_identity or not site.round_outputs or spec.format.dtype is None:
         return FP32
     # A scaled format's values are a power of two away from its codes; BF16 has the exponents for any of them.
-    return BF16 if spec.scaling == "tensor" else spec.float_format
+    return BF16 if spec.scaling == "tensor" else spec.format
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ class _NormalizeAddRelu(torch.autograd.Function):
         stored = x
         if norm.input_format.name != "fp32":
             stored = torch.empty_like(x, dtype=norm.input_format.dtype)
-            round_into(x, norm.input_format, "nearest", "inf", codes=stored)
+            round_into(x, Rounding(norm.input_format), codes=stored)
         ctx.save_for_backward(stored, mask, weight, mean, inverse_deviation)
         ctx.eps, ctx.has_residual = norm.eps, residual is not None
         return result
@@ -100,7 +101,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
     """
 
     input_format: FloatFormat
-    consumers: RoleSpec | None = None
+    consumers: Rounding | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """[B, C, H, W] FP32 -> the same shape: normalize, add `residual`, clamp at zero."""
@@ -115,16 +116,16 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         fused: Tensor = _NormalizeAddRelu.apply(input, self.weight, self.bias, residual, self, relu)
         return fused
 
-    def _by_kernels(self, input: Tensor, residual: Tensor | None, relu: bool, consumers: RoleSpec) -> Tensor:
+    def _by_kernels(self, input: Tensor, residual: Tensor | None, relu: bool, consumers: Rounding) -> Tensor:
         from fp8repro.kernels.norm.operators import normalize_batch
 
         # A result before its ReLU goes into a sum, not into a layer.
-        rounding = _offered(consumers) if relu else _NOT_OFFERED
+        rounding = _offered(consumers) if relu else ""
         kept = "" if self.input_format is FP32 else self.input_format.name
         y, codes, _, _, mean, _, variance = normalize_batch(
-            input, self.weight, self.bias, residual, relu, self.eps, kept, *rounding
+            input, self.weight, self.bias, residual, relu, self.eps, kept, rounding
         )
-        if rounding[0]:
+        if rounding:
             offer(y, consumers, codes.detach())
         with torch.no_grad():
             count = input.numel() // input.shape[1]
@@ -141,31 +142,26 @@ class FusedLayerNorm(nn.LayerNorm):
         consumers: how those layers round what they get.
     """
 
-    consumers: RoleSpec
+    consumers: Rounding
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., D] FP32 -> the same shape."""
         from fp8repro.kernels.norm.operators import normalize_rows
 
         rounding = _offered(self.consumers)
-        y, codes, _, _ = normalize_rows(input, self.weight, self.bias, self.eps, *rounding)
-        if rounding[0]:
+        y, codes, _, _ = normalize_rows(input, self.weight, self.bias, self.eps, rounding)
+        if rounding:
             offer(y, self.consumers, codes.detach())
         return y
 
 
-_NOT_OFFERED = ("", "nearest", "inf")
-
-
-def _offered(consumers: RoleSpec) -> tuple[str, str, str]:
-    """Format, rounding and overflow that a normalization can round to for the layers behind it.
+def _offered(consumers: Rounding) -> str:
+    """How a normalization can round for the layers behind it (`guards.spell`); "" where it cannot.
 
     Not to random bits, which each layer draws for itself, nor to a scale, which needs the whole tensor first.
     """
     spec = consumers
-    if not spec.float_format.is_fp8 or spec.rounding == "stochastic" or spec.scaling != "none":
-        return _NOT_OFFERED
-    return spec.format, spec.rounding, spec.overflow
+    return spell(spec) if spec.format.is_fp8 and not spec.is_stochastic and spec.scaling == "none" else ""
 
 
 class FusedBasicBlock(BasicBlock):
@@ -232,7 +228,7 @@ def _fusible(norm: nn.Module) -> bool:
     return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
-def use_kernels(model: nn.Module, consumers: RoleSpec) -> None:
+def use_kernels(model: nn.Module, consumers: Rounding) -> None:
     """Let Triton kernels do the fused batch normalizations and the layer normalizations, in place.
 
     Args:

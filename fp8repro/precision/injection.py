@@ -17,7 +17,8 @@ from torch import nn
 from fp8repro.engines.select import select_backend
 from fp8repro.errors import UserError
 from fp8repro.models.parts import MatMul, RepeatedLinear
-from fp8repro.numerics.recipe import AUTO, ROLES, Recipe, RoleSpec, load_recipe
+from fp8repro.numerics.recipe import AUTO, ROLES, Recipe, load_recipe
+from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.bypass import watch_first_pass
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, fuse_normalizations, use_kernels
@@ -216,7 +217,7 @@ def _describe(module: nn.Module, recipe: Recipe, exempt: bool, candidate: bool) 
         return "left", f"the recipe rounds nothing{autocast}"
     site = getattr(module, "site", None)
     if isinstance(site, Site):
-        formats = ", ".join(f"{role} {spec.format}/{spec.rounding}" for role, spec in site.roles.items())
+        formats = ", ".join(f"{role} {spec}" for role, spec in site.roles.items())
         return "exempt" if exempt else "converted", formats
     if candidate:
         return "left", "attention_products is off"
@@ -268,7 +269,7 @@ def _matching(patterns: Sequence[str], names: Sequence[str], setting: str) -> se
     return matched
 
 
-def _roles(recipe: Recipe, exempt: bool) -> dict[str, RoleSpec]:
+def _roles(recipe: Recipe, exempt: bool) -> dict[str, Rounding]:
     return {role: recipe.exempt_roles if exempt else getattr(recipe, role) for role in OPERAND_ROLES}
 
 

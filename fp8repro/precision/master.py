@@ -17,7 +17,9 @@ from torch.nn.utils import get_total_norm
 from fp8repro.engines.cpu import update as native_update
 from fp8repro.engines.quantizer import round_into
 from fp8repro.errors import UserError
-from fp8repro.numerics.recipe import Recipe, RoleSpec
+from fp8repro.numerics.formats import FP16
+from fp8repro.numerics.recipe import Recipe
+from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.precision.bypass import watch_first_pass
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_step import Engine, fused_step, guard_step, unsupported
@@ -64,7 +66,7 @@ class MasterWeights:
                 that is not the model's.
         """
         self.model, self.optimizer = model, optimizer
-        self.spec: RoleSpec = recipe.master
+        self.spec: Rounding = recipe.master
         own = context_of(model)
         if context is not None and own is not None and context is not own:
             raise UserError("context: got another than the model's, expected the one that inject was given, or none")
@@ -82,7 +84,7 @@ class MasterWeights:
             self._check(name, parameter)
         if narrow is None:
             narrow = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        stored = _stored_parameters(model) if narrow and self.spec.float_format.dtype is not None else set()
+        stored = _stored_parameters(model) if narrow and self.spec.format.dtype is not None else set()
         for name, parameter in fresh:
             self._keep(name, parameter)
             if not self.spec.is_identity:
@@ -129,12 +131,12 @@ class MasterWeights:
 
     def _convert(self, name: str, parameter: nn.Parameter, narrow: bool) -> None:
         """Round a parameter to nearest into the storage that it will have."""
-        values, dtype = parameter.data, self.spec.float_format.dtype if narrow else torch.float32
+        values, dtype = parameter.data, self.spec.format.dtype if narrow else torch.float32
         if values.dtype != dtype:
             parameter.data = torch.empty_like(values, dtype=dtype)
         if narrow:
             parameter.grad_dtype = torch.float32
-        self._round(name, parameter, values, "nearest")
+        self._round(name, parameter, values, self.spec.to_nearest)
 
     def _moving(self) -> dict[str, nn.Parameter]:
         """What the next step of the optimizer moves, by name."""
@@ -195,7 +197,7 @@ class MasterWeights:
         if any(p.grad.layout != torch.strided for p in moving.values()):  # type: ignore[union-attr]
             return None
         if self._real_products:
-            if self.spec.format != "fp16":
+            if self.spec.format != FP16:
                 return None
             if len({p.device for p in moving.values()}) > 1:
                 return None
@@ -242,25 +244,17 @@ class MasterWeights:
             updated = parameter.data
             before = master.clone() if measuring else None
             parameter.data = master
-            self._round(name, parameter, updated, self.spec.rounding)
+            self._round(name, parameter, updated, self.spec)
             if before is not None:
                 self.context.telemetry.record_update(name, before, updated, master)
 
-    def _round(self, name: str, parameter: nn.Parameter, values: Tensor, rounding: str) -> None:
+    def _round(self, name: str, parameter: nn.Parameter, values: Tensor, how: Rounding) -> None:
         """Round FP32 values once into a parameter's storage."""
         target = parameter.data
-        round_into(
-            values,
-            self.spec.float_format,
-            rounding,
-            self.spec.overflow,
-            seed=self.context.seed,
-            stream=self.context.stream_number(name, self.context.updates, "master", "master"),
-            subnormal_rounding=self.spec.subnormal_rounding,
-            values=target if target.dtype == torch.float32 else None,
-            codes=None if target.dtype == torch.float32 else target,
-            order=self._order(parameter),
-        )
+        stream = self.context.stream_number(name, self.context.updates, "master", "master")
+        values_out, codes = (target, None) if target.dtype == torch.float32 else (None, target)
+        bits = RandomBits(self.context.seed, stream, self._order(parameter))
+        round_into(values, how, bits, values=values_out, codes=codes)
 
     def _order(self, parameter: nn.Parameter) -> str:
         return "channels_last" if id(parameter) in self._convolutions else "row_major"

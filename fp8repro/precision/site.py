@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from fp8repro.engines.guards import INPUT_DTYPES, plain
-from fp8repro.engines.products import Backend, Operand, Rounding
+from fp8repro.engines.products import Backend, Operand
 from fp8repro.engines.quantizer import round_into
 from fp8repro.errors import UserError
 from fp8repro.numerics.formats import FloatFormat
-from fp8repro.numerics.recipe import RoleSpec
-from fp8repro.numerics.streams import Stream
+from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.precision.context import StepContext
 
 
@@ -53,7 +52,7 @@ class Site:
     """
 
     name: str
-    roles: dict[str, RoleSpec]
+    roles: dict[str, Rounding]
     context: StepContext
     backend: Backend
     round_outputs: bool = True
@@ -70,7 +69,7 @@ class Site:
         """See `StepContext.next_call`; evaluation draws no bits, and its calls are not counted."""
         if not training:
             return 0
-        return self.context.next_call(self.name, self.roles["activation"].rounding == "stochastic")
+        return self.context.next_call(self.name, self.roles["activation"].is_stochastic)
 
     def check(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
         """Raise UserError for tensors whose values the layer would not honour."""
@@ -88,10 +87,10 @@ class Site:
                 "the recipe rounds, and MasterWeights stores 16 bit)"
             )
 
-    def spec(self, role: str, training: bool) -> RoleSpec:
+    def spec(self, role: str, training: bool) -> Rounding:
         """The role's rounding; evaluation always rounds to nearest."""
         spec = self.roles[role]
-        return spec if training else spec.for_evaluation()
+        return spec if training else spec.to_nearest
 
     def operand(self, x: Tensor, role: str, name: str, call: int, training: bool = True, turn: bool = False) -> Operand:
         """Round `x` in one pass to codes and to the values that the backend computes with.
@@ -101,35 +100,35 @@ class Site:
         spec = self.spec(role, training)
         if spec.is_identity:
             return Operand(x, values=x)
-        fmt = spec.float_format
+        fmt = spec.format
         if x.dtype == fmt.dtype and fmt.is_fp8:
             return Operand(x, fmt)
         offered = getattr(x, "offered_codes", None)
         # Who rounded it already has counted nothing.
         if offered is not None and offered[:2] == (x._version, spec) and not self.context.telemetry.active:
             return Operand(offered[2], fmt, turned=offered[3])
-        stream = self._stream(spec, role, name, call)
+        bits = self._bits(spec, role, name, call)
         if fmt.dtype is None:
             # Without a storage dtype the FP32 values are the codes.
             rounded = torch.empty_like(x, dtype=torch.float32)
-            scale = self._round(x, spec, role, name, stream, values=rounded)
+            scale = self._round(x, spec, role, name, bits, values=rounded)
             return Operand(rounded, fmt, scale)
         values = turned = None
         # Random bits count elements row-major, in which rows of a matrix and their tensor agree.
         if turn and self.backend.turns(fmt) and (x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1)):
             rows = x.flatten(0, -2)
             codes, turned = (torch.empty(m.shape, dtype=fmt.dtype, device=x.device) for m in (rows, rows.t()))
-            scale = self._round(rows, spec, role, name, stream, codes=codes, turned=turned)
+            scale = self._round(rows, spec, role, name, bits, codes=codes, turned=turned)
             codes = codes.view(x.shape)
         else:
             dtype = self.backend.value_dtype(fmt)
             codes = torch.empty_like(x, dtype=fmt.dtype)
             values = None if dtype is None else torch.empty_like(x, dtype=dtype)
-            scale = self._round(x, spec, role, name, stream, values=values, codes=codes)
+            scale = self._round(x, spec, role, name, bits, values=values, codes=codes)
             if scale is not None and values is not None:
                 values.div_(scale)
         fresh = x.grad_fn is not None or self.context.scope is not None
-        if values is None and scale is None and spec.rounding != "stochastic" and fresh:
+        if values is None and scale is None and not spec.is_stochastic and fresh:
             # Queries, keys and values are projections of one tensor. What a loop feeds may be a buffer of its own,
             # which it fills again behind autograd's back.
             offer(x, spec, codes, turned)
@@ -144,8 +143,8 @@ class Site:
         if torch.compiler.is_compiling():
             return x
         spec = self.spec("activation", training)
-        alike = spec.rounding != "stochastic" and spec.scaling == "none" and not self.context.telemetry.active
-        if not alike or x.requires_grad or x.device.type != "cpu" or not spec.float_format.is_fp8:
+        alike = not spec.is_stochastic and spec.scaling == "none" and not self.context.telemetry.active
+        if not alike or x.requires_grad or x.device.type != "cpu" or not spec.format.is_fp8:
             return x
         return self.operand(x, "activation", "input_b", 0, training).codes
 
@@ -193,13 +192,10 @@ class Site:
         if role is None or spec is None or spec.is_identity:
             return multiply(self.backend) if total is None else total.add_(multiply(self.backend))
         backend = None
-        stream = self._stream(spec, role, name, call)
+        bits = self._bits(spec, role, name, call)
         # A scale and statistics need the result first.
         if spec.scaling == "none" and not self.context.telemetry.active:
-            fmt, seed = spec.float_format, self.context.seed
-            backend = self.backend.rounding(
-                Rounding(fmt, spec.rounding, spec.overflow, spec.subnormal_rounding, seed, stream, self.order)
-            )
+            backend = self.backend.rounding(spec, bits)
         if backend is not None:
             if total is None:
                 return multiply(backend)
@@ -207,51 +203,39 @@ class Site:
             return total.add_(multiply(backend)) if adding is None else multiply(adding(total))
         result = multiply(self.backend)
         if total is not None and spec.scaling == "none":
-            self._round(result, spec, role, name, stream, values=total, add=True)
+            self._round(result, spec, role, name, bits, values=total, add=True)
             return total
-        scale = self._round(result, spec, role, name, stream, values=result)
+        scale = self._round(result, spec, role, name, bits, values=result)
         result = result if scale is None else result.div_(scale)
         return result if total is None else total.add_(result)
 
-    def _stream(self, spec: RoleSpec, role: str, name: str, call: int) -> Stream:
-        return self.context.stream(self.name, call, name, role) if spec.rounding == "stochastic" else 0
+    def _bits(self, spec: Rounding, role: str, name: str, call: int) -> RandomBits:
+        stream = self.context.stream(self.name, call, name, role) if spec.is_stochastic else 0
+        return RandomBits(self.context.seed, stream, self.order)
 
     def _round(
         self,
         x: Tensor,
-        spec: RoleSpec,
+        spec: Rounding,
         role: str,
         name: str,
-        stream: Stream,
+        bits: RandomBits,
         values: Tensor | None = None,
         codes: Tensor | None = None,
         turned: Tensor | None = None,
         add: bool = False,
     ) -> float | None:
-        scale = tensor_scale(x, spec.float_format) if spec.scaling == "tensor" else None
+        scale = tensor_scale(x, spec.format) if spec.scaling == "tensor" else None
         # In FP32: the product of a 16-bit tensor and the scale may be no 16-bit number.
         x = x if scale is None else x.float() * scale
         # Before rounding: `values` may be x itself.
         self.context.telemetry.count_exponents(self.name, role, name, x)
-        round_into(
-            x,
-            spec.float_format,
-            spec.rounding,
-            spec.overflow,
-            seed=self.context.seed,
-            stream=stream,
-            subnormal_rounding=spec.subnormal_rounding,
-            values=values,
-            codes=codes,
-            turned=turned,
-            stats=self.context.telemetry.buffer(self.name, role, name, x.device),
-            add=add,
-            order=self.order,
-        )
+        stats = self.context.telemetry.buffer(self.name, role, name, x.device)
+        round_into(x, spec, bits, values=values, codes=codes, turned=turned, stats=stats, add=add)
         return scale
 
 
-def offer(x: Tensor, spec: RoleSpec, codes: Tensor, turned: Tensor | None = None) -> None:
+def offer(x: Tensor, spec: Rounding, codes: Tensor, turned: Tensor | None = None) -> None:
     """Spare layers that get `x` a pass over it: its codes under a role that draws no random bits and has no scale.
 
     `turned` is what `Operand.turned` would be, or None.

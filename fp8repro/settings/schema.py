@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fp8repro.errors import UserError
-from fp8repro.numerics.recipe import Recipe, recipe_from_mapping
+from fp8repro.numerics.recipe import Recipe, recipe_from_mapping, recipe_to_mapping
 from fp8repro.settings.lengths import Length, in_steps, read_length, require_ascending, require_unit
 
 TASKS = ("image", "translation")
@@ -153,7 +153,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to a run's config.yaml."""
-        return _plain(asdict(self))
+        return _plain({**asdict(self), "precision": recipe_to_mapping(self.precision)})
 
 
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -232,7 +232,7 @@ def _gather(
         viewed = _bulk_view(source, steps, first)
     outputs, channels, height, width = weight.shape
     pixels = [shape[0] * rows[0] * columns[0] for rows, columns in phases]
-    small = not (epilogue.plain or epilogue.values) and (viewed is None or epilogue.rounding == "stochastic")
+    small = not (epilogue.plain or epilogue.values) and (viewed is None or epilogue.how.is_stochastic)
     table = None if viewed is None else configs.BULK_CONVOLUTION_TILES
     # The axes' sixth number is the count of taps.
     summed = [rows[5] * columns[5] * channels for rows, columns in phases]
@@ -240,7 +240,7 @@ def _gather(
         configs.choose(x.device, count, outputs, k, 1, splittable=False, halves=False, small=small, bulk=table)
         for count, k in zip(pixels, summed, strict=True)
     ]
-    room = all(configs.takes_epilogue(x.device, tile, 1, epilogue.rounding) for tile, _, _ in choices)
+    room = all(configs.takes_epilogue(x.device, tile, 1, epilogue.how.rounding) for tile, _, _ in choices)
     apart = epilogue.values and not epilogue.plain and not room
     stored = Epilogue() if apart else epilogue
     for axes, count, (tile, _, programs) in zip(phases, pixels, choices, strict=True):

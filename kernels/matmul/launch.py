@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from fp8repro.kernels.matmul.device import multiply, turn
-from fp8repro.kernels.quantize.launch import PER_CALL, raw_codes, round_into, rounding_options
+from fp8repro.kernels.quantize.launch import PER_CALL, random_words, raw_codes, round_into, rounding_options
 from fp8repro.kernels.shared import configs
-from fp8repro.kernels.shared.launch import INTERPRETED, capability, cdiv, check_device, launch, signed_words
+from fp8repro.kernels.shared.launch import INTERPRETED, capability, cdiv, check_device, launch
 from fp8repro.kernels.shared.tiles import PROMOTED_FMA
 from fp8repro.kernels.shared.tma import ALIGNMENT, describe, fits
-from fp8repro.numerics.formats import FP32, FloatFormat
-from fp8repro.numerics.streams import Stream
+from fp8repro.numerics.rounding import IDENTITY, RandomBits, Rounding
 
 FP8_DTYPES = (torch.float8_e5m2, torch.float8_e4m3fn)
 PROMOTE_MOST_OFTEN = 32
@@ -27,52 +26,47 @@ OPERANDS = "torch.float8_e5m2 or torch.float8_e4m3fn, or both torch.float16 or t
 
 @dataclass(frozen=True)
 class Epilogue:
-    """How a product's FP32 result is stored: rounded once to `format` (FP32: as it is).
+    """How a product's FP32 result is stored: rounded once, or as it is.
 
     Attributes:
-        format, rounding, overflow, subnormal_rounding, seed, stream: see `fp8repro.quantize`; elements are
-            counted in the result's row-major order, those of images channels last.
+        how, bits: see `quantizer.round_into`; elements are counted in the result's row-major order, those of images
+            channels last.
         overflows: int32 tensor of one value that finite results beyond the format's largest value are added to.
         values: store FP32 values of the format, not its codes. Such results are rounded on the way where that costs
             no registers that the product needs, else in a pass of their own; the bytes are the same.
     """
 
-    format: FloatFormat = FP32
-    rounding: str = "nearest"
-    overflow: str = "inf"
-    subnormal_rounding: str = "same"
-    seed: int = 0
-    stream: Stream = 0
+    how: Rounding = IDENTITY
+    bits: RandomBits = RandomBits()
     overflows: Tensor | None = None
     values: bool = False
 
     @property
     def plain(self) -> bool:
         """True when nothing is rounded."""
-        return self.format.mantissa_bits == FP32.mantissa_bits
+        return self.how.is_identity
 
     def options(self, device: torch.device) -> dict[str, Any]:
         """Compile-time arguments."""
-        options = (self.format, self.rounding, self.overflow, self.subnormal_rounding)
-        return rounding_options(*options, capability(device))
+        return rounding_options(self.how, capability(device))
 
     def words(self) -> tuple[Any, ...]:
-        """The key and stream words of the random bits, as `signed_words` gives them."""
-        return (*signed_words(self.seed), *signed_words(self.stream))
+        """The key and stream words of the random bits."""
+        return random_words(self.bits)
 
     def empty(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """A tensor for the result."""
         if self.values:
             return torch.empty(shape, dtype=torch.float32, device=device)
-        if self.format.dtype is None:
-            raise ValueError(f"format: got {self.format.name}, expected a format with a storage dtype")
-        return torch.empty(shape, dtype=self.format.dtype, device=device)
+        format = self.how.format
+        if format.dtype is None:
+            raise ValueError(f"format: got {format.name}, expected a format with a storage dtype")
+        return torch.empty(shape, dtype=format.dtype, device=device)
 
     def round(self, result: Tensor) -> None:
         """Round a product's FP32 result in a pass of its own."""
         stats = None if self.overflows is None else torch.zeros(4, dtype=torch.float64, device=result.device)
-        options = (self.format, self.rounding, self.overflow, self.seed, self.stream, self.subnormal_rounding)
-        round_into(result, *options, result, None, stats)
+        round_into(result, self.how, self.bits, result, None, stats)
         if self.overflows is not None and stats is not None:
             self.overflows.add_(stats[2].to(torch.int32))
 
@@ -137,7 +131,7 @@ def matmul(
     if bulk is None:
         bulk = configs.bulk_available(a.device)
     described = _described(a3, b3) if bulk and k > 0 else None
-    small = not fp32 and (described is None or epilogue.rounding == "stochastic")
+    small = not fp32 and (described is None or epilogue.how.is_stochastic)
     chosen, chosen_splits, programs = configs.choose(
         a.device,
         m,
@@ -151,9 +145,8 @@ def matmul(
     )
     tile = tile or chosen
     splits = chosen_splits if splits is None else splits
-    apart = (
-        epilogue.values and not epilogue.plain and not configs.takes_epilogue(a.device, tile, splits, epilogue.rounding)
-    )
+    room = configs.takes_epilogue(a.device, tile, splits, epilogue.how.rounding)
+    apart = epilogue.values and not epilogue.plain and not room
     stored = Epilogue() if apart else epilogue
     if splits > 1 and not fp32:
         raise ValueError(f"splits: got {splits}, expected 1 with a rounded result")

@@ -16,6 +16,7 @@ from fp8repro.kernels.norm import device as kernels
 from fp8repro.kernels.shared import codec
 from fp8repro.kernels.shared.launch import INTERPRETED, block_size, capability, cdiv, check_device, launch
 from fp8repro.numerics.formats import FP32, FloatFormat
+from fp8repro.numerics.rounding import Rounding
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn)
 FLAT_BLOCK = 1024
@@ -87,7 +88,7 @@ def batch_norm(
     shape = (batch, height, width, channels)
     y = epilogue.empty(shape, x.device).permute(0, 3, 1, 2)
     plain = Epilogue().empty(shape, x.device).permute(0, 3, 1, 2) if values else None
-    codes = None if kept is None else Epilogue(kept).empty(shape, x.device).permute(0, 3, 1, 2)
+    codes = None if kept is None else Epilogue(Rounding(kept)).empty(shape, x.device).permute(0, 3, 1, 2)
     kept = kept or FP32
     flags = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device) if relu else None
     block = block_size(FLAT_BLOCK, x.numel())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fp8repro.engines.guards import untraced
+from fp8repro.engines.guards import read, untraced
 from fp8repro.kernels.matmul.launch import Epilogue
 from fp8repro.kernels.norm import launch as norm
 from fp8repro.numerics.formats import get_format
@@ -36,26 +36,22 @@ def _batch_forward(
     relu: bool,
     eps: float,
     kept: str,
-    rounded: str,
     rounding: str,
-    overflow: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Training-mode batch normalization + residual + ReLU + rounding of x [B, C, H, W]; see `kernels.norm`.
 
     Args:
         x, weight, bias, residual, relu, eps: see `kernels.norm.batch_norm`.
         kept: format that holds every value of x, whose codes are kept for backward; "" keeps x itself.
-        rounded: format in which the result is wanted too, "" for none.
-        rounding: "nearest" or "toward_zero".
-        overflow: "inf" or "saturate".
+        rounding: how the result is wanted rounded too, without random bits (`guards.spell`); "" for not at all.
 
     Returns:
         Result (FP32, channels_last), its codes, codes of x, ReLU's flags, mean, inverse deviation, biased variance.
     """
-    epilogue = Epilogue(get_format(rounded), rounding, overflow) if rounded else None
+    epilogue = Epilogue(read(rounding)) if rounding else None
     store = get_format(kept) if kept else None
     result = norm.batch_norm(
-        x, weight, bias, residual=residual, relu=relu, eps=eps, epilogue=epilogue, values=bool(rounded), kept=store
+        x, weight, bias, residual=residual, relu=relu, eps=eps, epilogue=epilogue, values=bool(rounding), kept=store
     )
     codes, y = (result.y, result.values) if result.values is not None else (_absent(x), result.y)
     stored = _absent(x) if result.kept is None else result.kept
@@ -75,11 +71,9 @@ def _(
     relu: bool,
     eps: float,
     kept: str,
-    rounded: str,
     rounding: str,
-    overflow: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    codes = _empty_channels_last(x, get_format(rounded).dtype) if rounded else _absent(x)
+    codes = _empty_channels_last(x, read(rounding).format.dtype) if rounding else _absent(x)
     stored = _empty_channels_last(x, get_format(kept).dtype) if kept else _absent(x)
     flags = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8) if relu else _absent(x)
     mean, inverse, variance = (torch.empty_like(weight) for _ in range(3))
@@ -130,7 +124,7 @@ def _batch_norm_gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) 
     masked = ctx.has_residual and flags.numel() > 0
     grad_x, grad_weight, grad_bias, turned = backward(grad, x, weight, flags, mean, inverse, masked)
     grad_residual = (turned if masked else grad) if ctx.has_residual else None
-    return grad_x, grad_weight, grad_bias, grad_residual, None, None, None, None, None, None
+    return grad_x, grad_weight, grad_bias, grad_residual, *[None] * 4
 
 
 def _batch_norm_operators(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -162,15 +156,15 @@ def normalize_batch(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _rows_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, rounded: str, rounding: str, overflow: str
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, rounding: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Layer normalization of x [..., D] and its rounding; arguments as those of `batch_norm`.
 
     Returns:
         Result (FP32), its codes, mean and inverse deviation of each row.
     """
-    epilogue = Epilogue(get_format(rounded), rounding, overflow) if rounded else None
-    y, mean, inverse, values = norm.layer_norm(x, weight, bias, eps=eps, epilogue=epilogue, values=bool(rounded))
+    epilogue = Epilogue(read(rounding)) if rounding else None
+    y, mean, inverse, values = norm.layer_norm(x, weight, bias, eps=eps, epilogue=epilogue, values=bool(rounding))
     return (y, _absent(x), mean, inverse) if values is None else (values, y, mean, inverse)
 
 
@@ -178,10 +172,8 @@ layer_norm = torch.library.custom_op("fp8repro::layer_norm", mutates_args=())(_r
 
 
 @layer_norm.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, rounded: str, rounding: str, overflow: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    codes = x.new_empty(x.shape, dtype=get_format(rounded).dtype) if rounded else _absent(x)
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, rounding: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    codes = x.new_empty(x.shape, dtype=read(rounding).format.dtype) if rounding else _absent(x)
     mean, inverse = (x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32) for _ in range(2))
     return x.new_empty(x.shape, dtype=torch.float32), codes, mean, inverse
 
@@ -211,7 +203,7 @@ def _keep_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 def _layer_norm_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.fp8repro.layer_norm_backward(grad, *ctx.saved_tensors)
-    return (*gradients, None, None, None, None)
+    return (*gradients, None, None)
 
 
 layer_norm.register_autograd(_layer_norm_gradients, setup_context=_keep_layer_norm)
@@ -230,7 +222,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if not untraced(grad):
             return _layer_norm_gradients(ctx, grad)
-        return *norm.layer_norm_backward(grad, *ctx.saved_tensors), None, None, None, None
+        return *norm.layer_norm_backward(grad, *ctx.saved_tensors), None, None
 
 
 def normalize_rows(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

@@ -16,15 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8repro.engines.cpu.layout import turned_matrices
-from fp8repro.engines.guards import address
+from fp8repro.engines.guards import address, read, spell
+from fp8repro.engines.updates import Parameter, Rule
 from fp8repro.kernels.optimizer import device as updates
 from fp8repro.kernels.shared import codec
 from fp8repro.kernels.shared.launch import INTERPRETED, capability, cdiv, check_device, launch, signed_words
-from fp8repro.numerics.formats import get_format
-from fp8repro.numerics.recipe import RoleSpec
 from fp8repro.numerics.reference import counted
+from fp8repro.numerics.rounding import Rounding
 from fp8repro.numerics.streams import signed64
-from fp8repro.precision.fused_step import Parameter, Rule
 
 BLOCK = (1 << 15) if INTERPRETED else 1024
 RULES = {"sgd": 0, "adam": 1, "adamw": 2}
@@ -32,7 +31,7 @@ MASTER_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16}
 
 
 def gradient_control(parameters: Sequence[Parameter], scale: float = 1.0, clip_norm: float | None = None) -> Tensor:
-    """See `fused_step.Engine`; counts the values that are not finite, and does not wait for the result."""
+    """See `updates.Engine`; counts the values that are not finite, and does not wait for the result."""
     partials = [
         gradient_norms([p.grad for p in members], [p.master for p in members], scale) for members in _groups(parameters)
     ]
@@ -66,13 +65,13 @@ def update(
     parameters: Sequence[Parameter],
     rule: Rule,
     step: int,
-    master: RoleSpec,
-    weight: RoleSpec,
+    master: Rounding,
+    weight: Rounding,
     control: Tensor,
     scale: float = 1.0,
     seed: int = 0,
 ) -> None:
-    """See `fused_step.Engine`; launches nothing before all arguments are checked."""
+    """See `updates.Engine`; launches nothing before all arguments are checked."""
     if rule.name not in RULES:
         raise ValueError(f"rule.name: got {rule.name!r}, expected one of {', '.join(RULES)}")
     states = 2 if rule.name != "sgd" else 1 if rule.momentum else 0
@@ -91,15 +90,12 @@ def update(
             (rule.lr, rule.momentum, rule.beta2, rule.eps, rule.weight_decay),
             rule.nesterov,
             step,
-            *(field for spec in (master, weight) for field in _rounding(spec)),
+            spell(master),
+            spell(weight),
             scale,
             signed64(seed),
             members[0].order,
         )
-
-
-def _rounding(spec: RoleSpec) -> tuple[str, str, str, str]:
-    return spec.format, spec.rounding, spec.overflow, spec.subnormal_rounding
 
 
 @torch.library.custom_op("fp8repro::update", mutates_args=("masters", "states", "weights", "updated"))
@@ -115,14 +111,8 @@ def update_group(
     numbers: list[float],
     nesterov: bool,
     step: int,
-    master_format: str,
     master_rounding: str,
-    master_overflow: str,
-    master_subnormal_rounding: str,
-    weight_format: str,
     weight_rounding: str,
-    weight_overflow: str,
-    weight_subnormal_rounding: str,
     scale: float,
     seed: int,
     order: str = "row_major",
@@ -139,7 +129,7 @@ def update_group(
         numbers: learning rate, momentum or first beta, second beta, epsilon, weight decay.
         nesterov, step, scale, seed: as in `update`; the seed is signed.
         order: how elements are counted for their random bits.
-        master_format, weight_format and the rest: fields of a `RoleSpec`.
+        master_rounding, weight_rounding: as `guards.spell` gives them.
     """
     count = len(masters)
     each = len(states) // count
@@ -157,7 +147,8 @@ def update_group(
         for i in range(count)
     ]
     lr, momentum, beta2, eps, weight_decay = numbers
-    master, weight = get_format(master_format), get_format(weight_format)
+    to_master, to_weight = read(master_rounding), read(weight_rounding)
+    master, weight = to_master.format, to_weight.format
     table, chunks = _tables(members)
     launch(
         updates.update,
@@ -183,17 +174,17 @@ def update_group(
         MASTER_TYPE=MASTER_TYPES[masters[0].dtype],
         MASTER_EB=master.exponent_bits,
         MASTER_MB=master.mantissa_bits,
-        MASTER_ROUNDING=codec.ROUNDING_CODES[master_rounding],
-        MASTER_SATURATE=master_overflow == "saturate",
-        MASTER_SUBNORMAL_NEAREST=master_subnormal_rounding == "nearest",
+        MASTER_ROUNDING=codec.ROUNDING_CODES[to_master.rounding],
+        MASTER_SATURATE=to_master.overflow == "saturate",
+        MASTER_SUBNORMAL_NEAREST=to_master.subnormal_rounding == "nearest",
         HAS_UPDATED=bool(updated),
         HAS_WEIGHT=bool(weights),
         WEIGHT_EB=weight.exponent_bits,
         WEIGHT_MB=weight.mantissa_bits,
         WEIGHT_INF=weight.has_infinity,
-        WEIGHT_ROUNDING=codec.rounding_code(weight, weight_rounding, capability(table.device)),
-        WEIGHT_SATURATE=weight_overflow == "saturate",
-        WEIGHT_SUBNORMAL_NEAREST=weight_subnormal_rounding == "nearest",
+        WEIGHT_ROUNDING=codec.rounding_code(weight, to_weight.rounding, capability(table.device)),
+        WEIGHT_SATURATE=to_weight.overflow == "saturate",
+        WEIGHT_SUBNORMAL_NEAREST=to_weight.subnormal_rounding == "nearest",
         PERMUTED=_permuted(members[0]),
         ALIGNED=_aligned(members),
         BLOCK=BLOCK,
@@ -257,7 +248,7 @@ def _walk(t: Tensor) -> tuple[int, ...]:
     return tuple(stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1)
 
 
-def _check(p: Parameter, states: int, weight: RoleSpec) -> None:
+def _check(p: Parameter, states: int, weight: Rounding) -> None:
     check_device("master", p.master)
     if p.master.dtype not in MASTER_TYPES:
         raise ValueError(f"master: got {p.master.dtype}, expected torch.float16 or torch.float32")
@@ -271,9 +262,9 @@ def _check(p: Parameter, states: int, weight: RoleSpec) -> None:
     if p.updated is not None:
         wanted.append(("updated", p.updated, (torch.float32,)))
     if p.weight is not None:
-        wanted.append(("weight", p.weight, (weight.float_format.dtype,)))  # type: ignore[arg-type]
-        if not weight.float_format.is_fp8:
-            raise ValueError(f"weight: got format {weight.format}, expected e5m2 or e4m3")
+        wanted.append(("weight", p.weight, (weight.format.dtype,)))  # type: ignore[arg-type]
+        if not weight.format.is_fp8:
+            raise ValueError(f"weight: got format {weight.format.name}, expected e5m2 or e4m3")
     for name, tensor, dtypes in wanted:
         like = (tensor.shape, _walk(tensor), tensor.device) == (p.master.shape, _walk(p.master), p.master.device)
         if not like or tensor.is_neg() or tensor.dtype not in dtypes:

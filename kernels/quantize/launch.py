@@ -16,7 +16,7 @@ from fp8repro.kernels.quantize import device as kernels
 from fp8repro.kernels.shared import codec
 from fp8repro.kernels.shared.launch import block_size, capability, cdiv, check_device, launch, signed_words
 from fp8repro.numerics.formats import FloatFormat
-from fp8repro.numerics.streams import Stream
+from fp8repro.numerics.rounding import RandomBits, Rounding
 
 FLAT_BLOCK = 2048
 TILE_ROWS, TILE_COLUMNS = 32, 128  # of what is written in both layouts
@@ -27,36 +27,32 @@ GRID_LIMIT = 65535  # CUDA's, in the two outer directions
 
 def round_into(
     x: Tensor,
-    format: FloatFormat,
-    rounding: str,
-    overflow: str,
-    seed: int,
-    stream: Stream,
-    subnormal_rounding: str,
+    how: Rounding,
+    bits: RandomBits,
     values: Tensor | None,
     codes: Tensor | None,
     stats: Tensor | None,
 ) -> None:
-    """Round `x` in one pass into preallocated outputs (see `fp8repro.quantize.round_into`).
+    """Round `x` in one pass into preallocated outputs (see `quantizer.round_into`); elements are counted row-major.
 
     Raises:
         ValueError: an argument's device, dtype or shape is not what the kernel takes; nothing was launched.
     """
-    _check(x, format, values, codes, stats)
+    _check(x, how.format, values, codes, stats)
     if x.numel() == 0:
         return
-    if format.mantissa_bits == 23:
+    if how.is_identity:
         # The identity; not worth a kernel.
         _copy_identity(x, values, codes, stats)
         return
     if any(t is not None and t.is_neg() for t in (x, values, codes)):
-        _round_copies(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
+        _round_copies(x, how, bits, values, codes, stats)
         return
-    options = rounding_options(format, rounding, overflow, subnormal_rounding, capability(x.device))
-    words = (*signed_words(seed), *signed_words(stream))
+    options = rounding_options(how, capability(x.device))
+    words = random_words(bits)
     outputs = (None if values is None else _raw(values), None if codes is None else raw_codes(codes))
     present = [_raw(x), *(t for t in outputs if t is not None)]
-    sizes, strides = _collapse(tuple(x.shape), tuple(t.stride() for t in present), rounding == "stochastic")
+    sizes, strides = _collapse(tuple(x.shape), tuple(t.stride() for t in present), how.is_stochastic)
     count = x.numel()
     pointers = (_raw(x), *outputs, stats)
 
@@ -78,7 +74,7 @@ def round_into(
         return
     if len(sizes) > MAX_DIMS:
         # Rare: five dimensions that do not merge. One copy makes them one.
-        _round_copies(x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats)
+        _round_copies(x, how, bits, values, codes, stats)
         return
     padding = MAX_DIMS - len(sizes)
     sizes = (1,) * padding + sizes
@@ -89,11 +85,12 @@ def round_into(
     launch(kernels.round_strided, (cdiv(count, block),), x.device, *arguments, **options, BLOCK=block)
 
 
-def _round_copies(x: Tensor, format: FloatFormat, *options: Any) -> None:
+def _round_copies(
+    x: Tensor, how: Rounding, bits: RandomBits, values: Tensor | None, codes: Tensor | None, stats: Tensor | None
+) -> None:
     """Round a copy in logical order, for tensors whose memory no kernel can walk."""
-    *others, values, codes, stats = options
     inner = _dense_like(values), _dense_like(codes)
-    round_into(x.resolve_neg().contiguous(), format, *others, *inner, stats)
+    round_into(x.resolve_neg().contiguous(), how, bits, *inner, stats)
     for target, copy in zip((values, codes), inner, strict=True):
         if target is not None:
             target.copy_(copy)
@@ -101,12 +98,8 @@ def _round_copies(x: Tensor, format: FloatFormat, *options: Any) -> None:
 
 def round_transpose(
     x: Tensor,
-    format: FloatFormat,
-    rounding: str = "nearest",
-    overflow: str = "inf",
-    seed: int = 0,
-    stream: Stream = 0,
-    subnormal_rounding: str = "same",
+    how: Rounding,
+    bits: RandomBits = RandomBits(),
     stats: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -117,7 +110,7 @@ def round_transpose(
 
     Args:
         x: rows of a matrix may lie apart; anything else is copied first.
-        format, rounding, overflow, seed, stream, subnormal_rounding, stats: see `round_into`.
+        how, bits, stats: see `round_into`.
         out: where to write the results; new tensors by default.
 
     Returns:
@@ -128,7 +121,8 @@ def round_transpose(
     """
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., M, K]")
-    if format.dtype is None or format.mantissa_bits == 23:
+    format = how.format
+    if format.dtype is None or how.is_identity:
         raise ValueError(f"format: got {format.name}, expected a format of 8 or 16 bits with a storage dtype")
     if out is None:
         shapes = (x.shape, (*x.shape[:-2], x.shape[-1], x.shape[-2]))
@@ -144,7 +138,7 @@ def round_transpose(
     row_block, column_block = block_size(TILE_ROWS, rows, 256), block_size(TILE_COLUMNS, columns, 256)
     grid = (cdiv(rows, row_block), cdiv(columns, column_block), batch)
     if max(grid[1:]) > GRID_LIMIT:
-        round_into(x, format, rounding, overflow, seed, stream, subnormal_rounding, None, codes, stats)
+        round_into(x, how, bits, None, codes, stats)
         transposed.copy_(codes.transpose(-1, -2))
         return codes, transposed
     dense = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
@@ -166,9 +160,8 @@ def round_transpose(
         rows,
         columns,
         dense.stride(-2),
-        *signed_words(seed),
-        *signed_words(stream),
-        **rounding_options(format, rounding, overflow, subnormal_rounding, capability(x.device)),
+        *random_words(bits),
+        **rounding_options(how, capability(x.device)),
         WHOLE_GROUPS=columns % PER_CALL == 0,
         PACKED=packed,
         ROWS=row_block,
@@ -187,18 +180,22 @@ def _check_turned(codes: Tensor, transposed: Tensor) -> None:
             raise ValueError(f"{name}: got strides {tensor.stride()}, expected contiguous")
 
 
-def rounding_options(
-    format: FloatFormat, rounding: str, overflow: str, subnormal_rounding: str, capability: tuple[int, int]
-) -> dict[str, Any]:
+def random_words(bits: RandomBits) -> tuple[Any, ...]:
+    """The words of seed and stream as kernels take them (`launch.signed_words`)."""
+    return (*signed_words(bits.seed), *signed_words(bits.stream))
+
+
+def rounding_options(how: Rounding, capability: tuple[int, int]) -> dict[str, Any]:
     """The compile-time arguments that say how a kernel rounds; `capability`: see `launch.capability`."""
+    format = how.format
     return {
         "MAX": format.max,
         "EB": format.exponent_bits,
         "MB": format.mantissa_bits,
         "INF": format.has_infinity,
-        "ROUNDING": codec.rounding_code(format, rounding, capability),
-        "SATURATE": overflow == "saturate",
-        "SUBNORMAL_NEAREST": subnormal_rounding == "nearest",
+        "ROUNDING": codec.rounding_code(format, how.rounding, capability),
+        "SATURATE": how.overflow == "saturate",
+        "SUBNORMAL_NEAREST": how.subnormal_rounding == "nearest",
     }
 
 

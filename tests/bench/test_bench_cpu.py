@@ -14,6 +14,7 @@ from fp8repro.bench import quantize, step
 from fp8repro.bench.cpu import PINNING, ForeignLoad, interleaved_medians, relaunch_pinned, report, rows
 from fp8repro.engines.cpu import rounding as native
 from fp8repro.numerics.reference import round_to_format
+from fp8repro.numerics.rounding import Rounding
 
 
 def test_work_is_done_in_turns_and_two_rounds_are_not_measured():
@@ -58,7 +59,7 @@ def test_the_measured_quantizer_calls_give_the_reference_values():
     assert {"copy_", "nearest", "stochastic"} <= set(work)
     for call in work.values():
         call()
-    assert torch.equal(work["x.to(float8_e5m2).float()"](), round_to_format(x, quantize.E5M2))
+    assert torch.equal(work["x.to(float8_e5m2).float()"](), round_to_format(x, Rounding(quantize.E5M2)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])

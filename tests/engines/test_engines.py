@@ -15,7 +15,7 @@ from fp8repro import inject, quantize
 from fp8repro.engines import quantizer
 from fp8repro.engines.cpu import bf16_products as products
 from fp8repro.engines.cpu import rounding as native
-from fp8repro.engines.guards import read_format, spell_format, untraced
+from fp8repro.engines.guards import read_format, spell, spell_format, untraced
 from fp8repro.engines.products import decode
 from fp8repro.engines.quantizer import round_into, rounded, rounded_into
 from fp8repro.errors import UserError
@@ -23,6 +23,7 @@ from fp8repro.kernels.quantize import launch as kernels
 from fp8repro.kernels.shared.launch import INTERPRETED
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import E4M3, E5M2, FORMATS, FP16, FloatFormat
+from fp8repro.numerics.rounding import CHOICES, RandomBits, Rounding
 
 needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="kernels take no CPU tensors")
@@ -47,7 +48,7 @@ def rounds(x, out="float8"):
 
 
 def oracle(x):
-    return reference.round_to_format(x, E5M2, "stochastic", "inf", SEED, STREAM)
+    return reference.round_to_format(x, Rounding(E5M2, "stochastic"), RandomBits(SEED, STREAM))
 
 
 class Rounds(nn.Module):
@@ -67,8 +68,8 @@ def test_a_tensor_without_data_gives_one(out):
         y = rounds(torch.empty(4, 6).t(), out)
         assert (type(y).__name__, y.shape, y.stride()) == ("FakeTensor", (6, 4), (1, 6))
         values = torch.empty(3)
-        round_into(torch.empty(3), E5M2, "nearest", "inf", values=values)
-    round_into(x, E5M2, "nearest", "inf", values=torch.empty_like(x))
+        round_into(torch.empty(3), Rounding(E5M2), values=values)
+    round_into(x, Rounding(E5M2), values=torch.empty_like(x))
     assert decode(torch.empty(3, dtype=torch.float8_e5m2, device="meta")).is_meta
 
 
@@ -96,16 +97,16 @@ def test_a_graph_rounds_what_it_is_run_on(tracer):
 def test_a_graph_holds_what_is_rounded_into_given_tensors(target):
     def f(x):
         values, codes = torch.zeros_like(x), torch.zeros_like(x, dtype=E5M2.dtype)
-        options = {"seed": SEED, "stream": STREAM}
+        how, bits = Rounding(E5M2, "stochastic"), RandomBits(SEED, STREAM)
         if target == "in place":
             values = x * 1
-            round_into(values, E5M2, "stochastic", "inf", **options, values=values)
+            round_into(values, how, bits, values=values)
         elif target == "added":
-            round_into(x, E5M2, "stochastic", "inf", **options, values=values, add=True)
+            round_into(x, how, bits, values=values, add=True)
         else:
             given = {"values": values, "codes": codes}
             given = given if target == "both" else {target: given[target]}
-            round_into(x, E5M2, "stochastic", "inf", **options, **given)
+            round_into(x, how, bits, **given)
         return codes.float() if target == "codes" else values
 
     x = draw(4, 6, seed=1)
@@ -117,7 +118,7 @@ def test_a_format_of_ones_own_goes_through_a_graph():
     mine = FloatFormat("mine/1", 4, 5)
     graph = make_fx(lambda x: quantize(x, mine, out="float32"))(draw(9))
     x = draw(9, seed=1)
-    assert torch.equal(graph(x), reference.round_to_format(x, mine))
+    assert torch.equal(graph(x), reference.round_to_format(x, Rounding(mine)))
     for format in (*FORMATS.values(), mine, FloatFormat("", 4, 3, False, E4M3.dtype)):
         assert read_format(spell_format(format)) == format
 
@@ -125,11 +126,17 @@ def test_a_format_of_ones_own_goes_through_a_graph():
 def test_operators_hold_what_torch_asks_of_them():
     # In 16 bit: the checker itself cannot compute with FP8 tensors.
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    options = ("stochastic", "inf", -1, -(2**63), "same")
+    options = (-1, -(2**63))
     outputs = (draw(5, 8), draw(5, 8).half(), torch.zeros(4, dtype=torch.float64))
-    torch.library.opcheck(rounded_into, (draw(5, 8), "fp16", *options, *outputs), test_utils=utilities)
-    torch.library.opcheck(rounded, (draw(5, 8).t().requires_grad_(), "e5m2", *options), test_utils=utilities)
-    torch.library.opcheck(rounded, (draw(5, 8).t(), "fp16", *options, "float8"), test_utils=utilities)
+    torch.library.opcheck(
+        rounded_into, (draw(5, 8), spell(Rounding(FP16, "stochastic")), *options, *outputs), test_utils=utilities
+    )
+    torch.library.opcheck(
+        rounded, (draw(5, 8).t().requires_grad_(), spell(Rounding(E5M2, "stochastic")), *options), test_utils=utilities
+    )
+    torch.library.opcheck(
+        rounded, (draw(5, 8).t(), spell(Rounding(FP16, "stochastic")), *options, "float8"), test_utils=utilities
+    )
 
 
 def test_nobody_pays_for_an_operator_where_nobody_traces(monkeypatch):
@@ -275,7 +282,7 @@ def test_views_with_a_sign_of_their_own_keep_it(engine, where):
         values = torch._neg_view(values)
     else:
         codes = torch._neg_view(codes)
-    engine(x, FP16, "stochastic", "inf", 1, 2, "same", values, codes, None)
+    engine(x, Rounding(FP16, "stochastic"), RandomBits(1, 2), values, codes, None)
     assert same(values, expected.float())
     assert same(codes, expected)
 
@@ -285,15 +292,15 @@ def test_quantize_and_round_into_keep_signs():
     view = torch._neg_view(-x)
     assert same(quantize(view), quantize(x))
     for values in (torch.zeros(6, 5), torch._neg_view(torch.zeros(6, 5))):
-        round_into(view, E5M2, "nearest", "inf", values=values)
+        round_into(view, Rounding(E5M2), values=values)
         assert same(values, quantize(x, out="float32"))
-        round_into(view, E5M2, "nearest", "inf", values=values, add=True)
+        round_into(view, Rounding(E5M2), values=values, add=True)
         assert same(values, 2 * quantize(x, out="float32"))
     in_place = torch._neg_view(-x)
-    round_into(in_place, E5M2, "nearest", "inf", values=in_place)
+    round_into(in_place, Rounding(E5M2), values=in_place)
     assert same(in_place, quantize(x, out="float32"))
     assert not native.walks(view)
-    options = ("e5m2", "nearest", "inf", 0, 0, "same")
+    options = (spell(Rounding(E5M2)), 0, 0)
     assert same(rounded(view, *options), quantize(x, out="float32"))
     values = torch.zeros(6, 5)
     rounded_into(view, *options, values, None, None)
@@ -323,7 +330,7 @@ def test_quantize_and_round_into_keep_signs():
     ],
 )
 def test_what_is_no_dense_tensor_of_the_three_dtypes_is_refused(build, message):
-    for call in (quantize, lambda x: round_into(x, E5M2, "nearest", "inf")):
+    for call in (quantize, lambda x: round_into(x, Rounding(E5M2))):
         with pytest.raises(TypeError, match=rf"x: got .*{message}.*, expected a torch\.float32"):
             call(build())
 
@@ -341,7 +348,7 @@ def test_outputs_that_do_not_fit_are_refused_before_anything_is_written():
         {"values": torch.zeros(4, 6), "stats": torch.zeros(4)},
     ):
         with pytest.raises(ValueError, match=r"got .*, expected"):
-            round_into(x, E5M2, "nearest", "inf", **outputs)
+            round_into(x, Rounding(E5M2), **outputs)
 
 
 def test_memory_that_was_given_back_is_not_read():
@@ -379,9 +386,7 @@ def test_a_layer_refuses_fp64():
 # ---- Derivatives ----
 
 
-@pytest.mark.parametrize(
-    "call", [quantize, lambda x, **_: torch.ops.fp8repro.quantize(x, *["e5m2", "nearest", "inf"], 0, 0, "same")]
-)
+@pytest.mark.parametrize("call", [quantize, lambda x, **_: torch.ops.fp8repro.quantize(x, spell(Rounding(E5M2)), 0, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_are_differentiated_straight_through(call, dtype):
     x, error = draw(5, 8).to(dtype).requires_grad_(), draw(5, 8, seed=1)
@@ -393,7 +398,7 @@ def test_values_are_differentiated_straight_through(call, dtype):
 
 def test_codes_have_no_derivative():
     x = draw(5).requires_grad_()
-    for call in (quantize, lambda x: rounded(x, "e5m2", "nearest", "inf", 0, 0, "same", "float8")):
+    for call in (quantize, lambda x: rounded(x, spell(Rounding(E5M2)), 0, 0, "float8")):
         with pytest.raises(ValueError, match=r"expected float32 \(straight-through\), or x\.detach"):
             call(x)
         with torch.no_grad():
@@ -416,7 +421,7 @@ def test_functional_derivatives_are_straight_through():
     assert torch.equal(each, tangent[:1].expand(3, 8))
 
 
-@pytest.mark.parametrize(("rounding", "dim"), list(itertools.product(reference.ROUNDINGS, (0, 1))))
+@pytest.mark.parametrize(("rounding", "dim"), list(itertools.product(CHOICES["rounding"], (0, 1))))
 def test_every_tensor_of_a_batch_draws_the_bits_that_it_draws_alone(rounding, dim):
     x = draw(4, 6, 5)
     found = torch.func.vmap(lambda t: quantize(t, rounding=rounding, seed=SEED, stream=STREAM), in_dims=dim)(x)
@@ -428,9 +433,9 @@ def test_writes_are_seen_by_autograd():
     w = draw(5).requires_grad_()
     x = draw(5)
     y = (w * x).sum()
-    round_into(x, E5M2, "nearest", "inf", values=x)
+    round_into(x, Rounding(E5M2), values=x)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
     with torch.inference_mode():
         x = draw(5)
-        round_into(x, E5M2, "nearest", "inf", values=x)
+        round_into(x, Rounding(E5M2), values=x)

@@ -14,6 +14,7 @@ from fp8repro.engines.cpu import rounding as native
 from fp8repro.engines.cpu.layout import plan
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import BF16, E4M3, E5M2, FP16
+from fp8repro.numerics.rounding import CHOICES, RandomBits, Rounding
 
 PROGRAM = """
 import zlib, torch, fp8repro
@@ -71,11 +72,11 @@ def test_lesser_machines_get_the_same_bytes(march):
     in_eights = x[:, :16].contiguous()
     for source in (x, channels_last, channels_last.movedim(1, -1), in_eights.movedim(1, -1), x.half(), x.bfloat16()):
         for format in (E5M2, E4M3, FP16, BF16):
-            for rounding in reference.ROUNDINGS:
+            for rounding in CHOICES["rounding"]:
                 got, mine = (torch.empty_like(source, dtype=torch.float32) for _ in range(2))
                 codes, my_codes = (torch.empty_like(source, dtype=format.dtype) for _ in range(2))
-                native.round_into(source, format, rounding, "inf", 1, 2, "same", got, codes, None, engine)
-                native.round_into(source, format, rounding, "inf", 1, 2, "same", mine, my_codes, None)
+                native.round_into(source, Rounding(format, rounding), RandomBits(1, 2), got, codes, None, engine)
+                native.round_into(source, Rounding(format, rounding), RandomBits(1, 2), mine, my_codes, None)
                 assert torch.equal(got.view(torch.int32), mine.view(torch.int32))
                 width = torch.uint8 if format.is_fp8 else torch.int16
                 assert torch.equal(codes.view(width), my_codes.view(width))
@@ -150,12 +151,12 @@ print(without, sum(faults() for _ in range(5)), kept)
 def test_values_that_need_no_random_bits_change_no_others(format, subnormal_rounding):
     """Blocks of values of the format among others, and the other way round: what draws nothing must move nothing."""
     x = torch.randn(40_000, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.linspace(-30, 20, 40_000)
-    rounded = reference.round_to_format(x, format, "nearest", "inf", 0, 0)
+    rounded = reference.round_to_format(x, Rounding(format), RandomBits(0, 0))
     rows = torch.arange(x.numel()) // 64
     x = torch.where((rows % 3 == 0) ^ (rows // 64 % 2 == 0), rounded, x)
     got = torch.empty_like(x)
-    native.round_into(x, format, "stochastic", "inf", 1, 2, subnormal_rounding, got, None, None)
-    expected = reference.round_to_format(x, format, "stochastic", "inf", 1, 2, subnormal_rounding)
+    native.round_into(x, Rounding(format, "stochastic", "inf", subnormal_rounding), RandomBits(1, 2), got, None, None)
+    expected = reference.round_to_format(x, Rounding(format, "stochastic", "inf", subnormal_rounding), RandomBits(1, 2))
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -164,7 +165,7 @@ def test_runs_that_are_visited_as_they_lie_in_memory_draw_by_their_logical_place
     heads = torch.randn(7, 3, 5 * 24).unflatten(-1, (5, 24)).permute(1, 2, 0, 3)
     for x in (heads, heads.transpose(0, 1), heads[:, 1:, ::2]):
         got, codes = torch.empty_like(x), torch.empty(x.shape, dtype=E5M2.dtype)
-        native.round_into(x, E5M2, "stochastic", "inf", 1, 2, "same", got, codes, None)
-        expected = reference.round_to_format(x, E5M2, "stochastic", "inf", 1, 2)
+        native.round_into(x, Rounding(E5M2, "stochastic"), RandomBits(1, 2), got, codes, None)
+        expected = reference.round_to_format(x, Rounding(E5M2, "stochastic"), RandomBits(1, 2))
         assert torch.equal(got, expected)
         assert torch.equal(codes.float(), expected)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 import fp8repro
 from fp8repro.engines.cpu import bf16_products as products
-from fp8repro.engines.products import Conv2dGeometry, EmulateBackend, Operand, Rounding
+from fp8repro.engines.products import Conv2dGeometry, EmulateBackend, Operand
 from fp8repro.engines.quantizer import round_into
 from fp8repro.engines.select import select_backend
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import E4M3, E5M2, FP16, FloatFormat
+from fp8repro.numerics.rounding import RandomBits, Rounding
 
 if products.library() is None:
     pytest.skip("no BF16 instructions or no compiler", allow_module_level=True)
@@ -258,7 +259,7 @@ def test_auto_takes_fp32_products_where_the_cpu_multiplies_bf16_no_faster(kernel
 @pytest.mark.parametrize("scale", [None, 4.0])
 def test_results_rounded_on_the_way_are_those_of_a_pass_of_its_own(rounding, scale):
     fmt = E4M3 if scale else E5M2
-    how = Rounding(fmt, rounding, "saturate", "same", 5, 6)
+    how, bits = Rounding(fmt, rounding, "saturate"), RandomBits(5, 6)
     bias = torch.randn(70)
     pairs = {
         # Many panels and blocks of rows, a width that is no multiple of 4, and few rows, whose columns are shared out.
@@ -278,12 +279,14 @@ def test_results_rounded_on_the_way_are_those_of_a_pass_of_its_own(rounding, sca
                 method = "linear" if name == "other operands" else name
                 extra = {"linear": (bias if name == "linear" else None,)}.get(method, ())
                 expected = getattr(products.Bf16Backend(), method)(a, b, *extra)
-                round_into(expected, fmt, rounding, "saturate", seed=5, stream=6, values=expected)
-                assert torch.equal(getattr(products.Bf16Backend().rounding(how), method)(a, b, *extra), expected), name
+                round_into(expected, Rounding(fmt, rounding, "saturate"), RandomBits(5, 6), values=expected)
+                assert torch.equal(
+                    getattr(products.Bf16Backend().rounding(how, bits), method)(a, b, *extra), expected
+                ), name
                 if method == "linear_gradient":
                     total = torch.randn(expected.shape)
                     summed = total + expected
-                    backend = products.Bf16Backend().rounding(how).adding(total)
+                    backend = products.Bf16Backend().rounding(how, bits).adding(total)
                     assert backend.linear_gradient(a, b) is total
                     assert torch.equal(total, summed)
     finally:
@@ -305,10 +308,10 @@ def test_results_rounded_on_the_way_are_those_of_a_pass_of_its_own(rounding, sca
 )
 def test_convolutions_rounded_on_the_way_count_channels_last(shape, weight, geometry, rounding, scale, layout):
     fmt = E4M3 if scale else E5M2
-    how = Rounding(fmt, rounding, "saturate", "same", 5, 6, "channels_last")
+    how, bits = Rounding(fmt, rounding, "saturate"), RandomBits(5, 6, "channels_last")
     x, w = operand(*shape, scale=scale), operand(*weight)
     bias, like = torch.randn(weight[0]), torch.empty(shape).contiguous(memory_format=layout)
-    plain, rounded = products.Bf16Backend(), products.Bf16Backend().rounding(how)
+    plain, rounded = products.Bf16Backend(), products.Bf16Backend().rounding(how, bits)
     y = plain.conv2d(x, w, bias, geometry)
     error = operand(*y.shape)
     for multiply in (
@@ -317,7 +320,9 @@ def test_convolutions_rounded_on_the_way_count_channels_last(shape, weight, geom
         lambda backend: backend.conv2d_gradient(error, x, geometry, w.codes),
     ):
         exact = multiply(plain)
-        expected = reference.round_to_format(exact, fmt, rounding, "saturate", 5, 6, order="channels_last")
+        expected = reference.round_to_format(
+            exact, Rounding(fmt, rounding, "saturate"), RandomBits(5, 6, "channels_last")
+        )
         given = multiply(rounded)
         assert torch.equal(given, expected)
         assert given.stride() == exact.stride()

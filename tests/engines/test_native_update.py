@@ -13,7 +13,8 @@ from fp8repro.engines.cpu import build
 from fp8repro.engines.cpu import update as engine
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import BF16, FP16
-from fp8repro.numerics.recipe import RoleSpec, load_recipe
+from fp8repro.numerics.recipe import load_recipe
+from fp8repro.numerics.rounding import ORDERS, RandomBits, Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_step import Parameter, Rule, fused_step, unsupported
 from fp8repro.precision.injection import inject
@@ -21,7 +22,7 @@ from fp8repro.precision.master import MasterWeights
 
 pytestmark = pytest.mark.skipif(build.load("update") is None, reason="no C++ compiler")
 
-FP16_MASTER = RoleSpec("fp16", "stochastic")
+FP16_MASTER = Rounding("fp16", "stochastic")
 RULES = {
     "sgd": Rule("sgd", 0.1, 0.9, weight_decay=1e-4),
     "plain sgd": Rule("sgd", 0.1, 0.0),
@@ -86,7 +87,7 @@ def test_three_steps_are_torchs(name: str) -> None:
         norm = torch.nn.utils.get_total_norm([p.grad for p in expected])
         control = engine.gradient_control(ours, scale, clip_norm=1e6)
         assert control[2].item() == pytest.approx(norm.item(), rel=1e-6)
-        engine.update(ours, rule, step, FP16_MASTER, RoleSpec(), control, scale)
+        engine.update(ours, rule, step, FP16_MASTER, Rounding(), control, scale)
         for mine in ours:
             mine.master.copy_(mine.updated)  # as if FP16 had been as wide
         optimizer.step()
@@ -103,17 +104,19 @@ def test_three_steps_are_torchs(name: str) -> None:
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "toward_zero"])
 @pytest.mark.parametrize("format", [FP16, BF16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("stored", [True, False])
-@pytest.mark.parametrize("order", reference.ORDERS)
+@pytest.mark.parametrize("order", ORDERS)
 def test_masters_are_the_rounded_results(rounding: str, format: object, stored: bool, order: str) -> None:
-    rule, seed, spec = RULES["adam"], 2**63 + 9, RoleSpec("fp16" if format is FP16 else "bf16", rounding)
+    rule, seed, spec = RULES["adam"], 2**63 + 9, Rounding("fp16" if format is FP16 else "bf16", rounding)
     masters = [t.to(format.dtype) for t in tensors()]
     masters = masters if stored else [m.float() for m in masters]
     grads = tensors(seed=1)
     grads[3][7], grads[3][8] = 3e38, 1e-30  # overflow and underflow of squares and of FP16
     parameters = parameters_of(rule, masters, grads, measured=True, order=order)
-    engine.update(parameters, rule, 1, spec, RoleSpec(), engine.gradient_control(parameters), seed=seed)
+    engine.update(parameters, rule, 1, spec, Rounding(), engine.gradient_control(parameters), seed=seed)
     for p in parameters:
-        wanted = reference.round_to_format(p.updated, format, rounding, "inf", seed, p.master_stream, order=order)
+        wanted = reference.round_to_format(
+            p.updated, Rounding(format, rounding), RandomBits(seed, p.master_stream, order)
+        )
         assert torch.equal(p.master.float(), wanted)
 
 
@@ -126,7 +129,7 @@ def test_every_machine_and_thread_count_gives_the_same_bytes(march: str, monkeyp
         torch.set_num_threads(threads)
         parameters = parameters_of(RULES["adam"], [t.half() for t in tensors()], tensors(seed=1))
         control = engine.gradient_control(parameters, 64.0, clip_norm=3.0)
-        engine.update(parameters, RULES["adam"], 2, FP16_MASTER, RoleSpec(), control, 64.0, seed=5)
+        engine.update(parameters, RULES["adam"], 2, FP16_MASTER, Rounding(), control, 64.0, seed=5)
         return [control, *(p.master for p in parameters), *(s for p in parameters for s in p.state)]
 
     before = torch.get_num_threads()
@@ -153,7 +156,7 @@ def test_one_non_finite_gradient_stops_every_tensor(bad: float) -> None:
     parameters = parameters_of(RULES["sgd"], masters, grads)
     control = engine.gradient_control(parameters)
     assert control[0] == 1
-    engine.update(parameters, RULES["sgd"], 1, FP16_MASTER, RoleSpec(), control)
+    engine.update(parameters, RULES["sgd"], 1, FP16_MASTER, Rounding(), control)
     assert all(torch.equal(m, b) for m, b in zip(masters, before, strict=True))
     assert not any(p.state[0].any() for p in parameters)
 
@@ -255,4 +258,4 @@ def test_hooks_around_the_optimizer_keep_its_own_step() -> None:
 def test_bad_argument_is_named(argument: str, change: dict[str, Tensor]) -> None:
     given = {"master": torch.zeros(4, 4), "grad": torch.zeros(4, 4), "state": (torch.zeros(4, 4),), **change}
     with pytest.raises(ValueError, match=f"^{argument}: got .*, expected "):
-        engine.update([Parameter(**given)], RULES["sgd"], 1, FP16_MASTER, RoleSpec(), torch.zeros(3).double())
+        engine.update([Parameter(**given)], RULES["sgd"], 1, FP16_MASTER, Rounding(), torch.zeros(3).double())

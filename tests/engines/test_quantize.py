@@ -15,10 +15,11 @@ from fp8repro.engines import quantizer
 from fp8repro.engines.cpu import rounding as native
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import BF16, E4M3, E5M2, FP16, FP16_169, FP32, FloatFormat
+from fp8repro.numerics.rounding import CHOICES, RandomBits, Rounding
 
 FORMATS = (E5M2, E4M3, FP16, BF16, FP16_169)
 ORACLES = {"e5m2": ml_dtypes.float8_e5m2, "e4m3": ml_dtypes.float8_e4m3fn}
-OPTIONS = list(itertools.product(reference.ROUNDINGS, reference.OVERFLOWS, reference.SUBNORMAL_ROUNDINGS))
+OPTIONS = list(itertools.product(CHOICES["rounding"], CHOICES["overflow"], CHOICES["subnormal_rounding"]))
 SEED, STREAM = 2**63 + 987654321, 0xFEDCBA9876543210
 
 needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
@@ -82,9 +83,11 @@ def oracle(x: torch.Tensor, format: FloatFormat) -> torch.Tensor:
 def test_every_16_bit_pattern_is_rounded_as_ml_dtypes_does(engine, format, dtype):
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     codes = torch.empty_like(x, dtype=format.dtype)
-    engine(x, format, "nearest", "inf", 0, 0, "same", None, codes, None)
+    engine(x, Rounding(format), RandomBits(), None, codes, None)
     assert_same(codes, oracle(x, format))
-    assert_same(reference.encode(reference.round_to_format(x, format), format).view(format.dtype), oracle(x, format))
+    assert_same(
+        reference.encode(reference.round_to_format(x, Rounding(format)), format).view(format.dtype), oracle(x, format)
+    )
 
 
 @pytest.mark.parametrize("format", [E5M2, E4M3], ids=lambda f: f.name)
@@ -94,7 +97,7 @@ def test_ten_million_fp32_patterns_and_all_boundaries_are_rounded_as_ml_dtypes_d
     assert_same(fp8repro.quantize(x, format), expected)
     assert_same(fp8repro.quantize(x, format, out="float32"), expected.float())
     few = torch.cat([x[:200_000], boundaries(format)])
-    assert_same(reference.round_to_format(few, format), oracle(few, format).float())
+    assert_same(reference.round_to_format(few, Rounding(format)), oracle(few, format).float())
 
 
 def test_fp16_and_bf16_are_rounded_as_torch_does():
@@ -112,11 +115,12 @@ def test_fp16_and_bf16_are_rounded_as_torch_does():
 def test_engines_give_the_reference_bytes_with_every_option(engine, format, dtype):
     x = everything(6007, dtype)
     for rounding, overflow, subnormal in OPTIONS:
-        expected = reference.round_to_format(x, format, rounding, overflow, SEED, STREAM, subnormal)
+        how, bits = Rounding(format, rounding, overflow, subnormal), RandomBits(SEED, STREAM)
+        expected = reference.round_to_format(x, how, bits)
         codes = None if format.dtype is None else torch.empty_like(x, dtype=format.dtype)
         for value_dtype in (torch.float32, torch.bfloat16):
             values = torch.empty_like(x, dtype=value_dtype)
-            engine(x, format, rounding, overflow, SEED, STREAM, subnormal, values, codes, None)
+            engine(x, how, bits, values, codes, None)
             assert_same(values, expected.to(value_dtype))
             if codes is not None:
                 assert_same(codes, expected.to(format.dtype))
@@ -154,13 +158,13 @@ LAYOUTS = _layouts()
 def test_random_bits_follow_the_logical_order_in_every_layout(engine, layout):
     x = LAYOUTS[layout]
     for rounding in ("nearest", "stochastic"):
-        expected = reference.round_to_format(x, E5M2, rounding, "inf", SEED, STREAM)
+        expected = reference.round_to_format(x, Rounding(E5M2, rounding), RandomBits(SEED, STREAM))
         # Outputs laid out like the input, and contiguous whatever the input is.
         for make in (torch.empty_like, lambda t, dtype: torch.empty(t.shape, dtype=dtype)):
             values, codes = make(x, dtype=torch.float32), make(x, dtype=torch.float8_e5m2)
             stats = torch.zeros(4, dtype=torch.float64)
             if x.numel():
-                engine(x, E5M2, rounding, "inf", SEED, STREAM, "same", values, codes, stats)
+                engine(x, Rounding(E5M2, rounding), RandomBits(SEED, STREAM), values, codes, stats)
             assert_same(values, expected)
             assert_same(codes, expected.to(torch.float8_e5m2))
             assert int(stats[0]) == int((torch.isfinite(x) & (x != 0)).sum())
@@ -176,7 +180,7 @@ def test_threads_and_chunks_do_not_change_bytes(layout):
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             values, stats = torch.empty_like(x), torch.zeros(4, dtype=torch.float64)
-            native.round_into(x, E5M2, "stochastic", "inf", SEED, STREAM, "same", values, None, stats)
+            native.round_into(x, Rounding(E5M2, "stochastic"), RandomBits(SEED, STREAM), values, None, stats)
             results.append((values, stats))
     finally:
         torch.set_num_threads(before)
@@ -186,11 +190,11 @@ def test_threads_and_chunks_do_not_change_bytes(layout):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("rounding", reference.ROUNDINGS)
+@pytest.mark.parametrize("rounding", CHOICES["rounding"])
 def test_rounding_in_place(engine, rounding):
     x = LAYOUTS["channels_last"].clone()
-    expected = reference.round_to_format(x, E5M2, rounding, "inf", SEED, STREAM)
-    engine(x, E5M2, rounding, "inf", SEED, STREAM, "same", x, None, None)
+    expected = reference.round_to_format(x, Rounding(E5M2, rounding), RandomBits(SEED, STREAM))
+    engine(x, Rounding(E5M2, rounding), RandomBits(SEED, STREAM), x, None, None)
     assert_same(x, expected)
 
 
@@ -202,7 +206,8 @@ def test_rounding_in_place(engine, rounding):
 def test_statistics_are_a_plain_count_and_add_up(engine, format):
     x = everything(5003)
     for rounding, overflow, subnormal in OPTIONS:
-        rounded = reference.round_to_format(x, format, rounding, overflow, SEED, STREAM, subnormal)
+        how, bits = Rounding(format, rounding, overflow, subnormal), RandomBits(SEED, STREAM)
+        rounded = reference.round_to_format(x, how, bits)
         finite = x[torch.isfinite(x)].double()
         expected = torch.tensor(
             [
@@ -215,7 +220,7 @@ def test_statistics_are_a_plain_count_and_add_up(engine, format):
         )
         stats = torch.zeros(4, dtype=torch.float64)
         for _ in range(2):
-            engine(x, format, rounding, overflow, SEED, STREAM, subnormal, torch.empty_like(x), None, stats)
+            engine(x, how, bits, torch.empty_like(x), None, stats)
         assert torch.equal(stats, expected)
 
 
@@ -266,7 +271,9 @@ def test_any_values_any_option_equal_the_reference_and_are_fixed_points(values, 
     x = torch.tensor(values)
     rounding, overflow, subnormal = options
     got = fp8repro.quantize(x, format, rounding, overflow, seed, stream, out="float32", subnormal_rounding=subnormal)
-    assert_same(got, reference.round_to_format(x, format, rounding, overflow, seed, stream, subnormal))
+    assert_same(
+        got, reference.round_to_format(x, Rounding(format, rounding, overflow, subnormal), RandomBits(seed, stream))
+    )
     # What lies in the format's set stays, however it is rounded.
     assert_same(fp8repro.quantize(got, format, "stochastic", seed=seed + 1 & 0xFFFF, out="float32"), got)
 
@@ -290,7 +297,7 @@ def test_any_permuted_shape_draws_in_logical_order(shape, random, stream):
     random.shuffle(order)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).permute(order)
     got = fp8repro.quantize(x, rounding="stochastic", seed=5, stream=stream, out="float32")
-    assert_same(got, reference.round_to_format(x, E5M2, "stochastic", "inf", 5, stream))
+    assert_same(got, reference.round_to_format(x, Rounding(E5M2, "stochastic"), RandomBits(5, stream)))
 
 
 # ---- The public function ----
@@ -340,11 +347,11 @@ def test_a_wrong_input_is_named(x):
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (40, 64), (64, 33)])
-@pytest.mark.parametrize("rounding", reference.ROUNDINGS)
+@pytest.mark.parametrize("rounding", CHOICES["rounding"])
 @pytest.mark.parametrize("strided", [False, True])
 def test_rounded_values_are_added_to_a_total(shape, rounding, strided):
     x, total = torch.randn(shape), torch.randn(shape)
     x = x.t().contiguous().t() if strided else x
     expected = total + fp8repro.quantize(x, "e5m2", rounding, seed=1, stream=2, out="float32")
-    quantizer.round_into(x, E5M2, rounding, "inf", seed=1, stream=2, values=total, add=True)
+    quantizer.round_into(x, Rounding(E5M2, rounding), RandomBits(1, 2), values=total, add=True)
     assert torch.equal(total, expected)

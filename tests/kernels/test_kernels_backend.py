@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from fp8repro.engines import products, quantizer
-from fp8repro.engines.products import Conv2dGeometry, EmulateBackend, Operand, Rounding
+from fp8repro.engines.products import Conv2dGeometry, EmulateBackend, Operand
 from fp8repro.kernels import ops
 from fp8repro.kernels.backend import TritonBackend, available
 from fp8repro.kernels.matmul import launch as matmul
@@ -23,6 +23,7 @@ from fp8repro.models.transformer import transformer
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import E4M3, E5M2, FP16, FP16_169, get_format
 from fp8repro.numerics.recipe import load_recipe
+from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, FusedLayerNorm
 from fp8repro.precision.injection import inject
@@ -103,7 +104,7 @@ def test_what_the_kernels_do_not_take_is_emulated():
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("fmt", [E5M2, FP16, FP16_169], ids=lambda f: f.name)
 def test_rounded_products_have_the_bytes_of_a_pass_of_their_own(rounding, fmt):
-    how = Rounding(fmt, rounding, "inf", "same", 3, 2**63 + 9)
+    how, bits = Rounding(fmt, rounding), RandomBits(3, 2**63 + 9)
     plain = TritonBackend()
     layout = {"memory_format": torch.channels_last}
     x, w, e, bias = (operand(draw(*s)) for s in ((3, 7, 40), (24, 40), (3, 7, 24), (24,)))
@@ -131,11 +132,11 @@ def test_rounded_products_have_the_bytes_of_a_pass_of_their_own(rounding, fmt):
     )
     for multiply in (*matrices, *convolutions):
         order = "channels_last" if multiply in convolutions else "row_major"
-        rounded = plain.rounding(replace(how, order=order))
+        rounded = plain.rounding(how, replace(bits, order=order))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exact, given = multiply(plain), multiply(rounded)
-        expected = reference.round_to_format(exact, fmt, rounding, "inf", how.seed, how.stream, order=order)
+        expected = reference.round_to_format(exact, how, replace(bits, order=order))
         assert not torch.equal(exact, expected)
         assert torch.equal(given, expected)
         assert given.stride() == exact.stride()
@@ -232,21 +233,19 @@ def triton_quantizer(monkeypatch):
     torch_engine = quantizer._torch_round_into
     count = Counter()
 
-    def engine(x, fmt, rounding, overflow, seed, stream, subnormal, values, codes, stats):
-        options = (fmt, rounding, overflow, seed, stream, subnormal)
+    def engine(x, how, bits, values, codes, stats):
         expected_values, expected_codes = (None if t is None else torch.empty_like(t) for t in (values, codes))
-        torch_engine(x.cpu().clone(), *options, expected_values, expected_codes, None)
-        round_into(x, *options, values, codes, stats)
+        torch_engine(x.cpu().clone(), how, bits, expected_values, expected_codes, None)
+        round_into(x, how, bits, values, codes, stats)
         for given, expected in ((values, expected_values), (codes, expected_codes)):
             if given is not None:
                 assert torch.equal(given.float(), expected.float())
         count["roundings"] += 1
 
-    def turning_engine(x, fmt, rounding, overflow, seed, stream, subnormal, codes, turned, stats):
-        options = (fmt, rounding, overflow, seed, stream, subnormal)
+    def turning_engine(x, how, bits, codes, turned, stats):
         expected = torch.empty_like(codes)
-        torch_engine(x.cpu().clone(), *options, None, expected, None)
-        round_transpose(x, *options, stats, (codes, turned))
+        torch_engine(x.cpu().clone(), how, bits, None, expected, None)
+        round_transpose(x, how, bits, stats, (codes, turned))
         assert torch.equal(codes.float(), expected.float())
         assert torch.equal(turned.float(), expected.float().t())
         count["roundings"] += 1

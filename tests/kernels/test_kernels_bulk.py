@@ -13,6 +13,7 @@ from fp8repro.kernels.shared import tma as bulk
 from fp8repro.kernels.shared.configs import Tile
 from fp8repro.kernels.shared.launch import LAUNCHES
 from fp8repro.numerics.formats import E5M2
+from fp8repro.numerics.rounding import RandomBits, Rounding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 3e-4 if torch.cuda.is_available() else 1e-6
@@ -119,7 +120,7 @@ def test_rounded_results(case, rounding, values):
     # Small integers: sums are exact in any order, so bytes must be equal.
     x, weight, error, geometry, _ = problem(case)
     x, weight, error = ((t.float() * 2).round().to(t.dtype) for t in (x, weight, error))
-    epilogue = Epilogue(E5M2, rounding, seed=3, stream=2**40 + 7, values=values)
+    epilogue = Epilogue(Rounding(E5M2, rounding), RandomBits(3, 2**40 + 7), values=values)
     given = all_products(x, weight, error, geometry, True, epilogue)
     expected = all_products(x, weight, error, geometry, False, epilogue)
     for result, other in zip(given, expected, strict=True):

@@ -11,6 +11,7 @@ from fp8repro.kernels.conv2d.launch import conv2d, conv2d_error, conv2d_gradient
 from fp8repro.kernels.matmul.launch import Epilogue
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import E5M2
+from fp8repro.numerics.rounding import RandomBits, Rounding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 3e-4 if torch.cuda.is_available() else 1e-6
@@ -105,7 +106,7 @@ def test_gradient_in_splits_is_the_same_at_every_run():
 
 
 def channels_last(x, rounding):
-    return reference.round_to_format(x.cpu(), E5M2, rounding, "inf", 3, 2**40, order="channels_last")
+    return reference.round_to_format(x.cpu(), Rounding(E5M2, rounding), RandomBits(3, 2**40, "channels_last"))
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -116,7 +117,7 @@ def test_epilogue_rounds_like_the_reference(rounding, outputs):
     geometry = Conv2dGeometry((2, 2), (1, 1))
     exact = conv2d(x, weight, None, geometry)
     count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    epilogue = Epilogue(E5M2, rounding, seed=3, stream=2**40, overflows=count)
+    epilogue = Epilogue(Rounding(E5M2, rounding), RandomBits(3, 2**40), overflows=count)
     result = conv2d(x, weight, None, geometry, inverse_scale=64.0, epilogue=epilogue)
     expected = channels_last(exact * 64, rounding)
     assert torch.equal(result.float().cpu(), expected)
@@ -126,7 +127,7 @@ def test_epilogue_rounds_like_the_reference(rounding, outputs):
     exact_back = conv2d_error(error, weight, tuple(x.shape), geometry)
     expected = channels_last(exact_back, rounding)
     assert torch.equal(back.float().cpu(), expected)
-    values = Epilogue(E5M2, rounding, seed=3, stream=2**40, values=True)
+    values = Epilogue(Rounding(E5M2, rounding), RandomBits(3, 2**40), values=True)
     assert torch.equal(conv2d(x, weight, None, geometry, inverse_scale=64.0, epilogue=values), result.float())
     assert torch.equal(conv2d_error(error, weight, tuple(x.shape), geometry, epilogue=values), back.float())
 
@@ -135,7 +136,7 @@ def test_epilogue_rounds_like_the_reference(rounding, outputs):
 @pytest.mark.parametrize("outputs", [6, 16])
 def test_pointwise_products_count_channels_last_too(outputs, stored):
     x, weight = operand(2, 8, 7, 5), operand(outputs, 8, 1, 1)
-    epilogue = Epilogue(E5M2, "stochastic", seed=3, stream=2**40, values=stored)
+    epilogue = Epilogue(Rounding(E5M2, "stochastic"), RandomBits(3, 2**40), values=stored)
     expected = channels_last(conv2d(x, weight), "stochastic")
     assert torch.equal(conv2d(x, weight, epilogue=epilogue).float().cpu(), expected)
 

@@ -11,6 +11,7 @@ from fp8repro.kernels.shared.configs import Tile
 from fp8repro.kernels.shared.launch import INTERPRETED, LAUNCHES
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import BF16, E4M3, E5M2, FP16
+from fp8repro.numerics.rounding import RandomBits, Rounding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float8_e5m2, torch.float8_e4m3fn)
@@ -114,9 +115,9 @@ def test_epilogue_rounds_like_the_reference(format, rounding, columns):
     a, b = operand(2, 37, 150), (operand(2, 150, columns).float() * 64).to(torch.float8_e5m2)
     exact = matmul(a, b)
     count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    epilogue = Epilogue(format, rounding, seed=7, stream=2**63 + 1, overflows=count)
+    epilogue = Epilogue(Rounding(format, rounding), RandomBits(7, 2**63 + 1), overflows=count)
     result = matmul(a, b, epilogue=epilogue).cpu()
-    expected = reference.round_to_format(exact.cpu(), format, rounding, "inf", 7, 2**63 + 1)
+    expected = reference.round_to_format(exact.cpu(), Rounding(format, rounding), RandomBits(7, 2**63 + 1))
     assert result.dtype == format.dtype
     assert torch.equal(torch.nan_to_num(result.float(), 12345.0), torch.nan_to_num(expected, 12345.0))
     assert int(count) == int((exact.abs().double() > format.max).sum())
@@ -130,14 +131,14 @@ def test_values_are_those_of_a_pass_of_their_own(rounding, splits):
     for given, expected in ((None, exact), (bias, exact + bias)):
         # A sum in parts is rounded once it is complete.
         count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-        epilogue = Epilogue(E5M2, rounding, seed=7, stream=2**63 + 1, overflows=count, values=True)
+        epilogue = Epilogue(Rounding(E5M2, rounding), RandomBits(7, 2**63 + 1), overflows=count, values=True)
         before = LAUNCHES.copy()
         result = matmul(a, b, given, epilogue=epilogue, splits=splits)
         assert result.dtype == torch.float32
         if INTERPRETED:
             assert (LAUNCHES - before)["round_flat"] == (splits > 1)
         over = int((expected.abs().double() > E5M2.max).sum())
-        Epilogue(E5M2, rounding, seed=7, stream=2**63 + 1).round(expected)
+        Epilogue(Rounding(E5M2, rounding), RandomBits(7, 2**63 + 1)).round(expected)
         assert torch.equal(result, expected)
         assert int(count) == over > 0
 

@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from fp8repro import quantize
+from fp8repro.engines.guards import spell
 from fp8repro.kernels.matmul.launch import Epilogue
 from fp8repro.kernels.norm import operators as norm_ops
 from fp8repro.kernels.norm.launch import batch_norm, batch_norm_backward, layer_norm, layer_norm_backward
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import BF16, E4M3, E5M2, FP16, get_format
-from fp8repro.numerics.recipe import RoleSpec
+from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, FusedLayerNorm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,12 +67,14 @@ def test_flags_are_a_bit_an_element():
 def test_batch_norm_rounds_like_the_reference(rounding):
     x, weight, bias = draw(2, 6, 5, 3), draw(6, seed=1), draw(6, seed=2)
     plain, grad = batch_norm(x, weight, bias, relu=True), draw(2, 6, 5, 3, seed=3)
-    epilogue = Epilogue(E5M2, rounding, seed=5, stream=2**50)
+    epilogue = Epilogue(Rounding(E5M2, rounding), RandomBits(5, 2**50))
     rounded = batch_norm(x, weight, bias, relu=True, epilogue=epilogue)
     backward = batch_norm_backward(grad, x, weight, plain)[0]
     backward_rounded = batch_norm_backward(grad, x, weight, plain, epilogue=epilogue)[0]
     for given, exact in ((rounded.y, plain.y), (backward_rounded, backward)):
-        expected = reference.round_to_format(exact.cpu(), E5M2, rounding, "inf", 5, 2**50, order="channels_last")
+        expected = reference.round_to_format(
+            exact.cpu(), Rounding(E5M2, rounding), RandomBits(5, 2**50, "channels_last")
+        )
         assert given.dtype == torch.float8_e5m2
         assert torch.equal(given.float().cpu(), expected)
 
@@ -81,9 +84,11 @@ def test_batch_norm_keeps_its_input_and_gives_both_results(kept):
     x = draw(2, 6, 5, 3).to(kept.dtype).float()
     weight, bias, residual = draw(6, seed=1), draw(6, seed=2), draw(2, 6, 5, 3, seed=4)
     plain = batch_norm(x, weight, bias, residual=residual, relu=True)
-    result = batch_norm(x, weight, bias, residual=residual, relu=True, epilogue=Epilogue(E5M2), values=True, kept=kept)
+    result = batch_norm(
+        x, weight, bias, residual=residual, relu=True, epilogue=Epilogue(Rounding(E5M2)), values=True, kept=kept
+    )
     assert torch.equal(result.values, plain.y)
-    assert torch.equal(result.y.float().cpu(), reference.round_to_format(plain.y.cpu(), E5M2, "nearest", "inf"))
+    assert torch.equal(result.y.float().cpu(), reference.round_to_format(plain.y.cpu(), Rounding(E5M2)))
     assert result.kept.dtype == kept.dtype
     assert result.kept.stride() == x.stride()
     assert torch.equal(result.kept.float(), x)
@@ -97,7 +102,7 @@ def modules(kind, *arguments):
             module.weight.copy_(torch.linspace(-1, 2, arguments[0]))
             module.bias.copy_(torch.linspace(0.5, -0.5, arguments[0]))
     pair[1].__class__ = FusedBatchNorm2d if kind is nn.BatchNorm2d else FusedLayerNorm
-    pair[1].consumers = RoleSpec()
+    pair[1].consumers = Rounding()
     return pair
 
 
@@ -130,7 +135,7 @@ def test_modules_by_kernels_equal_torchs(fmt, relu, with_residual):
     assert hasattr(y, "offered_codes") == relu
     if relu:
         _, spec, codes, _ = y.offered_codes
-        assert spec == RoleSpec()
+        assert spec == Rounding()
         assert torch.equal(codes.view(torch.uint8), quantize(y.detach(), "e5m2").view(torch.uint8))
 
 
@@ -167,9 +172,9 @@ def test_operators_hold_what_torch_asks_of_them(op):
         tensor.requires_grad_("backward" not in op)
     flags = torch.full((15,), 0xA5, dtype=torch.uint8, device=DEVICE)
     arguments = {
-        "batch_norm": (x, weight, bias, residual, True, 1e-5, "bf16", "fp16", "nearest", "inf"),
+        "batch_norm": (x, weight, bias, residual, True, 1e-5, "bf16", spell(Rounding(FP16))),
         "batch_norm_backward": (residual, x, weight, flags, draw(3), draw(3), True),
-        "layer_norm": (rows, scale, draw(6, seed=1), 1e-5, "fp16", "nearest", "inf"),
+        "layer_norm": (rows, scale, draw(6, seed=1), 1e-5, spell(Rounding(FP16))),
         "layer_norm_backward": (draw(4, 6), rows, scale, draw(4), draw(4)),
     }[op]
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
@@ -202,13 +207,13 @@ def test_layer_norm_equals_torch(shape, dtype):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_layer_norm_rounds_like_the_reference(rounding):
     x, weight, bias, grad = draw(9, 50), draw(50, seed=1), draw(50, seed=2), draw(9, 50, seed=3)
-    epilogue = Epilogue(E5M2, rounding, seed=5, stream=2**50)
+    epilogue = Epilogue(Rounding(E5M2, rounding), RandomBits(5, 2**50))
     y, mean, inverse, _ = layer_norm(x, weight, bias)
     rounded = layer_norm(x, weight, bias, epilogue=epilogue)[0]
     backward = layer_norm_backward(grad, x, weight, mean, inverse)[0]
     backward_rounded = layer_norm_backward(grad, x, weight, mean, inverse, epilogue=epilogue)[0]
     for given, exact in ((rounded, y), (backward_rounded, backward)):
-        expected = reference.round_to_format(exact.cpu(), E5M2, rounding, "inf", 5, 2**50)
+        expected = reference.round_to_format(exact.cpu(), Rounding(E5M2, rounding), RandomBits(5, 2**50))
         assert torch.equal(given.float().cpu(), expected)
 
 

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from fp8repro.engines.guards import spell
 from fp8repro.kernels import ops
 from fp8repro.kernels.norm import operators as norm_ops
+from fp8repro.numerics.formats import E5M2, FP16
+from fp8repro.numerics.rounding import Rounding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -25,8 +28,8 @@ def test_operators_hold_what_torch_asks_of_them(op):
 
     geometry = ([2, 2], [1, 1], [1, 1], 1.0, "promoted")
     arguments = {
-        "round_transpose": (draw(5, 8), "fp16", "stochastic", "inf", -1, 5, "same", half(5, 8), half(8, 5), None),
-        "matmul": (half(2, 5, 8), half(2, 8, 3), draw(3), 1.0, "promoted", "e5m2", "stochastic", "inf", "same", -1, 5),
+        "round_transpose": (draw(5, 8), spell(Rounding(FP16, "stochastic")), -1, 5, half(5, 8), half(8, 5), None),
+        "matmul": (half(2, 5, 8), half(2, 8, 3), draw(3), 1.0, "promoted", spell(Rounding(E5M2, "stochastic")), -1, 5),
         "conv2d": (half(2, 4, 7, 7), half(6, 4, 3, 3), draw(6), *geometry),
         "conv2d_error": (half(2, 6, 4, 4), half(6, 4, 3, 3), [2, 4, 7, 7], *geometry),
         "conv2d_gradient": (half(2, 6, 4, 4), half(2, 4, 7, 7), [6, 4, 3, 3], *geometry),
@@ -38,7 +41,7 @@ def test_operators_hold_what_torch_asks_of_them(op):
 def test_compiled_graph_holds_the_operators():
     def product(x, w):
         codes = torch.empty_like(x, dtype=torch.float8_e5m2)
-        torch.ops.fp8repro.round_into(x, "e5m2", "stochastic", "inf", 1, 2, "same", None, codes, None)
+        torch.ops.fp8repro.round_into(x, spell(Rounding(E5M2, "stochastic")), 1, 2, None, codes, None)
         return torch.ops.fp8repro.matmul(codes, w.t(), None, 1.0, "promoted") + 1
 
     x, w = draw(5, 16), draw(7, 16).to(torch.float8_e5m2)
@@ -48,9 +51,9 @@ def test_compiled_graph_holds_the_operators():
 
 def test_a_compiled_graph_differentiates_quantizer_and_normalizations():
     def loss(image, weight, bias, rows, scale):
-        image = torch.ops.fp8repro.quantize(image, "e5m2", "stochastic", "inf", 1, 2, "same")
-        y = norm_ops.batch_norm(image, weight, bias, None, True, 1e-5, "e5m2", "e5m2", "nearest", "inf")[0]
-        z = norm_ops.layer_norm(rows, scale, scale, 1e-5, "", "nearest", "inf")[0]
+        image = torch.ops.fp8repro.quantize(image, spell(Rounding(E5M2, "stochastic")), 1, 2)
+        y = norm_ops.batch_norm(image, weight, bias, None, True, 1e-5, "e5m2", spell(Rounding(E5M2)))[0]
+        z = norm_ops.layer_norm(rows, scale, scale, 1e-5, "")[0]
         return y.square().sum() + z.pow(3).sum()
 
     inputs = [draw(2, 3, 4, 5), draw(3), draw(3, seed=1), draw(4, 6), draw(6)]

@@ -12,10 +12,11 @@ from fp8repro.kernels.shared import codec
 from fp8repro.kernels.shared.launch import LAUNCHES
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import BF16, E4M3, E5M2, FP16, FP16_169, FP32
+from fp8repro.numerics.rounding import CHOICES, RandomBits, Rounding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED, STREAM = 2**63 + 12345, 0xFEDCBA9876543210
-OPTIONS = list(itertools.product(reference.ROUNDINGS, reference.OVERFLOWS, reference.SUBNORMAL_ROUNDINGS))
+OPTIONS = list(itertools.product(CHOICES["rounding"], CHOICES["overflow"], CHOICES["subnormal_rounding"]))
 
 
 def all_patterns(dtype):
@@ -51,7 +52,7 @@ def run(x, format, rounding, overflow, subnormal="same", values_dtype=torch.floa
     values = torch.empty_like(x, dtype=values_dtype)
     codes = None if format.dtype is None else torch.empty_like(x, dtype=format.dtype)
     stats = torch.zeros(4, dtype=torch.float64, device=DEVICE)
-    round_into(x, format, rounding, overflow, SEED, STREAM, subnormal, values, codes, stats)
+    round_into(x, Rounding(format, rounding, overflow, subnormal), RandomBits(SEED, STREAM), values, codes, stats)
     return values.cpu(), None if codes is None else codes.cpu(), stats.cpu()
 
 
@@ -61,7 +62,7 @@ def assert_same(given, expected):
 
 
 def assert_like_reference(x, format, rounding, overflow, subnormal="same"):
-    expected = reference.round_to_format(x, format, rounding, overflow, SEED, STREAM, subnormal)
+    expected = reference.round_to_format(x, Rounding(format, rounding, overflow, subnormal), RandomBits(SEED, STREAM))
     values, codes, stats = run(x, format, rounding, overflow, subnormal)
     assert_same(values, expected)
     if format.is_fp8:
@@ -122,12 +123,12 @@ def test_a_value_rounds_up_from_its_draws_threshold_on(format, quanta, exponent)
 @pytest.mark.parametrize("format", [E5M2, E4M3], ids=lambda f: f.name)
 def test_ten_million_fp32_patterns(format):
     x = random_fp32(10_000_000)
-    for rounding in reference.ROUNDINGS:
+    for rounding in CHOICES["rounding"]:
         assert_like_reference(x, format, rounding, "inf")
 
 
 @pytest.mark.skipif(DEVICE == "cpu" or torch.cuda.get_device_capability() < (8, 9), reason="no such conversion")
-@pytest.mark.parametrize("overflow", reference.OVERFLOWS)
+@pytest.mark.parametrize("overflow", CHOICES["overflow"])
 @pytest.mark.parametrize("format", [E5M2, E4M3], ids=lambda f: f.name)
 def test_the_hardwares_conversion_of_all_patterns_is_the_one_on_bits(format, overflow, monkeypatch):
     """A NaN may have lost its sign."""
@@ -138,7 +139,7 @@ def test_the_hardwares_conversion_of_all_patterns_is_the_one_on_bits(format, ove
         x = torch.arange(start, start + 2**24, device=DEVICE).to(torch.int32).view(torch.float32)
         for code, choice in zip(found, (in_hardware, lambda *_: codec.NEAREST.value), strict=True):
             monkeypatch.setattr(codec, "rounding_code", choice)
-            round_into(x, format, "nearest", overflow, 0, 0, "same", None, code, None)
+            round_into(x, Rounding(format, "nearest", overflow), RandomBits(0, 0), None, code, None)
         hardware, bits = (code.view(torch.uint8) for code in found)
         different = (hardware != bits) & ~(x.isnan() & (hardware & 0x7F == 0x7F))
         assert not bool(different.any()), x[different][:3].tolist()
@@ -168,8 +169,8 @@ def test_strides_count_elements_in_logical_order(name, x, rounding):
     # Outputs laid out in another way than the input.
     values = torch.empty(x.shape[::-1], device=DEVICE).permute(tuple(reversed(range(x.dim()))))
     codes = torch.empty(x.shape, dtype=torch.float8_e5m2, device=DEVICE)
-    round_into(x.to(DEVICE), E5M2, rounding, "inf", SEED, STREAM, "same", values, codes, None)
-    expected = reference.round_to_format(x, E5M2, rounding, "inf", SEED, STREAM)
+    round_into(x.to(DEVICE), Rounding(E5M2, rounding), RandomBits(SEED, STREAM), values, codes, None)
+    expected = reference.round_to_format(x, Rounding(E5M2, rounding), RandomBits(SEED, STREAM))
     assert_same(values.cpu(), expected)
     assert torch.equal(codes.cpu().view(torch.uint8), reference.encode(expected, E5M2))
 
@@ -184,17 +185,17 @@ def test_each_layout_takes_its_kernel():
         (channels_last[..., :3], "stochastic", "round_strided"),
     ):
         before = LAUNCHES[kernel]
-        round_into(x, E5M2, rounding, "inf", 0, 0, "same", None, torch.empty_like(x, dtype=E5M2.dtype), None)
+        round_into(x, Rounding(E5M2, rounding), RandomBits(0, 0), None, torch.empty_like(x, dtype=E5M2.dtype), None)
         assert LAUNCHES[kernel] == before + 1
 
 
 def test_in_place_and_bf16_values():
     x = random_fp32(5000)
-    expected = reference.round_to_format(x, E5M2, "stochastic", "inf", SEED, STREAM)
+    expected = reference.round_to_format(x, Rounding(E5M2, "stochastic"), RandomBits(SEED, STREAM))
     values, _, _ = run(x, E5M2, "stochastic", "inf", values_dtype=torch.bfloat16)
     assert_same(values.float(), expected)
     x = x.to(DEVICE)
-    round_into(x, E5M2, "stochastic", "inf", SEED, STREAM, "same", x, None, None)
+    round_into(x, Rounding(E5M2, "stochastic"), RandomBits(SEED, STREAM), x, None, None)
     assert_same(x.cpu(), expected)
 
 
@@ -202,7 +203,7 @@ def test_statistics_accumulate_over_calls():
     stats = torch.zeros(4, dtype=torch.float64, device=DEVICE)
     for value in (1e-6, 60000.0):
         x = torch.full((3,), value, device=DEVICE)
-        round_into(x, E5M2, "nearest", "inf", 0, 0, "same", None, torch.empty_like(x, dtype=E5M2.dtype), stats)
+        round_into(x, Rounding(E5M2), RandomBits(0, 0), None, torch.empty_like(x, dtype=E5M2.dtype), stats)
     assert stats.tolist() == [6.0, 3.0, 3.0, 60000.0]
 
 
@@ -212,7 +213,9 @@ def test_transposed_codes_are_the_same_bytes(shape, dtype):
     x = random_fp32(int(np.prod(shape))).view(shape).to(dtype)
     for format, rounding in itertools.product([E5M2, E4M3, FP16], ["nearest", "stochastic"]):
         stats = torch.zeros(4, dtype=torch.float64, device=DEVICE)
-        codes, transposed = round_transpose(x.to(DEVICE), format, rounding, "inf", SEED, STREAM, stats=stats)
+        codes, transposed = round_transpose(
+            x.to(DEVICE), Rounding(format, rounding), RandomBits(SEED, STREAM), stats=stats
+        )
         _, expected, counts = run(x, format, rounding, "inf")
         raw = torch.uint8 if format.is_fp8 else torch.int16
         assert torch.equal(codes.cpu().view(raw), expected.view(raw))
@@ -229,7 +232,9 @@ def test_transposed_codes_of_more_matrices_than_a_grid_holds_and_at_any_place(x)
     memory = torch.zeros(x.numel() + 4, dtype=torch.uint8, device=DEVICE)
     transposed = memory[1 : x.numel() + 1].view(E5M2.dtype).view(shape)
     stats = torch.zeros(4, dtype=torch.float64, device=DEVICE)
-    round_transpose(x.to(DEVICE), E5M2, "stochastic", "inf", SEED, STREAM, stats=stats, out=(codes, transposed))
+    round_transpose(
+        x.to(DEVICE), Rounding(E5M2, "stochastic"), RandomBits(SEED, STREAM), stats=stats, out=(codes, transposed)
+    )
     _, expected, counts = run(x, E5M2, "stochastic", "inf")
     expected = expected.view(torch.uint8)
     assert torch.equal(codes.cpu().view(torch.uint8), expected)
@@ -261,4 +266,4 @@ def test_bad_argument_is_named(argument, change):
     given = {"x": torch.zeros(4), "format": E5M2, "values": None, "codes": None, "stats": None, **change}
     given = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     with pytest.raises((TypeError, ValueError), match=f"^{argument}: got .*, expected "):
-        round_into(given["x"], given["format"], "nearest", "inf", 0, 0, "same", *list(given.values())[2:])
+        round_into(given["x"], Rounding(given["format"]), RandomBits(), *list(given.values())[2:])

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from fp8repro.engines.guards import spell
 from fp8repro.kernels.optimizer import launch as engine
 from fp8repro.kernels.optimizer.launch import gradient_control, update
 from fp8repro.kernels.shared.launch import INTERPRETED, LAUNCHES
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import E5M2, FP16
-from fp8repro.numerics.recipe import RoleSpec, load_recipe
+from fp8repro.numerics.recipe import load_recipe
+from fp8repro.numerics.rounding import ORDERS, RandomBits, Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_step import Parameter, Rule, fused_step, unsupported
 from fp8repro.precision.injection import inject
@@ -20,8 +22,8 @@ from fp8repro.precision.master import MasterWeights
 from fp8repro.precision.telemetry import Telemetry
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXACT = RoleSpec("fp32")
-FP8 = RoleSpec("e5m2")
+EXACT = Rounding("fp32")
+FP8 = Rounding("e5m2")
 RULES = {
     "sgd": Rule("sgd", 0.1, 0.9, weight_decay=1e-4),
     "plain sgd": Rule("sgd", 0.1, 0.0),
@@ -73,13 +75,13 @@ def test_three_steps_equal_torch(name):
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("order", reference.ORDERS)
+@pytest.mark.parametrize("order", ORDERS)
 def test_masters_and_weights_are_rounded_like_the_reference(rounding, order):
     # Without momentum and with a power of two as learning rate, the FP32 result is exact whatever the order.
     rule, seed = Rule("sgd", 0.5, 0.0), 2**63 + 9
     # The last kernel in both layouts.
     made, grads = ([*ts, ts[-1].contiguous()] for ts in (tensors(), tensors(seed=1)))
-    master_spec, weight_spec = RoleSpec("fp16", rounding), RoleSpec("e5m2", rounding)
+    master_spec, weight_spec = Rounding("fp16", rounding), Rounding("e5m2", rounding)
     parameters = []
     for i, (m, g) in enumerate(zip(made, grads, strict=True)):
         weight = torch.empty_like(m, dtype=torch.float8_e5m2)
@@ -88,7 +90,7 @@ def test_masters_and_weights_are_rounded_like_the_reference(rounding, order):
         parameters.append(Parameter(master, g, (), 2**64 - 1 - i, weight, i, order=order))
 
     def rounded(x, format, stream):
-        return reference.round_to_format(x.cpu(), format, rounding, "inf", seed, stream, order=order)
+        return reference.round_to_format(x.cpu(), Rounding(format, rounding), RandomBits(seed, stream, order))
 
     expected = [rounded(p.master.float() - 0.5 * p.grad, FP16, p.master_stream) for p in parameters]
     update(parameters, rule, 1, master_spec, weight_spec, gradient_control(parameters), seed=seed)
@@ -131,7 +133,7 @@ def group(rule):
     masters, grads = [t.half() for t in tensors()[:3]], tensors(seed=1)[:3]
     states = [torch.zeros_like(g) for g in grads for _ in range(states_of(rule))]
     numbers = [rule.lr, rule.momentum, rule.beta2, rule.eps, rule.weight_decay]
-    roundings = ("fp16", "stochastic", "inf", "same", "e5m2", "nearest", "inf", "same")
+    roundings = (spell(Rounding(FP16, "stochastic")), spell(FP8))
     control = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64, device=DEVICE)
     streams = [1, 2, 3, 4, -5, 6]
     return grads, masters, states, [], [], control, streams, rule.name, numbers, rule.nesterov, 2, *roundings, 8.0, -7
@@ -185,7 +187,7 @@ def test_the_result_before_rounding_is_given_and_changes_no_byte(name):
             Parameter(m, g, tuple(torch.zeros_like(m) for _ in range(states_of(rule))), updated=u if measured else None)
             for m, g, u in zip(masters, grads, updated, strict=True)
         ]
-        update(parameters, rule, 1, RoleSpec("fp16", "stochastic"), FP8, gradient_control(parameters), seed=3)
+        update(parameters, rule, 1, Rounding("fp16", "stochastic"), FP8, gradient_control(parameters), seed=3)
         found.append(masters)
     assert all(torch.equal(m, n) for m, n in zip(*found, strict=True))
     exact = [nn.Parameter(b) for b in before]
@@ -194,7 +196,7 @@ def test_the_result_before_rounding_is_given_and_changes_no_byte(name):
     torch_optimizer(rule, exact).step()
     for master, result, p in zip(masters, updated, exact, strict=True):
         torch.testing.assert_close(result, p.data, rtol=1e-5, atol=1e-6)
-        rounded = [reference.round_to_format(result.cpu(), FP16, r, "inf") for r in ("nearest", "toward_zero")]
+        rounded = [reference.round_to_format(result.cpu(), Rounding(FP16, r)) for r in ("nearest", "toward_zero")]
         assert (master.cpu() != result.cpu()).any()
         assert ((master.cpu() - rounded[1]).abs() <= 2.0**-9 * rounded[0].abs().clamp_min(2.0**-14)).all()
 
@@ -245,7 +247,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_fused_step_is_the_masters_step(name, rounding):
-    recipe = replace(load_recipe("fp8"), master=RoleSpec("fp16", rounding), exempt=())
+    recipe = replace(load_recipe("fp8"), master=Rounding("fp16", rounding), exempt=())
     models = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -292,7 +294,7 @@ def test_fused_step_that_is_skipped_leaves_no_trace():
     optimizer = torch.optim.Adam(model.parameters())
     model.weight.grad, model.bias.grad = torch.full((2, 3), float("nan"), device=DEVICE), torch.ones(2, device=DEVICE)
     before = [p.detach().clone() for p in model.parameters()]
-    norm = fused_step(engine, dict(model.named_parameters()), optimizer, RoleSpec("fp16"), StepContext(), 2.0)
+    norm = fused_step(engine, dict(model.named_parameters()), optimizer, Rounding("fp16"), StepContext(), 2.0)
     assert norm is None
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert not optimizer.state_dict()["state"]

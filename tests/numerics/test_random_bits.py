@@ -12,6 +12,7 @@ from fp8repro.engines import quantizer
 from fp8repro.engines.cpu import rounding as native
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import BF16, E4M3, E5M2, FP16, FP16_169, FloatFormat
+from fp8repro.numerics.rounding import CHOICES, ORDERS, RandomBits, Rounding
 from fp8repro.precision.context import StepContext
 
 SEED, STREAM = 2**63 + 987654321, 0xFEDCBA9876543210
@@ -26,7 +27,7 @@ ENGINES = [
 
 def rounded(engine, x: torch.Tensor, format: FloatFormat, stream: int = STREAM) -> torch.Tensor:
     values = torch.empty_like(x, dtype=torch.float32)
-    engine(x, format, "stochastic", "inf", SEED, stream, "same", values, None, None)
+    engine(x, Rounding(format, "stochastic"), RandomBits(SEED, stream), values, None, None)
     return values
 
 
@@ -88,7 +89,9 @@ def test_every_fp16_value_has_the_threshold_of_exact_fractions(format):
     expected = torch.tensor([fraction.numerator // fraction.denominator for fraction in expected])
     draw = reference.random_draws(len(x), SEED, STREAM)
     result = torch.where(draw < expected, upper[place], values[place])
-    assert torch.equal(reference.round_to_format(x, format, "stochastic", "inf", SEED, STREAM).double(), result)
+    assert torch.equal(
+        reference.round_to_format(x, Rounding(format, "stochastic"), RandomBits(SEED, STREAM)).double(), result
+    )
     assert torch.equal(reference.threshold((x.double() - values[place]) / (upper - values)[place]).long(), expected)
     given = fp8repro.quantize(x, format, "stochastic", seed=SEED, stream=STREAM, out="float32")
     assert torch.equal(given.double(), result)
@@ -218,7 +221,7 @@ def counted_by_hand(x: torch.Tensor, order: str) -> torch.Tensor:
     return index
 
 
-@pytest.mark.parametrize("order", reference.ORDERS)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", TENSORS)
 def test_every_layout_draws_by_the_order_of_its_elements(name, order):
     x = TENSORS[name]
@@ -226,39 +229,39 @@ def test_every_layout_draws_by_the_order_of_its_elements(name, order):
     steps = x.double().abs() / 2.0 ** (torch.floor(torch.log2(x.double().abs())).clamp(min=-14) - 2)
     up = draw < torch.floor((steps - steps.floor()) * 65536 + 0.5)
     expected = torch.copysign(torch.where(up, steps.floor() + 1, steps.floor()) * (x.double().abs() / steps), x)
-    given = reference.round_to_format(x, E5M2, "stochastic", "inf", SEED, STREAM, order=order)
+    given = reference.round_to_format(x, Rounding(E5M2, "stochastic"), RandomBits(SEED, STREAM, order))
     assert torch.equal(given.double(), expected)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for rounding in reference.ROUNDINGS:
+        for rounding in CHOICES["rounding"]:
             options = (rounding, "inf", SEED, STREAM)
-            wanted = reference.round_to_format(x.to(dtype), E5M2, *options, order=order)
+            wanted = reference.round_to_format(x.to(dtype), Rounding(E5M2, rounding), RandomBits(SEED, STREAM, order))
             assert torch.equal(fp8repro.quantize(x.to(dtype), "e5m2", *options, out="float32", order=order), wanted)
             assert torch.equal(fp8repro.quantize(x.to(dtype), "e5m2", *options, order=order).float(), wanted)
 
 
-@pytest.mark.parametrize("order", reference.ORDERS)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", ["image", "image, channels_last", "image, strided", "kernel", "volume"])
 def test_outputs_of_another_layout_statistics_and_sums(name, order):
     x = TENSORS[name]
-    expected = reference.round_to_format(x, E4M3, "stochastic", "inf", SEED, STREAM, order=order)
-    options = {"seed": SEED, "stream": STREAM, "order": order}
+    how, bits = Rounding(E4M3, "stochastic"), RandomBits(SEED, STREAM, order)
+    expected = reference.round_to_format(x, how, bits)
     codes, stats = torch.empty(x.shape, dtype=E4M3.dtype), torch.zeros(4, dtype=torch.float64)
     values = torch.empty(x.shape[::-1]).permute(*reversed(range(x.dim())))
-    quantizer.round_into(x, E4M3, "stochastic", "inf", **options, values=values, codes=codes, stats=stats)
+    quantizer.round_into(x, how, bits, values=values, codes=codes, stats=stats)
     assert torch.equal(values, expected)
     assert torch.equal(codes.float(), expected)
     assert stats[0] == x.numel()
     total = torch.ones_like(x)
-    quantizer.round_into(x, E4M3, "stochastic", "inf", **options, values=total, add=True)
+    quantizer.round_into(x, how, bits, values=total, add=True)
     assert torch.equal(total, expected + 1)
     inplace = x.clone()
-    quantizer.round_into(inplace, E4M3, "stochastic", "inf", **options, values=inplace)
+    quantizer.round_into(inplace, how, bits, values=inplace)
     assert torch.equal(inplace, expected)
 
 
 def test_the_result_lies_as_the_input_does():
     x = TENSORS["image, channels_last"]
-    for order in reference.ORDERS:
+    for order in ORDERS:
         assert fp8repro.quantize(x, rounding="stochastic", order=order).stride() == x.stride()
     with pytest.raises(ValueError, match="order: got 'channels_first', expected one of row_major, channels_last"):
         fp8repro.quantize(x, order="channels_first")
@@ -273,9 +276,9 @@ def test_the_bits_of_version_2():
     x = (torch.arange(3 * 8 * 5 * 5, dtype=torch.float32) * 0.37 - 100).reshape(3, 8, 5, 5)
     x = torch.cat([x, x * 2.0**-20])
     found = [
-        zlib.crc32(reference.round_to_format(x, fmt, "stochastic", "inf", 1, 2, order=order).numpy().tobytes())
+        zlib.crc32(reference.round_to_format(x, Rounding(fmt, "stochastic"), RandomBits(1, 2, order)).numpy().tobytes())
         for fmt in (E5M2, E4M3, FP16, BF16, FP16_169)
-        for order in reference.ORDERS
+        for order in ORDERS
     ]
     assert found == [
         0xE1B3882D,

@@ -14,6 +14,7 @@ from fp8repro.kernels import ops
 from fp8repro.kernels.quantize.launch import round_into
 from fp8repro.kernels.shared.launch import INTERPRETED
 from fp8repro.numerics.recipe import load_recipe
+from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.numerics.streams import StreamTable
 from fp8repro.precision import graphs
 from fp8repro.precision.context import StepContext, stream_id
@@ -145,7 +146,7 @@ def test_a_kernel_draws_the_same_bits_from_memory_as_by_value(layout):
         slots.refresh(context.stream_number)
         codes = [torch.empty_like(x, dtype=torch.float8_e5m2) for _ in range(2)]
         for out, stream in zip(codes, (slot, context.stream("layer", 0, "output_error", "error")), strict=True):
-            round_into(x, quantizer.get_format("e5m2"), "stochastic", "inf", 9, stream, "same", None, out, None)
+            round_into(x, Rounding(quantizer.get_format("e5m2"), "stochastic"), RandomBits(9, stream), None, out, None)
         assert torch.equal(*(c.view(torch.uint8) for c in codes))
 
 

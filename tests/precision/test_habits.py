@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torchvision.models.swin_transformer import SwinTransformer
 
 from fp8repro.errors import UserError
-from fp8repro.numerics.recipe import Recipe, RoleSpec, load_recipe
+from fp8repro.numerics.recipe import Recipe, load_recipe
+from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.injection import context_of, inject, sites
 from fp8repro.precision.loss_scaling import ConstantScale
@@ -237,7 +238,7 @@ def test_options_of_embeddings_are_honoured(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("format", ["fp16", "bf16", "e5m2", "e4m3"])
 @pytest.mark.parametrize("magnitude", [1e-4, 1.0, 300.0])
 def test_scaled_roles_multiply_finite_numbers(format: str, magnitude: float) -> None:
-    scaled = RoleSpec(format, scaling="tensor")
+    scaled = Rounding(format, scaling="tensor")
     model = nn.Sequential(nn.Linear(64, 32, bias=False))
     torch.manual_seed(0)
     nn.init.normal_(model[0].weight, std=magnitude)

@@ -17,11 +17,12 @@ from fp8repro.errors import UserError
 from fp8repro.models.parts import AttentionProduct, MatMul
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import E5M2
-from fp8repro.numerics.recipe import ROLES, RoleSpec, load_recipe
+from fp8repro.numerics.recipe import ROLES, load_recipe
+from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.precision.injection import inject, sites
 
 FP8 = load_recipe("fp8")
-IDENTITY = RoleSpec(format="fp32")
+IDENTITY = Rounding(format="fp32")
 
 
 def identity_layer(layer: nn.Module) -> nn.Module:
@@ -164,7 +165,7 @@ def recorded_streams(model: nn.Module, run) -> list[tuple[str, str, int]]:  # ty
 
 def test_reused_layers_micro_steps_steps_and_ranks_never_share_random_bits() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    stochastic = RoleSpec(rounding="stochastic")
+    stochastic = Rounding(rounding="stochastic")
     inject(model, replace(FP8, exempt=(), activation=stochastic, weight=stochastic))
 
     def run() -> None:
@@ -201,14 +202,16 @@ def test_convolutions_count_channels_last_in_every_role(shape, groups, channels_
     conv = nn.Conv2d(channels, 8, 3, stride=2, padding=1, groups=groups, bias=False)
     conv.weight.data = integers(*conv.weight.shape)
     model = nn.Sequential(conv)
-    spec = RoleSpec(rounding="stochastic")
+    spec = Rounding(rounding="stochastic")
     inject(model, replace(FP8, exempt=(), weight=spec, activation=spec, error=spec, gradient=spec), backend="emulate")
     context = model.fp8_context
     context.begin(3)
 
     def rounded(x: Tensor, name: str, role: str) -> Tensor:
         stream = context.stream_number("0", 0, name, role)
-        return reference.round_to_format(x, E5M2, "stochastic", "inf", context.seed, stream, order="channels_last")
+        return reference.round_to_format(
+            x, Rounding(E5M2, "stochastic"), RandomBits(context.seed, stream, "channels_last")
+        )
 
     x = integers(*shape).requires_grad_()
     y = model(x)
@@ -229,7 +232,7 @@ def test_convolutions_count_channels_last_in_every_role(shape, groups, channels_
 def test_evaluation_always_rounds_to_nearest() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16, bias=False))
-    stochastic = RoleSpec(rounding="stochastic")
+    stochastic = Rounding(rounding="stochastic")
     inject(model, replace(FP8, exempt=(), activation=stochastic, weight=stochastic))
     x = torch.randn(8, 16)
     model.eval()

@@ -11,7 +11,8 @@ import torch
 from recording import in_set
 from torch import Tensor, nn
 
-from fp8repro.numerics.recipe import Recipe, RoleSpec, load_recipe
+from fp8repro.numerics.recipe import Recipe, load_recipe
+from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.injection import inject
 from fp8repro.precision.master import MasterWeights, all_finite
 
@@ -58,7 +59,7 @@ def test_weights_are_stored_in_half_the_bytes_and_all_parameters_lie_in_the_fp16
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_an_update_is_fp32_arithmetic_and_one_rounding(kind: str) -> None:
-    recipe = replace(FP8, master=RoleSpec(format="fp16", rounding="nearest"))
+    recipe = replace(FP8, master=Rounding(format="fp16", rounding="nearest"))
     model, masters = make(recipe, kind)
     oracle = {name: p.detach().float().clone() for name, p in model.named_parameters()}
     parameters = [nn.Parameter(value) for value in oracle.values()]
@@ -88,7 +89,7 @@ def test_stochastic_masters_keep_small_updates_on_average_and_nearest_ones_lose_
         layer = nn.Linear(count, 1, bias=False)
         nn.init.ones_(layer.weight)
         model = nn.Sequential(layer)
-        recipe = replace(FP8, master=RoleSpec(format="fp16", rounding=rounding), exempt=())
+        recipe = replace(FP8, master=Rounding(format="fp16", rounding=rounding), exempt=())
         inject(model, recipe)
         masters = MasterWeights(model, torch.optim.SGD(model.parameters(), lr=1.0), recipe)
         for step in range(steps):
@@ -106,7 +107,7 @@ def test_lost_updates_are_counted() -> None:
     layer = nn.Linear(4, 1, bias=False)
     nn.init.ones_(layer.weight)
     model = nn.Sequential(layer)
-    recipe = replace(FP8, master=RoleSpec(format="fp16", rounding="nearest"), exempt=())
+    recipe = replace(FP8, master=Rounding(format="fp16", rounding="nearest"), exempt=())
     inject(model, recipe)
     masters = MasterWeights(model, torch.optim.SGD(model.parameters(), lr=1.0), recipe)
     telemetry = masters.context.telemetry
@@ -135,7 +136,7 @@ def test_a_nonfinite_gradient_changes_nothing(bad: float) -> None:
 
 
 def test_the_norm_is_clipped_after_unscaling() -> None:
-    recipe = Recipe(**dict.fromkeys(("weight", "activation", "error", "gradient", "master"), RoleSpec(format="fp32")))
+    recipe = Recipe(**dict.fromkeys(("weight", "activation", "error", "gradient", "master"), Rounding(format="fp32")))
     ours, theirs = network(), network()
     masters = MasterWeights(ours, torch.optim.SGD(ours.parameters(), lr=0.5), recipe)
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.5)
@@ -181,7 +182,7 @@ def test_a_restored_run_goes_on_to_the_bit() -> None:
 
 
 def test_wang_2018_masters_lie_in_the_1_6_9_set() -> None:
-    recipe = replace(FP8, master=RoleSpec(format="fp16_1_6_9", rounding="stochastic"))
+    recipe = replace(FP8, master=Rounding(format="fp16_1_6_9", rounding="stochastic"))
     model, masters = make(recipe)
     for step in range(2):
         assert train_step(model, masters, step)
@@ -195,7 +196,7 @@ def test_tied_weights_collect_both_gradients_in_fp32() -> None:
     embedding, output = nn.Embedding(6, 8), nn.Linear(8, 6, bias=False)
     output.weight = embedding.weight
     tied = nn.Sequential(embedding, output)
-    inject(tied, replace(FP8, exempt=(), gradient=RoleSpec(format="fp32")))
+    inject(tied, replace(FP8, exempt=(), gradient=Rounding(format="fp32")))
     masters = MasterWeights(tied, torch.optim.SGD(tied.parameters(), lr=0.1), FP8)
     assert embedding.weight.dtype == torch.float16
     assert output.weight is embedding.weight

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fp8repro.errors import UserError
-from fp8repro.numerics.recipe import RoleSpec, load_recipe
+from fp8repro.numerics.recipe import load_recipe
+from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.injection import context_of, inject
 from fp8repro.precision.master import MasterWeights
@@ -229,7 +230,7 @@ def test_every_update_draws_its_own_bits_where_no_step_is_begun() -> None:
 
 def test_stochastic_weights_draw_new_bits_behind_a_backward_pass_where_no_step_is_begun() -> None:
     model = nn.Sequential(nn.Linear(64, 64, bias=False))
-    inject(model, replace(FP8, weight=RoleSpec(rounding="stochastic"), exempt=()))
+    inject(model, replace(FP8, weight=Rounding(rounding="stochastic"), exempt=()))
     site = model[0].site
     codes = []
     for _ in range(2):

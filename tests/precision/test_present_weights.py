@@ -20,7 +20,8 @@ from torch.nn.utils import parametrizations, vector_to_parameters
 from training_tools import tiny_config, use_tiny_network
 
 from fp8repro.engines import products
-from fp8repro.numerics.recipe import Recipe, RoleSpec, load_recipe
+from fp8repro.numerics.recipe import Recipe, load_recipe
+from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.injection import fixed_weights, inject
 from fp8repro.precision.master import MasterWeights
@@ -28,7 +29,7 @@ from fp8repro.precision.site import Site
 from fp8repro.training.loop import train
 
 FP8 = load_recipe("fp8")
-IDENTITY = RoleSpec(format="fp32")
+IDENTITY = Rounding(format="fp32")
 torch.manual_seed(1)
 X, Y = torch.randn(32, 8), torch.randint(0, 4, (32,))
 

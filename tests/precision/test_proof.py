@@ -12,12 +12,13 @@ from recording import Recorder, in_set
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from fp8repro.numerics.recipe import ROLES, Recipe, RoleSpec, load_recipe
+from fp8repro.numerics.recipe import ROLES, Recipe, load_recipe
+from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.injection import inject
 from fp8repro.precision.master import MasterWeights
 
-IDENTITY = RoleSpec(format="fp32")
+IDENTITY = Rounding(format="fp32")
 CLASSES = 5
 IMAGES = 4
 SCALE = 1000.0
@@ -97,7 +98,7 @@ def test_the_proof_notices_exempt_layers_that_are_not_rounded() -> None:
 
 
 def test_fp16_multiplies_fp16_operands() -> None:
-    recipe = replace(load_recipe("fp16"), master=RoleSpec(format="fp16"))
+    recipe = replace(load_recipe("fp16"), master=Rounding(format="fp16"))
     check_training(recipe, "fp16", "fp16", "fp16")
     with pytest.raises(AssertionError):
         check_training(recipe, "e5m2", "fp16", "fp16")
@@ -137,7 +138,7 @@ def test_hybrid_multiplies_e4m3_forward_and_e5m2_backward() -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_with_identity_quantizers_the_run_equals_fp32_to_the_bit(channels_last: bool) -> None:
-    identity = Recipe(**dict.fromkeys(ROLES, IDENTITY), exempt_roles=RoleSpec(format="fp16"), exempt=())
+    identity = Recipe(**dict.fromkeys(ROLES, IDENTITY), exempt_roles=Rounding(format="fp16"), exempt=())
 
     def run(converted: bool) -> list[Tensor]:
         torch.manual_seed(0)
@@ -161,7 +162,7 @@ def test_with_identity_quantizers_the_run_equals_fp32_to_the_bit(channels_last: 
 
 
 def force_conversion(model: nn.Module, identity: Recipe) -> None:
-    inject(model, replace(identity, weight=RoleSpec()), backend="emulate")
+    inject(model, replace(identity, weight=Rounding()), backend="emulate")
     for module in model.modules():
         if hasattr(module, "site"):
             module.site.roles = dict.fromkeys(ROLES[:4], IDENTITY)

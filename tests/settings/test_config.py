@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fp8repro.engines.select import select_backend
 from fp8repro.errors import UserError
-from fp8repro.numerics.recipe import RoleSpec, load_recipe
+from fp8repro.numerics.recipe import load_recipe
+from fp8repro.numerics.rounding import Rounding
 from fp8repro.settings.lengths import Length
 from fp8repro.settings.schema import BOUNDS, RunConfig, _lookup, run_config, setting_names
 
@@ -157,12 +158,12 @@ def test_an_infinity_is_a_text_where_overflow_is_meant():
 
 def test_the_library_refuses_the_same_recipes():
     fp8 = load_recipe("fp8")
-    for wrong in ({"master": RoleSpec("e5m2")}, {"autocast": "bf16"}, {"accumulate": "fp32"}, {"error": "e5m2"}):
+    for wrong in ({"master": Rounding("e5m2")}, {"autocast": "bf16"}, {"accumulate": "fp32"}, {"error": "e5m2"}):
         (name,) = wrong
         with pytest.raises(UserError, match=f"^{name}"):
             replace(fp8, **wrong)
     with pytest.raises(UserError, match=r"^rounding: got 'up', expected one of nearest"):
-        RoleSpec(rounding="up")
+        Rounding(rounding="up")
     with pytest.raises(UserError, match=r"^precision.accumulate: got 'fp16_mma' .* expected promoted"):
         select_backend("emulate", torch.device("cpu"), "fp16_mma")
 

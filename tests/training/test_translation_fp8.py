@@ -17,7 +17,8 @@ from fp8repro.engines import products
 from fp8repro.models.gnmt import LSTMLayer, gnmt
 from fp8repro.models.parts import RepeatedLinear
 from fp8repro.models.transformer import transformer
-from fp8repro.numerics.recipe import ROLES, Recipe, RoleSpec, load_recipe
+from fp8repro.numerics.recipe import ROLES, Recipe, load_recipe
+from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.injection import inject, sites
 from fp8repro.precision.master import MasterWeights
@@ -26,7 +27,7 @@ from fp8repro.settings.schema import DecodeConfig
 from fp8repro.training.tasks.decode import beam_search
 from fp8repro.training.tasks.translation import smoothed_loss
 
-IDENTITY = RoleSpec(format="fp32")
+IDENTITY = Rounding(format="fp32")
 SCALE = 2.0**13
 VOCABULARY = 40
 SOURCE = torch.tensor([[5, 6, 7, 8, 2], [9, 4, 2, 1, 1], [12, 13, 14, 2, 1]])
@@ -174,7 +175,7 @@ def test_no_two_roundings_share_random_bits(name: str, monkeypatch: pytest.Monke
         drawn[value] += 1
         return value
 
-    stochastic = replace(load_recipe("fp8_stochastic"), weight=RoleSpec(rounding="stochastic"))
+    stochastic = replace(load_recipe("fp8_stochastic"), weight=Rounding(rounding="stochastic"))
     model, masters = build(name, stochastic)
     monkeypatch.setattr(StepContext, "stream", spy)
     for step in range(2):
@@ -235,7 +236,7 @@ def recurrent_step(recipe: Recipe, sequences: int = 1) -> tuple[LSTMLayer, list[
 
 
 def test_a_recurrent_weights_gradient_is_one_product_over_the_sequence_rounded_once() -> None:
-    nearest = replace(load_recipe("fp8_sequence"), gradient=RoleSpec("e5m2", "nearest"))
+    nearest = replace(load_recipe("fp8_sequence"), gradient=Rounding("e5m2", "nearest"))
     layer, seen = recurrent_step(nearest)
     ((_, (error, x)),) = seen
     assert error.shape == (7 * 3, 4 * 24)
@@ -257,7 +258,7 @@ def test_each_sequence_has_a_recurrent_gradient_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("backend", ["emulate", "auto"])
-@pytest.mark.parametrize("change", [{}, {"gradient": IDENTITY}, {"gradient": RoleSpec("e5m2", scaling="tensor")}])
+@pytest.mark.parametrize("change", [{}, {"gradient": IDENTITY}, {"gradient": Rounding("e5m2", scaling="tensor")}])
 def test_gradients_added_as_they_are_rounded_are_those_that_autograd_adds(
     backend: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,7 +284,7 @@ def test_gradients_added_as_they_are_rounded_are_those_that_autograd_adds(
 
 
 def test_scaled_operands_keep_a_gradient_for_every_time_step() -> None:
-    scaled = replace(load_recipe("fp8_sequence"), error=RoleSpec("e5m2", scaling="tensor"))
+    scaled = replace(load_recipe("fp8_sequence"), error=Rounding("e5m2", scaling="tensor"))
     layer, seen = recurrent_step(scaled)
     assert len(seen) == 7
     exact = sum(error.double().t() @ x.double() for _, (error, x) in seen)

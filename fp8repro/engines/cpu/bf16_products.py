@@ -16,9 +16,10 @@ from torch import Tensor
 from fp8repro.engines.cpu import build
 from fp8repro.engines.cpu.rounding import format_address
 from fp8repro.engines.guards import address, plain
-from fp8repro.engines.products import Conv2dGeometry, EmulateBackend, Operand, Rounding
+from fp8repro.engines.products import Conv2dGeometry, EmulateBackend, Operand
 from fp8repro.engines.quantizer import round_into
 from fp8repro.numerics.formats import FloatFormat
+from fp8repro.numerics.rounding import RandomBits, Rounding
 
 # What products.cpp needs: BF16 dot products, and byte permutations to decode.
 INSTRUCTIONS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_bf16"})
@@ -84,19 +85,21 @@ def _cpu() -> dict[str, list[str]]:
 class Bf16Backend(EmulateBackend):
     """Products of FP8 bytes through BF16 dot products; see `products.Backend`."""
 
-    def __init__(self, how: Rounding | None = None, total: Tensor | None = None) -> None:
-        """As the CPU has it now (see `use_tiles`); `how`: see `rounding`; `total`: see `adding`."""
-        self.how, self.total = how, total
+    def __init__(
+        self, how: Rounding | None = None, bits: RandomBits = RandomBits(), total: Tensor | None = None
+    ) -> None:
+        """As the CPU has it now (see `use_tiles`); `how`, `bits`: see `rounding`; `total`: see `adding`."""
+        self.how, self.bits, self.total = how, bits, total
         # Tiles add in another order than dot products, so records tell them apart.
         self.name = "emulate-amx" if library().tiles else "emulate-bf16"
 
-    def rounding(self, how: Rounding) -> Bf16Backend:
+    def rounding(self, how: Rounding, bits: RandomBits) -> Bf16Backend:
         """Products round a block while the cache has it, gradients of convolutions in a pass behind."""
-        return Bf16Backend(how)
+        return Bf16Backend(how, bits)
 
     def adding(self, total: Tensor) -> Bf16Backend:
         """The same, and rounded results are added to a contiguous FP32 tensor, which then is the result."""
-        return Bf16Backend(self.how, total)
+        return Bf16Backend(self.how, self.bits, total)
 
     def value_dtype(self, fmt: FloatFormat) -> torch.dtype | None:
         """None for 8-bit formats: their bytes are all that is needed."""
@@ -181,11 +184,9 @@ class Bf16Backend(EmulateBackend):
 
     def _rounded(self, result: Tensor) -> Tensor:
         """A result that no kernel has rounded, rounded in place."""
-        h = self.how
-        if h is None:
+        if self.how is None:
             return result
-        options = {"seed": h.seed, "stream": h.stream, "subnormal_rounding": h.subnormal_rounding, "order": h.order}
-        round_into(result, h.format, h.rounding, h.overflow, **options, values=result)  # type: ignore[arg-type]
+        round_into(result, self.how, self.bits, values=result)
         return result if self.total is None else self.total.add_(result)
 
     def _gemm(
@@ -218,7 +219,7 @@ class Bf16Backend(EmulateBackend):
             None if panels is None else address(panels),
             None if bias is None or scaled else address(bias),
             address(result),
-            *_rounding(how),
+            *_rounding(how, self.bits),
             total is not None,
             threads,
         )
@@ -240,7 +241,7 @@ class Bf16Backend(EmulateBackend):
             address(panels),
             None if bias is None or scaled else address(bias),
             address(result),
-            *_rounding(how),
+            *_rounding(how, self.bits),
             threads,
         )
         if scaled:
@@ -248,12 +249,12 @@ class Bf16Backend(EmulateBackend):
         return result if how is not None else self._rounded(result)
 
 
-def _rounding(how: Rounding | None) -> tuple[int | None, int, int]:
+def _rounding(how: Rounding | None, bits: RandomBits) -> tuple[int | None, int, int]:
     """What a kernel is told of how to round: the format's address, seed and stream."""
     if how is None:
         return None, 0, 0
-    assert isinstance(how.stream, int)
-    return format_address(how.format, how.rounding, how.overflow, how.subnormal_rounding), how.seed, how.stream
+    assert isinstance(bits.stream, int)
+    return format_address(how), bits.seed, bits.stream
 
 
 def _multiplies(a: Operand, b: Operand) -> bool:

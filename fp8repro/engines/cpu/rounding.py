@@ -18,6 +18,7 @@ from fp8repro.engines.cpu import build
 from fp8repro.engines.cpu.layout import plan
 from fp8repro.engines.guards import address, check_rounding, plain
 from fp8repro.numerics.formats import E4M3, E5M2, FloatFormat
+from fp8repro.numerics.rounding import RandomBits, Rounding
 
 _TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _ROUNDINGS = {"nearest": 0, "stochastic": 1, "toward_zero": 2}
@@ -66,26 +67,22 @@ def available() -> bool:
 
 def round_into(
     x: Tensor,
-    format: FloatFormat,
-    rounding: str,
-    overflow: str,
-    seed: int,
-    stream: int,
-    subnormal_rounding: str,
+    how: Rounding,
+    bits: RandomBits,
     values: Tensor | None,
     codes: Tensor | None,
     stats: Tensor | None,
     engine: Any = None,
     add: bool = False,
 ) -> None:
-    """See `fp8repro.quantize.round_into`; `engine` is another build of the library.
+    """See `quantizer.round_into`; elements are counted row-major. `engine` is another build of the library.
 
     With `add`, what is rounded is added to `values`, an FP32 tensor that lies as `x` does.
 
     Raises:
         TypeError, ValueError: a tensor is not what the engine takes (`check_rounding`); nothing was written.
     """
-    check_rounding(x, format, values, codes, stats)
+    check_rounding(x, how.format, values, codes, stats)
     if not x.is_cpu:
         raise ValueError(f"x: got a tensor on {x.device}, expected one on the CPU")
     signed = x.is_neg()
@@ -93,19 +90,13 @@ def round_into(
         if out is not None:
             signed = signed or out.is_neg()
             address(out)
-    (_round_copies if signed else round_unchecked)(
-        x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats, engine, add
-    )
+    (_round_copies if signed else round_unchecked)(x, how, bits, values, codes, stats, engine, add)
 
 
 def round_unchecked(
     x: Tensor,
-    format: FloatFormat,
-    rounding: str,
-    overflow: str,
-    seed: int,
-    stream: int,
-    subnormal_rounding: str,
+    how: Rounding,
+    bits: RandomBits,
     values: Tensor | None,
     codes: Tensor | None,
     stats: Tensor | None,
@@ -122,11 +113,9 @@ def round_unchecked(
         kernel, arguments = engine.fp8repro_linear, (count,)
     else:
         strides = tuple(out.stride() for out in (values, codes) if out is not None)
-        name, arguments = plan(tuple(x.shape), x.stride(), strides, values is not None, rounding == "stochastic")
+        name, arguments = plan(tuple(x.shape), x.stride(), strides, values is not None, how.is_stochastic)
         if name == "copy":
-            _round_copies(
-                x, format, rounding, overflow, seed, stream, subnormal_rounding, values, codes, stats, engine, add
-            )
+            _round_copies(x, how, bits, values, codes, stats, engine, add)
             return
         kernel = getattr(engine, "fp8repro_" + name)
     types = _TYPES[x.dtype]
@@ -139,9 +128,9 @@ def round_unchecked(
         None if values is None else values.data_ptr(),
         None if codes is None else codes.data_ptr(),
         types,
-        format_address(format, rounding, overflow, subnormal_rounding),
-        seed,
-        stream,
+        format_address(how),
+        bits.seed,
+        bits.stream,
         None if stats is None else stats.data_ptr(),
         _threads(count),
         *arguments,
@@ -206,12 +195,8 @@ def _threads(count: int) -> int:
 
 def _round_copies(
     x: Tensor,
-    format: FloatFormat,
-    rounding: str,
-    overflow: str,
-    seed: int,
-    stream: int,
-    subnormal_rounding: str,
+    how: Rounding,
+    bits: RandomBits,
     values: Tensor | None,
     codes: Tensor | None,
     stats: Tensor | None,
@@ -221,26 +206,27 @@ def _round_copies(
     """Layouts that no kernel walks, and signs that memory does not hold: round a copy in logical order."""
     inner = [None if out is None else torch.empty(out.shape, dtype=out.dtype, device="cpu") for out in (values, codes)]
     x = x.resolve_neg().contiguous()
-    round_unchecked(x, format, rounding, overflow, seed, stream, subnormal_rounding, inner[0], inner[1], stats, engine)
+    round_unchecked(x, how, bits, inner[0], inner[1], stats, engine)
     for out, copy in zip((values, codes), inner, strict=True):
         if out is not None and copy is not None:
             (out.add_ if add and out is values else out.copy_)(copy)
 
 
 @functools.cache
-def format_address(format: FloatFormat, rounding: str, overflow: str, subnormal_rounding: str) -> int:
+def format_address(how: Rounding) -> int:
     """Where the kernels find a format and how to round to it."""
-    return ctypes.addressof(_format(format, rounding, overflow, subnormal_rounding))
+    return ctypes.addressof(_format(how))
 
 
 @functools.cache
-def _format(format: FloatFormat, rounding: str, overflow: str, subnormal_rounding: str) -> _Format:
-    """The kernels' view of a format; kept for ever, because its address is."""
+def _format(how: Rounding) -> _Format:
+    """The kernels' view of a rounding; kept for ever, because its address is."""
+    format = how.format
     unbounded = math.inf if format.has_infinity else math.nan
-    stays_finite = rounding == "toward_zero" or overflow == "saturate"
+    stays_finite = how.rounding == "toward_zero" or how.overflow == "saturate"
     return _Format(
-        rounding=_ROUNDINGS[rounding],
-        subnormal_nearest=int(rounding == "stochastic" and subnormal_rounding == "nearest"),
+        rounding=_ROUNDINGS[how.rounding],
+        subnormal_nearest=int(how.is_stochastic and how.subnormal_rounding == "nearest"),
         drop=23 - format.mantissa_bits,
         smallest_normal=_bits(format.smallest_normal),
         largest=_bits(format.max),

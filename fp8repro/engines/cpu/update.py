@@ -19,10 +19,10 @@ from fp8repro.engines.cpu import build
 from fp8repro.engines.cpu.layout import turned_matrices
 from fp8repro.engines.cpu.rounding import format_address
 from fp8repro.engines.guards import address, addressable
-from fp8repro.numerics.recipe import RoleSpec
-from fp8repro.numerics.reference import ORDERS, counted
+from fp8repro.engines.updates import Parameter, Rule
+from fp8repro.numerics.reference import counted
+from fp8repro.numerics.rounding import ORDERS, Rounding
 from fp8repro.numerics.streams import signed64
-from fp8repro.precision.fused_step import Parameter, Rule
 
 _TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _KINDS = {"sgd": 0, "adam": 1, "adamw": 2}
@@ -62,7 +62,7 @@ def takes(parameters: Sequence[Tensor]) -> bool:
 
 
 def gradient_control(parameters: Sequence[Parameter], scale: float = 1.0, clip_norm: float | None = None) -> Tensor:
-    """See `fused_step.Engine`; the same sums at any number of threads."""
+    """See `updates.Engine`; the same sums at any number of threads."""
     table, count = _table(parameters)
     square = _library().fp8repro_sum_of_squares(table, count, torch.get_num_threads())
     # The squares of FP32 values do not overflow in FP64.
@@ -77,19 +77,19 @@ def update(
     parameters: Sequence[Parameter],
     rule: Rule,
     step: int,
-    master: RoleSpec,
-    weight: RoleSpec,
+    master: Rounding,
+    weight: Rounding,
     control: Tensor,
     scale: float = 1.0,
     seed: int = 0,
 ) -> None:
-    """See `fused_step.Engine`; writes no next step's weights, and rounds to 16 bit or less."""
+    """See `updates.Engine`; writes no next step's weights, and rounds to 16 bit or less."""
     if master.is_identity:
-        raise ValueError(f"master.format: got {master.format}, expected one that rounds")
+        raise ValueError(f"master.format: got {master.format.name}, expected one that rounds")
     bad, factor, _ = control.tolist()
     if bad:
         return
-    table, count = _table(parameters, ordered=master.rounding == "stochastic")
+    table, count = _table(parameters, ordered=master.is_stochastic)
     adam = rule.name != "sgd"
     native = _Rule(
         kind=_KINDS[rule.name],
@@ -105,7 +105,7 @@ def update(
         root2=math.sqrt(1 - rule.beta2**step),
         eps=rule.eps,
     )
-    address = format_address(master.float_format, master.rounding, master.overflow, master.subnormal_rounding)
+    address = format_address(master)
     _library().fp8repro_update(table, count, ctypes.byref(native), address, seed, torch.get_num_threads())
 
 
