@@ -25,6 +25,7 @@ from fp8repro.engines.cpu import rounding as native
 from fp8repro.engines.cpu.malloc import keep_freed_memory
 from fp8repro.engines.select import select_backend
 from fp8repro.numerics.formats import E5M2
+from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.tabular import markdown
 from fp8repro.training.environment import describe_environment
 
@@ -40,7 +41,7 @@ def best_speeds() -> dict[str, float]:
     x = torch.randn(10**6)
 
     def call(rounding: str) -> Callable[[], object]:
-        return lambda: native.round_into(x, E5M2, rounding, "inf", 1, 2, "same", x, None, None)
+        return lambda: native.round_into(x, Rounding(E5M2, rounding), RandomBits(1, 2), x, None, None)
 
     medians = interleaved_medians({rounding: call(rounding) for rounding in ("nearest", "stochastic")}, 200)
     # Once rounded, the values stay as they are: what a rounding takes does not depend on them.
@@ -52,13 +53,12 @@ def roundings(step: Callable[[], object]) -> dict[tuple[str, str, str], list[flo
     kinds: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0, 0.0])
     real = native.round_into
 
-    def timed(x: Any, fmt: Any, rounding: str, *rest: Any, add: bool = False) -> None:
+    def timed(x: Any, how: Rounding, bits: RandomBits, values: Any, codes: Any, *rest: Any, add: bool = False) -> None:
         start = time.perf_counter()
-        real(x, fmt, rounding, *rest, add=add)
+        real(x, how, bits, values, codes, *rest, add=add)
         seconds = time.perf_counter() - start
-        values, codes = rest[4:6]
         outputs = [] if values is None else ["in place" if values is x else "added" if add else "values"]
-        entry = kinds[fmt.name, rounding, " and ".join(outputs + ([] if codes is None else ["codes"]))]
+        entry = kinds[how.format.name, how.rounding, " and ".join(outputs + ([] if codes is None else ["codes"]))]
         for index, amount in enumerate((1, x.numel(), seconds)):
             entry[index] += amount / STEPS
 

@@ -33,7 +33,7 @@ class Row:
         name: by what.
         median_ms: median wall time of one call.
         ratio: that time relative to `against`, another name of the group.
-        bar: what the ratio shall at most be, or None.
+        bar: the largest ratio that is good enough; None: no bar.
         tokens: target tokens of one call, or None where it has none.
     """
 

@@ -1,4 +1,4 @@
-"""The plan: cells, seeds, the settings of each, and what their folders say of them. Runs nothing."""
+"""The plan of runs: cells, seeds, settings, and what each run's folder says of its state. Runs nothing."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Job:
 
 @cache
 def plan_file() -> dict[str, Any]:
-    """reproduce/plan.yaml."""
+    """plan.yaml."""
     text = files("fp8repro.paper").joinpath("plan.yaml").read_text(encoding="utf-8")
     values: dict[str, Any] = yaml.safe_load(text)
     return values
@@ -126,7 +126,7 @@ def make_plan(
 
 
 def make_jobs(cells: Sequence[Cell], seeds: Sequence[int], runs: Path, profile: str) -> list[Job]:
-    """All cells with the first seed, then all with the next: an early stop leaves whole tables."""
+    """All cells with the first seed, then all with the next, so that an early stop leaves complete tables."""
     return [Job(cell, seed, runs / profile / f"{cell.name}-seed{seed}") for seed in seeds for cell in cells]
 
 

@@ -1,4 +1,4 @@
-"""`fp8repro reproduce`: from its options to the plan, its dry run or its run."""
+"""`fp8repro reproduce`: makes the plan from the options, and lists or runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs jobs, each in a process of its own, and keeps going past a failed one. It computes no result."""
+"""Runs jobs in processes of their own and goes on when one fails. Computes no result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_STOP = 60
 PR_SET_PDEATHSIG = 1
 TAIL_BYTES = 65536
-# Small models keep one core busy and a second one hardly; each process holds about 1 GB.
+# A small model keeps one core busy and hardly a second; each process holds about 1 GB.
 MOST_WORKERS_ON_CPU = 4
 
 
@@ -52,17 +52,17 @@ class Running:
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, processes: int, board: Board, retry: bool = False) -> dict[str, str]:
-    """Run what is not done; gives why jobs failed, by their names.
+    """Run the jobs that are not done. Returns why jobs failed, by name.
 
     Args:
-        jobs: the plan; the ones that are done are left as they are.
+        jobs: the plan; those that are done are left as they are.
         workers: jobs at a time.
         processes: of each job, started by torchrun when more than one (GPUs).
-        board: told what happens.
-        retry: run jobs again that failed before.
+        board: shows progress.
+        retry: run again what failed before.
 
     Raises:
-        KeyboardInterrupt: asked to stop; every run has written a checkpoint.
+        KeyboardInterrupt: asked to stop; every run has saved a checkpoint.
     """
     failures: dict[str, str] = {}
     waiting: list[Job] = []
@@ -99,7 +99,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, processes: int, board: Board, re
 
 
 def default_workers(processes: int) -> int:
-    """Jobs at a time where nothing is said: as many as there are GPUs for, or one for each core up to four."""
+    """Default number of jobs at a time: as the GPUs allow, without GPUs one for each core up to four."""
     gpus = len(_gpus(dict(os.environ)))
     return max(1, gpus // processes) if gpus else max(1, min(_cores(), MOST_WORKERS_ON_CPU) // processes)
 
@@ -141,10 +141,10 @@ def failure_reason(job: Job) -> str:
 
 
 def lock_plan(folder: Path) -> Callable[[], None]:
-    """Claim a profile's folder for this process; the function gives it free.
+    """Lock a profile's folder for this process; the returned function unlocks it.
 
     Raises:
-        UserError: another `fp8repro reproduce` is at work there, or it cannot be written.
+        UserError: another `fp8repro reproduce` is running there, or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def _reason(one: Running) -> str | None:
 
 
 def _stop(running: Sequence[Running]) -> None:
-    """Ask for a checkpoint and an end; kill what does not listen."""
+    """Ask runs to save and end; kill those that do not in time."""
     for one in running:
         with suppress(ProcessLookupError):
             one.process.send_signal(signal.SIGTERM)

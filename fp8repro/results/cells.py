@@ -1,4 +1,4 @@
-"""Runs by the cell of the plan that they stand for, and the figures of a run that the studies compare."""
+"""Finished runs by their cell of the plan, and the figures of a run that the studies compare."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison: runs grouped by what ran, their mean and spread over seeds, beside the paper's figures.
+"""Finished runs grouped by what ran: mean and spread over seeds, beside the paper's figures.
 
 Every number of ours comes from a run record, every number of the paper's from paper.yaml.
 """

@@ -1,4 +1,4 @@
-"""Run records: finds the folders that training wrote and reads what they hold. Read-only; trusts no byte of them."""
+"""Finds the folders that training wrote and reads what they hold. Read-only; trusts no byte of them."""
 
 from __future__ import annotations
 
