@@ -30,8 +30,6 @@ MUTUAL = {("engines", "kernels")}
 # Removed elsewhere at present; all three must be empty.
 KNOWN_CIRCLES = {
     ("fp8repro.numerics.recipe", "fp8repro.settings.schema"),
-    ("fp8repro.training.tasks.task", "fp8repro.training.tasks.classification"),
-    ("fp8repro.training.tasks.task", "fp8repro.training.tasks.translation"),
 }
 KNOWN_ARROWS = {("numerics", "settings")}
 KNOWN_NAMES = {"rounding.py"}
