@@ -6,8 +6,6 @@ format, or round a result unless it is told how.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -198,23 +196,3 @@ def _convolution_backward(
         error, x, weight, None, g.stride, g.padding, g.dilation, False, (0, 0), g.groups, wanted
     )
     return result
-
-
-Observer = Callable[[str, str, tuple[Operand, ...]], None]
-_observers: list[Observer] = []
-
-
-@contextmanager
-def observe(observer: Observer) -> Iterator[None]:
-    """Call `observer(layer, product, operands)` before every product; product is forward, error or gradient."""
-    _observers.append(observer)
-    try:
-        yield
-    finally:
-        _observers.remove(observer)
-
-
-def announce(layer: str, product: str, *operands: Operand) -> None:
-    """Tell the observers of a product that is about to be computed."""
-    for observer in _observers:
-        observer(layer, product, operands)

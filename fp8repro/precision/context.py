@@ -6,16 +6,19 @@ It never draws a bit itself: streams are names, and the quantizers turn names in
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from fp8repro.engines.products import Operand
 from fp8repro.errors import UserError
 from fp8repro.numerics.streams import Stream, StreamTable
+from fp8repro.precision.offers import Offers
 from fp8repro.precision.telemetry import Telemetry
 
+Observer = Callable[[str, str, tuple[Operand, ...]], None]
 # Every rank holds the same weights, so their rounding must draw the same bits on every rank.
 RANK_FREE_ROLES = ("weight", "master")
 
@@ -64,6 +67,8 @@ class StepContext:
         updates: how many updates of master weights were applied since the last `begin`.
         slots: where streams are handed out as places in device memory (see `streams_in_memory`).
         scope: number of the `fixed_weights` block that is open; None outside.
+        offers: codes that travel beside the tensors between the layers.
+        observers: see `observe`.
     """
 
     seed: int = 0
@@ -75,6 +80,8 @@ class StepContext:
     updates: int = 0
     slots: StreamTable | None = None
     scope: int | None = None
+    offers: Offers = field(default_factory=Offers)
+    observers: list[Observer] = field(default_factory=list)
     _scopes: int = 0
     _names: set[str] = field(default_factory=set)
     _calls: dict[str, Calls] = field(default_factory=dict)
@@ -167,6 +174,15 @@ class StepContext:
             yield
         finally:
             self.scope = outer
+
+    @contextmanager
+    def observe(self, observer: Observer) -> Iterator[None]:
+        """Call `observer(layer, product, operands)` before every product; product is forward, error or gradient."""
+        self.observers.append(observer)
+        try:
+            yield
+        finally:
+            self.observers.remove(observer)
 
     def stream(self, module: str, call: int, operand: str, role: str) -> Stream:
         """Stream of one operand at this point of the run: its number, or the slot that holds it at each replay."""

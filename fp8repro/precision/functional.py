@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fp8repro.engines import products
 from fp8repro.engines.products import Backend, Conv2dGeometry, Operand
 from fp8repro.numerics.formats import FloatFormat
 from fp8repro.precision.site import Site
@@ -147,7 +146,7 @@ class SummedGradient:
 def _weight_gradient(
     site: Site, x: Operand, error: Operand, call: int, training: bool, total: Tensor | None = None
 ) -> Tensor:
-    products.announce(site.name, "gradient", error, x)
+    site.announce("gradient", error, x)
     multiply = lambda backend: backend.linear_gradient(error, x)  # noqa: E731
     return site.product(multiply, "gradient", "weight_gradient", call, training, total)
 
@@ -297,7 +296,7 @@ class _QuantizedProduct(torch.autograd.Function):
                 qb = site.weight(b, training, turn_b)
             else:
                 qb = site.operand(b, "activation", "input_b", call, training)
-            products.announce(site.name, "forward", qa, qb)
+            site.announce("forward", qa, qb)
             role = "activation" if site.round_outputs else None
             result = site.product(lambda b: op.forward(b, qa, qb, bias), role, "output", call, training)
         if result._is_view():
@@ -339,7 +338,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     )
     grad_a = grad_b = grad_bias = None
     if needs_a:
-        products.announce(site.name, "error", error, qb)
+        site.announce("error", error, qb)
         role = "error" if site.round_input_errors else None
         grad_a = site.product(lambda b: op.grad_a(b, error, qb, codes_a), role, "input_error", call, training)
     if gathered is not None:
@@ -347,7 +346,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
         return grad_a, None, None
     if needs_b:
         qa = Operand(codes_a, format_a, scale_a, turned=turned)
-        products.announce(site.name, "gradient" if op.b_is_weight else "error", error, qa)
+        site.announce("gradient" if op.b_is_weight else "error", error, qa)
         role, name = ("gradient", "weight_gradient") if op.b_is_weight else ("error", "input_b_error")
         wanted = role if op.b_is_weight or site.round_input_errors else None
         grad_b = site.product(lambda b: op.grad_b(b, error, qa, qb.codes), wanted, name, call, training)

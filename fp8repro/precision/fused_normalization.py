@@ -6,12 +6,12 @@ normalization itself stays in FP32 (paper, section 3).
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fp8repro.engines.cpu import rounding as native
 from fp8repro.engines.guards import spell
@@ -19,7 +19,9 @@ from fp8repro.engines.products import decode
 from fp8repro.engines.quantizer import round_into
 from fp8repro.numerics.formats import BF16, FP32, FloatFormat
 from fp8repro.numerics.rounding import Rounding
-from fp8repro.precision.site import Site, offer
+from fp8repro.precision.become import become
+from fp8repro.precision.context import StepContext
+from fp8repro.precision.site import Site
 
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
@@ -97,10 +99,12 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
     Attributes:
         input_format: that format; what the input is kept in for backward.
+        context: where the result's codes are offered.
         consumers: set where Triton kernels normalize: how the layers behind round what they get.
     """
 
     input_format: FloatFormat
+    context: StepContext
     consumers: Rounding | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -126,7 +130,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             input, self.weight, self.bias, residual, relu, self.eps, kept, rounding
         )
         if rounding:
-            offer(y, consumers, codes.detach())
+            self.context.offers.make(y, consumers, codes.detach())
         with torch.no_grad():
             count = input.numel() // input.shape[1]
             momentum = self.momentum or 0.0
@@ -140,9 +144,11 @@ class FusedLayerNorm(nn.LayerNorm):
 
     Attributes:
         consumers: how those layers round what they get.
+        context: where the result's codes are offered.
     """
 
     consumers: Rounding
+    context: StepContext
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., D] FP32 -> the same shape."""
@@ -151,7 +157,7 @@ class FusedLayerNorm(nn.LayerNorm):
         rounding = _offered(self.consumers)
         y, codes, _, _ = normalize_rows(input, self.weight, self.bias, self.eps, rounding)
         if rounding:
-            offer(y, self.consumers, codes.detach())
+            self.context.offers.make(y, self.consumers, codes.detach())
         return y
 
 
@@ -164,63 +170,27 @@ def _offered(consumers: Rounding) -> str:
     return spell(spec) if spec.format.is_fp8 and not spec.is_stochastic and spec.scaling == "none" else ""
 
 
-class FusedBasicBlock(BasicBlock):
-    """torchvision's block for ResNet-18 and -34, its normalizations fused."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See `BasicBlock`."""
-        out = self.bn1(self.conv1(x), relu=True)
-        identity = x if self.downsample is None else self.downsample(x)
-        return self.bn2(self.conv2(out), residual=identity, relu=True)
-
-
-class FusedBottleneck(Bottleneck):
-    """torchvision's block for ResNet-50, its normalizations fused."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See `Bottleneck`."""
-        out = self.bn1(self.conv1(x), relu=True)
-        out = self.bn2(self.conv2(out), relu=True)
-        identity = x if self.downsample is None else self.downsample(x)
-        return self.bn3(self.conv3(out), residual=identity, relu=True)
-
-
-class FusedResNet(ResNet):
-    """torchvision's ResNet, its first normalization fused."""
-
-    def _forward_impl(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
-
-
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    BasicBlock: FusedBasicBlock,
-    Bottleneck: FusedBottleneck,
-    ResNet: FusedResNet,
-}
-
-
-def fuse_normalizations(model: nn.Module) -> list[str]:
+def fuse_normalizations(model: nn.Module, context: StepContext) -> list[str]:
     """Fuse the normalizations of torchvision's ResNets, in place; gives the names of those that were.
 
     Blocks with other normalizations, or convolutions that no recipe converted, stay as they are.
     """
+    # Nobody has one of its networks who has not imported it.
+    if "torchvision" not in sys.modules:
+        return []
+    from fp8repro.models.fused_resnet import FUSED, normalizations
+
     fused = []
     for name, module in model.named_modules():
-        if type(module) not in _FUSED:
+        if type(module) not in FUSED:
             continue
-        pairs = [(key, f"conv{key[2:]}") for key, _ in module.named_children() if key.startswith("bn")]
-        if getattr(module, "downsample", None) is not None:
-            pairs.append(("downsample.1", "downsample.0"))
-        norms = [(key, module.get_submodule(key), module.get_submodule(conv)) for key, conv in pairs]
-        if not all(_fusible(norm) and hasattr(conv, "site") for _, norm, conv in norms):
+        pairs = [(key, module.get_submodule(key), module.get_submodule(conv)) for key, conv in normalizations(module)]
+        if not all(_fusible(norm) and hasattr(conv, "site") for _, norm, conv in pairs):
             continue
-        for key, norm, conv in norms:
-            norm.__class__ = FusedBatchNorm2d
-            norm.input_format = storage_format(conv.site)
+        for key, norm, conv in pairs:
+            become(norm, FusedBatchNorm2d, input_format=storage_format(conv.site), context=context)
             fused.append(f"{name}.{key}" if name else key)
-        module.__class__ = _FUSED[type(module)]
+        become(module, FUSED[type(module)])
     return fused
 
 
@@ -228,16 +198,17 @@ def _fusible(norm: nn.Module) -> bool:
     return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
-def use_kernels(model: nn.Module, consumers: Rounding) -> None:
+def use_kernels(model: nn.Module, consumers: Rounding, context: StepContext) -> None:
     """Let Triton kernels do the fused batch normalizations and the layer normalizations, in place.
 
     Args:
         model: after `fuse_normalizations`.
         consumers: the recipe's activation role.
+        context: the model's.
     """
     for module in model.modules():
         plain = type(module) is nn.LayerNorm and module.weight is not None and module.bias is not None
         if plain and len(module.normalized_shape) == 1:  # type: ignore[arg-type]
-            module.__class__ = FusedLayerNorm
-        if isinstance(module, (FusedBatchNorm2d, FusedLayerNorm)):
+            become(module, FusedLayerNorm, consumers=consumers, context=context)
+        elif isinstance(module, FusedBatchNorm2d):
             module.consumers = consumers

@@ -19,6 +19,7 @@ from fp8repro.errors import UserError
 from fp8repro.models.parts import MatMul, RepeatedLinear
 from fp8repro.numerics.recipe import AUTO, ROLES, Recipe, load_recipe
 from fp8repro.numerics.rounding import Rounding
+from fp8repro.precision.become import become
 from fp8repro.precision.bypass import watch_first_pass
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, fuse_normalizations, use_kernels
@@ -151,12 +152,12 @@ def inject(
                 _convert(modules[name], Site(prefix + name, roles, context, products, *options))
         for name in _embeddings(modules):
             if name not in left:
-                modules[name].__class__ = MasterEmbedding
+                become(modules[name], MasterEmbedding)
         _leave_fast_paths(modules)
         if recipe.fuse_normalization:
-            fuse_normalizations(model)
+            fuse_normalizations(model, context)
             if products.name == "triton":
-                use_kernels(model, recipe.activation)
+                use_kernels(model, recipe.activation, context)
         watch_first_pass(model)
     for name, module in modules.items():
         described = ("left", "asked for") if name in left else None
@@ -207,7 +208,7 @@ def _leave_fast_paths(modules: dict[str, nn.Module]) -> None:
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
         elif type(module) is nn.MultiheadAttention:
-            module.__class__ = SteadyMultiheadAttention
+            become(module, SteadyMultiheadAttention)
 
 
 def _describe(module: nn.Module, recipe: Recipe, exempt: bool, candidate: bool) -> tuple[str, str] | None:
@@ -231,9 +232,7 @@ def _describe(module: nn.Module, recipe: Recipe, exempt: bool, candidate: bool) 
 
 
 def _convert(module: nn.Module, site: Site) -> None:
-    # The class alone changes: parameters, buffers, hooks and every reference to the module stay valid.
-    module.__class__ = CONVERTED[type(module)]
-    module.site = site  # type: ignore[assignment]
+    become(module, CONVERTED[type(module)], site=site)
     if isinstance(module, FP8Conv2d):
         module.prepare()
 

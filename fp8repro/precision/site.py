@@ -103,10 +103,10 @@ class Site:
         fmt = spec.format
         if x.dtype == fmt.dtype and fmt.is_fp8:
             return Operand(x, fmt)
-        offered = getattr(x, "offered_codes", None)
-        # Who rounded it already has counted nothing.
-        if offered is not None and offered[:2] == (x._version, spec) and not self.context.telemetry.active:
-            return Operand(offered[2], fmt, turned=offered[3])
+        # A step that is measured rounds by itself: what was offered was not counted.
+        offer = None if self.context.telemetry.active else self.context.offers.find(x, spec)
+        if offer is not None:
+            return Operand(offer.codes, fmt, turned=offer.transposed)
         bits = self._bits(spec, role, name, call)
         if fmt.dtype is None:
             # Without a storage dtype the FP32 values are the codes.
@@ -131,13 +131,14 @@ class Site:
         if values is None and scale is None and not spec.is_stochastic and fresh:
             # Queries, keys and values are projections of one tensor. What a loop feeds may be a buffer of its own,
             # which it fills again behind autograd's back.
-            offer(x, spec, codes, turned)
+            self.context.offers.make(x, spec, codes, turned)
         return Operand(codes, fmt, scale, values, turned)
 
     def codes(self, x: Tensor, training: bool) -> Tensor:
         """The codes of an activation that many calls will take, or `x` itself where each call has to round it.
 
-        So it is with random bits, scales, statistics and gradients; and on a GPU, which no cache of codes was made for.
+        Each call does where it draws random bits, has a scale, is measured, or wants a gradient. On a GPU no cache
+        takes codes yet.
         """
         # A compiler cannot look into a rounding.
         if torch.compiler.is_compiling():
@@ -209,6 +210,11 @@ class Site:
         result = result if scale is None else result.div_(scale)
         return result if total is None else total.add_(result)
 
+    def announce(self, product: str, *operands: Operand) -> None:
+        """Tell the context's observers of a product (forward, error or gradient) that is about to be computed."""
+        for observer in self.context.observers:
+            observer(self.name, product, operands)
+
     def _bits(self, spec: Rounding, role: str, name: str, call: int) -> RandomBits:
         stream = self.context.stream(self.name, call, name, role) if spec.is_stochastic else 0
         return RandomBits(self.context.seed, stream, self.order)
@@ -233,19 +239,6 @@ class Site:
         stats = self.context.telemetry.buffer(self.name, role, name, x.device)
         round_into(x, spec, bits, values=values, codes=codes, turned=turned, stats=stats, add=add)
         return scale
-
-
-def offer(x: Tensor, spec: Rounding, codes: Tensor, turned: Tensor | None = None) -> None:
-    """Spare layers that get `x` a pass over it: its codes under a role that draws no random bits and has no scale.
-
-    `turned` is what `Operand.turned` would be, or None.
-
-    They are worth nothing once x is changed, and are not counted by telemetry: a measured step rounds again.
-    """
-    # Whether an inference tensor was changed nobody can tell, nor can a compiler tell versions.
-    if torch.compiler.is_compiling() or x.is_inference():
-        return
-    x.offered_codes = (x._version, spec, codes, turned)  # type: ignore[attr-defined]
 
 
 def tensor_scale(x: Tensor, fmt: FloatFormat) -> float:

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from fp8repro.engines import products, quantizer
+from fp8repro.engines import quantizer
 from fp8repro.engines.products import Conv2dGeometry, EmulateBackend, Operand
 from fp8repro.kernels import ops
 from fp8repro.kernels.backend import TritonBackend, available
@@ -304,7 +304,7 @@ def one_step(build, recipe, backend):
     inject(model, recipe, StepContext(seed=0), backend)
     masters = MasterWeights(model, torch.optim.SGD(model.parameters(), lr=0.01), recipe)
     seen = []
-    with products.observe(lambda name, kind, operands: seen.append((name, kind, operands))):
+    with model.fp8_context.observe(lambda name, kind, operands: seen.append((name, kind, operands))):
         model.fp8_context.begin(0)
         loss = loss_of(model)
         (loss * SCALE).backward()

@@ -322,7 +322,7 @@ def test_fairseqs_model_trains_under_the_recipe() -> None:
     for step in range(60):
         model.fp8_context.begin(step)  # type: ignore[union-attr,operator]
         loss = smoothed_loss(model(SOURCE, DECODER_INPUT), TARGET)[0]
-        with products.observe(observer):
+        with model.fp8_context.observe(observer):
             (loss * 1000).backward()
             if not step:
                 model(SOURCE, DECODER_INPUT)

@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from training_tools import rows, tiny_config, use_tiny_network, write_images
 
-from fp8repro.engines import products, quantizer
+from fp8repro.engines import quantizer
 from fp8repro.kernels import ops
 from fp8repro.kernels.quantize.launch import round_into
 from fp8repro.kernels.shared.launch import INTERPRETED
@@ -164,7 +164,7 @@ def test_replayed_steps_have_the_bytes_of_eager_ones(build, recipe, stand_in):
             observer = lambda layer, kind, given, kept=operands: kept.extend((layer, kind, o.codes) for o in given)  # noqa: E731
             trained.optimizer.zero_grad()
             trained.context.begin(step)
-            with products.observe(observer):
+            with trained.context.observe(observer):
                 loss, figures = run(trained.batch(step))
             seen.append((operands, loss, figures, trained.gradients()))
             assert trained.masters.step(SCALE)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
-from fp8repro.engines import products
 from fp8repro.errors import UserError
 from fp8repro.models.parts import AttentionProduct, MatMul
 from fp8repro.numerics import reference
@@ -238,7 +237,7 @@ def test_evaluation_always_rounds_to_nearest() -> None:
     model.eval()
     expected_x, expected_w = (t.to(torch.float8_e5m2).float() for t in (x, model[0].weight.detach()))  # type: ignore[union-attr]
     operands: list[Tensor] = []
-    with products.observe(lambda layer, product, ops: operands.extend(o.decoded() for o in ops)):
+    with model.fp8_context.observe(lambda layer, product, ops: operands.extend(o.decoded() for o in ops)):
         result = model(x)
     assert torch.equal(operands[0], expected_x)
     assert torch.equal(operands[1], expected_w)
@@ -251,7 +250,9 @@ def test_a_weight_is_rounded_once_per_update() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     inject(model, replace(FP8, exempt=()))
     seen: list[int] = []
-    with products.observe(lambda layer, product, ops: seen.append(id(ops[1].codes)) if product == "forward" else None):
+    with model.fp8_context.observe(
+        lambda layer, product, ops: seen.append(id(ops[1].codes)) if product == "forward" else None
+    ):
         for micro_step in range(3):
             model.fp8_context.begin(0, micro_step)  # type: ignore[union-attr,operator]
             model(torch.ones(2, 4))

@@ -130,7 +130,7 @@ def test_hybrid_multiplies_e4m3_forward_and_e5m2_backward() -> None:
                 assert 224 <= float(codes.abs().max()) <= 448
                 torch.testing.assert_close(operand.decoded(), codes / operand.scale, rtol=0, atol=0)
 
-    with products.observe(observer):
+    with model.fp8_context.observe(observer):
         backward(model)
     assert seen["forward", "0"] == seen["forward", "1"] == {"e4m3", "fp16"}
     assert seen["error", "0"] == seen["gradient", "0"] == {"e5m2", "fp16"}

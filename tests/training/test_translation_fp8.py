@@ -93,7 +93,7 @@ def check_training(name: str, recipe: Recipe) -> None:
         calls.clear()
         model.zero_grad()
         recorder = StepRecorder()
-        with recorder, products.observe(lambda layer, product, operands: calls.update([f"{layer} {product}"])):
+        with recorder, model.fp8_context.observe(lambda layer, product, operands: calls.update([f"{layer} {product}"])):
             backward(model, step)
         assert not recorder.unreached
         # What the layers announce is what torch multiplies.
@@ -147,7 +147,7 @@ def test_the_proof_notices_a_product_that_is_left_out(name: str) -> None:
 def test_the_recurrent_and_attention_products_are_among_them(name: str) -> None:
     model, _ = build(name, load_recipe("fp8"))
     seen: Counter[tuple[str, str]] = Counter()
-    with products.observe(lambda layer, product, operands: seen.update([(layer, product)])):
+    with model.fp8_context.observe(lambda layer, product, operands: seen.update([(layer, product)])):
         backward(model, 0)
     if name == "gnmt":
         # One product for the inputs of all steps, one recurrent product a step.
@@ -205,7 +205,7 @@ def test_equal_time_steps_are_rounded_differently() -> None:
     hidden = torch.randn(4, 64)
     error = torch.randn(4, 256)
     layer.fp8_context.begin(0)
-    with products.observe(keep):
+    with layer.fp8_context.observe(keep):
         for _ in range(6):
             gates(hidden).backward(error)
     assert len(rounded) == 6
@@ -230,7 +230,7 @@ def recurrent_step(recipe: Recipe, sequences: int = 1) -> tuple[LSTMLayer, list[
             seen.append((layer, tuple(o.decoded().clone() for o in operands)))
 
     outputs = [model(torch.randn(7, 3, 8))[0] for _ in range(sequences)]
-    with products.observe(keep):
+    with model.fp8_context.observe(keep):
         sum((out.sin().sum() for out in outputs), torch.zeros(())).mul(64.0).backward()
     return model[0], seen
 
