@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fp8repro.cli.main import VERBS
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
@@ -51,3 +53,11 @@ def test_the_readme_shows_recorded_figures(study: str, digits: int) -> None:
         expected = [f"{abs(mean):.{digits}f} ± {spread:.{digits}f}" for mean, spread in own]
         expected += [f"{abs(row[name]):.{digits}f}" for name in ("paper_fp32", "paper_fp8", "paper_gap")]
         assert [cell.strip(" +") for cell in line.split("|")[2:-1]] == expected
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
+    assert set(re.findall(r"(?:^    |`)fp8repro ([a-z]+)", text, re.MULTILINE)) <= set(VERBS)
