@@ -21,7 +21,7 @@ import torch
 from fp8repro.bench import step as bench
 from fp8repro.bench.cpu import PINNING, interleaved_medians
 from fp8repro.engines.cpu import bf16_products as bf16
-from fp8repro.engines.cpu import rounding as native
+from fp8repro.engines.cpu import native
 from fp8repro.engines.cpu.malloc import keep_freed_memory
 from fp8repro.engines.select import select_backend
 from fp8repro.numerics.formats import E5M2

@@ -197,7 +197,7 @@ def _devices() -> Iterator[Finding]:
 def _engine() -> Iterator[Finding]:
     import torch
 
-    from fp8repro.engines.cpu import rounding as native
+    from fp8repro.engines.cpu import native
     from fp8repro.engines.select import select_backend
 
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)

@@ -12,7 +12,7 @@ import torch
 import fp8repro
 from fp8repro.bench import quantize, step
 from fp8repro.bench.cpu import PINNING, ForeignLoad, interleaved_medians, relaunch_pinned, report, rows
-from fp8repro.engines.cpu import rounding as native
+from fp8repro.engines.cpu import native
 from fp8repro.numerics.reference import round_to_format
 from fp8repro.numerics.rounding import Rounding
 
