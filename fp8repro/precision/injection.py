@@ -32,7 +32,6 @@ from fp8repro.precision.layers import (
     SteadyMultiheadAttention,
 )
 from fp8repro.precision.site import Site
-from fp8repro.tabular import aligned
 
 CONVERTED = {
     nn.Linear: FP8Linear,
@@ -86,6 +85,9 @@ class InjectionReport:
 
     def table(self) -> str:
         """A plain-text table, one layer a line."""
+        # Imported here: who never prints a report need not wait for it.
+        from fp8repro.tabular import aligned
+
         rows = [(row.name, row.kind, row.status, row.detail) for row in self.rows]
         counts = ", ".join(f"{len(self.names(s))} {s}" for s in ("converted", "exempt", "left"))
         why = f" ({self.why})" if self.why else ""
