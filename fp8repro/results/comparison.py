@@ -211,16 +211,15 @@ def _order(row: Row, models: list[str]) -> tuple[Any, ...]:
 def _sheet(rows: Sequence[Row], metric: str) -> Sheet:
     digits = DECIMALS[metric]
     columns = [
-        *(Column(key, key.replace("_", " ")) for key in ("model", "data", "profile", "precision", "loss_scaling")),
-        Column("seeds", "seeds"),
-        Column("mean", "mean", digits),
+        *map(Column, ("model", "data", "profile", "precision", "loss_scaling", "seeds")),
+        Column("mean", digits=digits),
         Column("gap", "gap to FP32", digits, sign=True),
         Column("paper_fp32", "paper FP32", digits),
         Column("paper_fp8", "paper FP8", digits),
         Column("paper_gap", "paper gap", digits, sign=True),
     ]
     columns += [Column("chrf", "chrF", 1)] if metric == "bleu" else []
-    columns += [Column("settings", "settings")] if any(row.settings for row in rows) else []
+    columns += [Column("settings")] if any(row.settings for row in rows) else []
     values = [
         {
             **asdict(row),

@@ -87,6 +87,7 @@ def run_sheet(cells: Cells) -> Sheet:
     for name in sorted(cells, key=lambda name: (order.index(name) if name in order else len(order), name)):
         for seed, run in sorted(cells[name].runs.items()):
             summary, environment = run.record.summary, read_or_empty(run.record.folder / ENVIRONMENT)
+            gpus, packages = environment.get("gpus"), environment.get("packages")
             rows.append(
                 {
                     "cell": name,
@@ -98,26 +99,23 @@ def run_sheet(cells: Cells) -> Sheet:
                     "epochs": summary.get("epochs"),
                     "seconds": summary.get("train_seconds"),
                     "backend": f"{summary.get('backend')}, {summary.get('device')}",
-                    "hardware": ", ".join(environment.get("gpus") or [str(environment.get("cpu", "-"))]),
-                    "torch": environment.get("packages", {}).get("torch"),
+                    "hardware": ", ".join(
+                        map(str, gpus if isinstance(gpus, list) and gpus else [environment.get("cpu", "-")])
+                    ),
+                    "torch": packages.get("torch") if isinstance(packages, dict) else None,
                     "code": f"{summary.get('version')} {str(environment.get('commit') or '')[:10]}".strip(),
                 }
             )
         for seed, reason in sorted(cells[name].failures.items()):
             rows.append({"cell": name, "seed": seed, "recipe": f"failed: {reason}"})
     columns = [
-        Column("cell", "cell"),
-        Column("seed", "seed"),
-        Column("data", "data"),
+        *map(Column, ("cell", "seed", "data")),
         Column("recipe", "weight / activation / error / gradient / master"),
-        Column("loss_scaling", "loss scaling"),
-        Column("steps", "steps"),
-        Column("epochs", "epochs", 1),
-        Column("seconds", "seconds", 0),
+        *map(Column, ("loss_scaling", "steps")),
+        Column("epochs", digits=1),
+        Column("seconds", digits=0),
         Column("backend", "products"),
-        Column("hardware", "hardware"),
-        Column("torch", "torch"),
-        Column("code", "code"),
+        *map(Column, ("hardware", "torch", "code")),
     ]
     return Sheet("runs", "Runs: recipe and environment", columns, rows)
 

@@ -32,12 +32,17 @@ def stat(by_seed: Mapping[int, float], factor: float = 1.0) -> Stat | None:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: key in CSV and JSON, title, decimals (None: text or a count); `sign` shows a plus, too."""
+    """A column: key in CSV and JSON, title (else the key), decimals (None: text or a count); `sign`: show a plus."""
 
     key: str
-    title: str
+    title: str = ""
     digits: int | None = None
     sign: bool = False
+
+    def __post_init__(self) -> None:
+        """Take the key for a title."""
+        if not self.title:
+            object.__setattr__(self, "title", self.key.replace("_", " "))
 
 
 @dataclass(frozen=True)

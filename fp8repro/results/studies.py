@@ -82,10 +82,10 @@ def accuracy_sheet(study: str, cells: Cells, profile: str) -> Sheet:
             }
         )
     columns = [
-        Column("model", "model"),
+        Column("model"),
         Column("fp32", f"FP32 {unit}", digits),
         Column("fp8", f"FP8 {unit}", digits),
-        Column("gap", "gap", digits, sign=True),
+        Column("gap", digits=digits, sign=True),
         Column("gap_se", "its standard error", digits),
         Column("seeds", "pairs of seeds", 0),
         Column("paper_fp32", "paper FP32", digits),
@@ -115,7 +115,7 @@ def conversion_sheet(cells: Cells, profile: str) -> Sheet:
             if name.endswith("_fp8") and run is not None:
                 rows.append(conversion(run))
     columns = [
-        Column("model", "model"),
+        Column("model"),
         Column("converted", "layers in E5M2", 0),
         Column("exempt", "layers in 16 bit"),
         Column("left", "layers left", 0),
@@ -156,15 +156,14 @@ def study_sheet(study: str, cells: Cells, profile: str) -> Sheet:
             row |= _scale_figures(cell)
         row["failed"] = _failed(cells, [name])
         rows.append(row)
-    columns = [Column("cell", "cell"), Column("what", "what it is")]
+    columns = [Column("cell"), Column("what", "what it is")]
     columns += [Column(figure, title, digits) for figure, title, digits, _ in STUDY_COLUMNS[study]]
     if study == "C5":
         columns += [
-            Column("lowest_scale", "lowest scale"),
-            Column("last_scale", "last scale"),
+            *map(Column, ("lowest_scale", "last_scale")),
             Column("met_floor", "back-offs that met the floor"),
         ]
-    columns += [Column("seeds", "seeds", 0), Column("failed", "failed runs")]
+    columns += [Column("seeds", digits=0), Column("failed", "failed runs")]
     notes = ["mean ± standard deviation over seeds."] if any(row["seeds"] > 1 for row in rows) else []
     title = plan_file()["studies"][study]["title"]
     return Sheet(

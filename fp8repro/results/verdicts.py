@@ -64,7 +64,7 @@ def overall(claim: str, found: Sequence[Verdict]) -> str:
 def verdict_sheet(by_profile: Mapping[str, Sequence[Verdict]]) -> Sheet:
     """One row for each claim: the paper's words, the verdict of each profile, and of the paper's own scale."""
     claims = paper_figures()["claims"]
-    columns = [Column("claim", "claim"), Column("text", "the paper")]
+    columns = [Column("claim"), Column("text", "the paper")]
     small = [profile for profile in by_profile if profile != "paper"]
     columns += [Column(profile, f"verdict at the scale of profile={profile}") for profile in small]
     columns.append(Column("paper", "verdict at the paper's scale"))
@@ -85,13 +85,7 @@ def verdict_sheet(by_profile: Mapping[str, Sequence[Verdict]]) -> Sheet:
 
 def statement_sheet(found: Sequence[Verdict]) -> Sheet:
     """The statements behind the verdicts."""
-    columns = [
-        Column("claim", "claim"),
-        Column("statement", "statement"),
-        Column("verdict", "verdict"),
-        Column("evidence", "evidence"),
-        Column("test", "test"),
-    ]
+    columns = list(map(Column, ("claim", "statement", "verdict", "evidence", "test")))
     return Sheet("statements", "What was tested, and how", columns, [vars(verdict) for verdict in found])
 
 
