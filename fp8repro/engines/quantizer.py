@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from fp8repro.engines.cpu import rounding as native
+from fp8repro.engines.cpu import native
 from fp8repro.engines.guards import check_format, check_input, check_rounding, read, spell, untraced
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import FloatFormat, get_format

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fp8repro.engines.cpu import build
 from fp8repro.engines.cpu.layout import turned_matrices
-from fp8repro.engines.cpu.rounding import format_address
+from fp8repro.engines.cpu.native import format_address
 from fp8repro.engines.guards import address, addressable
 from fp8repro.engines.updates import Parameter, Rule
 from fp8repro.numerics.reference import counted
