@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from fp8repro.errors import UserError
+from fp8repro.tabular import markdown
 from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint
 from fp8repro.training.environment import describe_environment
 
@@ -347,9 +348,7 @@ def written(report: Report, arguments: Sequence[str], seconds: float) -> str:
         f" `fp8repro train {' '.join(SETTINGS)}`: ResNet-18 on scikit-learn's digits, {STEPS} steps, a checkpoint every"
         f" {EVERY}. Seed {SEED} draws the moments and places of damage; fuzzed inputs are hypothesis's, derandomized.",
         "",
-        "| what | expected | found |",
-        "|---|---|---|",
-        *(f"| {what} | {expected} | {found} |" for what, expected, found in report.rows),
+        markdown(("what", "expected", "found"), report.rows),
         "",
         "All of it held." if report.sound else "What is in bold did not hold.",
         "",

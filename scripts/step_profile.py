@@ -21,10 +21,12 @@ import torch
 from fp8repro.bench import step as bench
 from fp8repro.bench.cpu import PINNING, interleaved_medians
 from fp8repro.engines.cpu import bf16_products as bf16
-from fp8repro.engines.cpu import rounding as native
+from fp8repro.engines.cpu import native
 from fp8repro.engines.cpu.malloc import keep_freed_memory
 from fp8repro.engines.select import select_backend
 from fp8repro.numerics.formats import E5M2
+from fp8repro.numerics.rounding import RandomBits, Rounding
+from fp8repro.tabular import markdown
 from fp8repro.training.environment import describe_environment
 
 STEPS = 8
@@ -39,7 +41,7 @@ def best_speeds() -> dict[str, float]:
     x = torch.randn(10**6)
 
     def call(rounding: str) -> Callable[[], object]:
-        return lambda: native.round_into(x, E5M2, rounding, "inf", 1, 2, "same", x, None, None)
+        return lambda: native.round_into(x, Rounding(E5M2, rounding), RandomBits(1, 2), x, None, None)
 
     medians = interleaved_medians({rounding: call(rounding) for rounding in ("nearest", "stochastic")}, 200)
     # Once rounded, the values stay as they are: what a rounding takes does not depend on them.
@@ -51,13 +53,12 @@ def roundings(step: Callable[[], object]) -> dict[tuple[str, str, str], list[flo
     kinds: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0, 0.0])
     real = native.round_into
 
-    def timed(x: Any, fmt: Any, rounding: str, *rest: Any, add: bool = False) -> None:
+    def timed(x: Any, how: Rounding, bits: RandomBits, values: Any, codes: Any, *rest: Any, add: bool = False) -> None:
         start = time.perf_counter()
-        real(x, fmt, rounding, *rest, add=add)
+        real(x, how, bits, values, codes, *rest, add=add)
         seconds = time.perf_counter() - start
-        values, codes = rest[4:6]
         outputs = [] if values is None else ["in place" if values is x else "added" if add else "values"]
-        entry = kinds[fmt.name, rounding, " and ".join(outputs + ([] if codes is None else ["codes"]))]
+        entry = kinds[how.format.name, how.rounding, " and ".join(outputs + ([] if codes is None else ["codes"]))]
         for index, amount in enumerate((1, x.numel(), seconds)):
             entry[index] += amount / STEPS
 
@@ -133,20 +134,21 @@ def main() -> None:
         f"{describe_environment()['cpu']}, torch {torch.__version__}. "
         f"`scripts/step_profile.py {model} --backend {backend}`.",
         "",
-        "| format | rounding | outputs | calls | 10^6 values | ms | ms at the quantizer's best speed |",
-        "|---|---|---|---|---|---|---|",
     ]
+    cells: list[tuple[str, ...]] = []
     totals = [0.0, 0.0, 0.0, 0.0]
     for (fmt, rounding, outputs), (calls, values, seconds) in sorted(kinds.items(), key=lambda item: -item[1][2]):
         best = values * speeds[rounding] / 1e6
         row = (calls, values / 1e6, seconds * 1e3, best)
         totals = [a + b for a, b in zip(totals, row, strict=True)]
-        lines.append(f"| {fmt} | {rounding} | {outputs} | {calls:.0f} | {row[1]:.1f} | {row[2]:.1f} | {best:.1f} |")
-    lines.append(f"| all | | | {totals[0]:.0f} | {totals[1]:.1f} | {totals[2]:.1f} | {totals[3]:.1f} |")
+        cells.append((fmt, rounding, outputs, f"{calls:.0f}", *(f"{figure:.1f}" for figure in row[1:])))
+    cells.append(("all", "", "", f"{totals[0]:.0f}", *(f"{total:.1f}" for total in totals[1:])))
+    header = ("format", "rounding", "outputs", "calls", "10^6 values", "ms", "ms at the quantizer's best speed")
+    lines.append(markdown(header, cells))
     if multiplied := products(work["fp8"]):
-        lines += ["", "| products | calls | ms |", "|---|---|---|"]
-        lines += [f"| {name} | {calls:.0f} | {seconds * 1e3:.1f} |" for name, (calls, seconds) in multiplied.items()]
-        lines.append(f"| all | | {sum(seconds for _, seconds in multiplied.values()) * 1e3:.1f} |")
+        cells = [(name, f"{calls:.0f}", f"{seconds * 1e3:.1f}") for name, (calls, seconds) in multiplied.items()]
+        cells.append(("all", "", f"{sum(seconds for _, seconds in multiplied.values()) * 1e3:.1f}"))
+        lines += ["", markdown(("products", "calls", "ms"), cells)]
     if model in SMALL:
         python = python_ms(model, backend)
         lines += ["", f"With nothing to compute, FP32 takes {python['fp32']:.1f} ms, FP8 {python['fp8']:.1f} ms."]

@@ -244,9 +244,9 @@ def record_reader(folder: Path) -> Reader:
     """A run's records: compared and explained."""
     import yaml
 
-    from fp8repro.results.explain import explain
+    from fp8repro.cli.explain import explain
+    from fp8repro.results.comparison import FORMATS, comparison, render
     from fp8repro.results.records import read_metrics, read_records
-    from fp8repro.results.tables import FORMATS, comparison, render
 
     config = tiny_config(folder / "run", "fp8")
     summary = {"status": "finished", "model": "resnet18", "data": "digits", "precision": "fp8", "seed": 0, "steps": 9}

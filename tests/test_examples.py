@@ -35,9 +35,10 @@ def test_the_readme_shows_the_example_that_runs() -> None:
 
 
 def written_commands() -> list[str]:
-    """Every `fp8repro train` that the README, the help and the experiments tell a reader to type."""
-    texts = [EXAMPLE.parents[1].joinpath("README.md").read_text(), TRAIN]
-    texts += [path.read_text() for path in (EXAMPLE.parents[1] / "conf" / "experiment").glob("*.yaml")]
+    """Every `fp8repro train` that the documentation, the help and the experiments tell a reader to type."""
+    root = EXAMPLE.parents[1]
+    pages = [root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").glob("*.md")]
+    texts = [TRAIN, *(path.read_text() for path in (*pages, *(root / "conf" / "experiment").glob("*.yaml")))]
     commands = {line for text in texts for line in re.findall(r"fp8repro train ([\w-]+[^`\n#()]*)", text)}
     return sorted(command.strip() for command in commands if "..." not in command)
 

@@ -53,7 +53,7 @@ def test_the_wheel_is_what_is_imported_and_holds_kernels_configs_and_sources(ins
 import json
 from importlib.resources import files
 import fp8repro, fp8repro.kernels, fp8repro.conf
-from fp8repro.results.tables import paper_figures
+from fp8repro.paper.reported import paper_figures
 print(json.dumps({
     "homes": [module.__file__ for module in (fp8repro, fp8repro.kernels, fp8repro.conf)],
     "native": sorted(entry.name for entry in files("fp8repro.engines.cpu").iterdir()),

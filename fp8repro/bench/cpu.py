@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fp8repro.bench import REACHED
+from fp8repro.tabular import markdown
 from fp8repro.training.environment import describe_environment
 
 DEFAULT_OUT = Path("results/cpu")
@@ -31,7 +33,7 @@ class Row:
         name: by what.
         median_ms: median wall time of one call.
         ratio: that time relative to `against`, another name of the group.
-        bar: what the ratio shall at most be, or None.
+        bar: the largest ratio that is good enough; None: no bar.
         tokens: target tokens of one call, or None where it has none.
     """
 
@@ -123,7 +125,7 @@ def report(title: str, measured: Sequence[Row], foreign: float, slug: str, folde
             {**asdict(row), "reached": row.reached, "tokens_per_second": row.tokens_per_second} for row in measured
         ],
     }
-    page = _markdown(title, measured, foreign, machine)
+    page = _page(title, measured, foreign, machine)
     print(page)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{slug}.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -131,21 +133,20 @@ def report(title: str, measured: Sequence[Row], foreign: float, slug: str, folde
     print(f"written: {folder / slug}.json, .md")
 
 
-def _markdown(title: str, measured: Sequence[Row], foreign: float, machine: Mapping[str, Any]) -> str:
-    lines = [
-        f"# {title}",
-        "",
-        f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {machine['packages']['torch']}, "
+def _page(title: str, measured: Sequence[Row], foreign: float, machine: Mapping[str, Any]) -> str:
+    head = (
+        f"# {title}\n\n{machine['cpu']}, {torch.get_num_threads()} threads, torch {machine['packages']['torch']}, "
         f"code {machine['commit']}. Medians, interleaved in one process, pinned threads; "
-        f"other processes kept {foreign:.2f} cores busy meanwhile.",
-        "",
-        "| work | by | median ms | tokens/s | ratio | bar | reached |",
-        "|---|---|---|---|---|---|---|",
+        f"other processes kept {foreign:.2f} cores busy meanwhile.\n\n"
+    )
+    cells = [
+        (
+            *(row.group, row.name, f"{row.median_ms:.3f}"),
+            "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+            f"{row.ratio:.3f} x {row.against}",
+            "" if row.bar is None else f"at most {row.bar:g}",
+            REACHED[row.reached],
+        )
+        for row in measured
     ]
-    for row in measured:
-        bar = "" if row.bar is None else f"at most {row.bar:g}"
-        reached = {True: "yes", False: "no", None: ""}[row.reached]
-        rate = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
-        cells = (row.group, row.name, f"{row.median_ms:.3f}", rate, f"{row.ratio:.3f} x {row.against}", bar, reached)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return head + markdown(("work", "by", "median ms", "tokens/s", "ratio", "bar", "reached"), cells) + "\n"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp8repro.bench.kernels import Bench
+from fp8repro.bench.gpu import Bench
 from fp8repro.engines.products import Conv2dGeometry
 from fp8repro.engines.updates import Parameter, Rule
 from fp8repro.errors import RunFailure

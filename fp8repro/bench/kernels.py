@@ -1,147 +1,20 @@
 """`fp8repro bench kernels`: parity of the Triton kernels on this GPU, then their speed beside ceilings of the same run.
 
-Writes results/gpu/<gpu>.json and .md. A number without the device that gave it is refused.
+Writes results/gpu/<gpu>.json and .md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
-import subprocess
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 
 import torch
 
+from fp8repro.bench.gpu import Bench, describe_machine, write
 from fp8repro.errors import RunFailure, UserError
 
 DEFAULT_OUT = Path("results/gpu")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement.
-
-    Attributes:
-        name, shape: what was measured.
-        median_ms: median time; for errors and memory 0.
-        ratio: the figure that `bar` is about: speed or bandwidth relative to `against`, or the error itself.
-        bar: what `ratio` has to reach: at least a positive number, at most a negative one's magnitude; None: no bar.
-    """
-
-    name: str
-    shape: str
-    median_ms: float
-    ratio: float | None
-    against: str | None
-    bar: float | None
-    device: str
-    driver: str
-    torch: str
-    triton: str
-    commit: str
-
-    def __post_init__(self) -> None:
-        """Refuse a row that does not say where it was measured."""
-        for name in ("device", "driver", "torch", "triton", "commit"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected what this was measured on")
-
-    @property
-    def reached(self) -> bool | None:
-        """Whether the bar was reached; None without one."""
-        if self.bar is None or self.ratio is None:
-            return None
-        return self.ratio >= self.bar if self.bar > 0 else self.ratio <= -self.bar
-
-
-@dataclass
-class Bench:
-    """Collects rows of one machine.
-
-    Attributes:
-        device: where the kernels run; the CPU when they are interpreted (a rehearsal, whose times mean nothing).
-        machine: the columns that say what it was measured on.
-        scale: divides all sizes, for rehearsals.
-        seconds: no new measurement starts after so many.
-    """
-
-    device: torch.device
-    machine: dict[str, str]
-    scale: int = 1
-    seconds: float = 300.0
-    rows: list[Row] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    _start: float = field(default_factory=time.monotonic)
-
-    def size(self, n: int) -> int:
-        """A size of the real measurement, or a small one in a rehearsal."""
-        return n if self.scale == 1 else max(16, n // self.scale)
-
-    def milliseconds(self, work: Callable[[], object], *, replayed: bool = False, rep: int = 60) -> float:
-        """Median time of `work`, with a cold L2 cache.
-
-        Args:
-            work: what to time.
-            replayed: time replays of a CUDA graph of calls in a row (the L2 cache is what they leave), where the host
-                would take longer to launch a kernel than the GPU to run it.
-            rep: milliseconds of repetitions.
-        """
-        if self.device.type == "cuda":
-            from triton.testing import do_bench, do_bench_cudagraph
-
-            if replayed:
-                return float(do_bench_cudagraph(work, rep=max(4, rep // 10), return_mode="median"))
-            return float(do_bench(work, warmup=10, rep=rep, return_mode="median"))
-        times = []
-        for _ in range(2):
-            start = time.perf_counter()
-            work()
-            times.append((time.perf_counter() - start) * 1e3)
-        return median(times)
-
-    def add(
-        self, name: str, shape: str, ms: float, ratio: float | None, against: str | None, bar: float | None
-    ) -> None:
-        """Record and print a row."""
-        # A rehearsal has no bars: its sizes and times mean nothing.
-        row = Row(name, shape, round(ms, 4), ratio, against, bar if self.scale == 1 else None, **self.machine)
-        self.rows.append(row)
-        print(_line(row), flush=True)
-
-    def run(self, name: str, measure: Callable[[Bench], None]) -> None:
-        """Run a group of measurements, unless the time is up."""
-        if time.monotonic() - self._start > self.seconds:
-            self.skipped.append(name)
-            print(f"{name}: skipped, {self.seconds:.0f} s are over", flush=True)
-            return
-        measure(self)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def describe_machine(device: torch.device) -> dict[str, str]:
-    """The columns of a row that say where it was measured."""
-    import triton
-
-    from fp8repro.training.environment import git_commit
-
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-        except (OSError, subprocess.SubprocessError, IndexError):
-            driver = f"unknown (CUDA {torch.version.cuda})"
-    else:
-        name, driver = "Triton's interpreter", "none"
-    commit = git_commit() or "not from a checkout"
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    return {"device": name, "driver": driver, **versions, "commit": commit}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -188,60 +61,6 @@ def start(rehearse: bool, seconds: float) -> Bench:
     if reason is not None:
         raise UserError(f"bench kernels: {reason}")
     return Bench(device, describe_machine(device), scale=256 if rehearse else 1, seconds=seconds)
-
-
-def write(bench: Bench, folder: Path) -> Path:
-    """Write JSON and Markdown of the GPU; gives the JSON's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", bench.machine["device"].lower()).strip("-")
-    path = folder / f"{slug}.json"
-    path.write_text(json.dumps([asdict(row) for row in bench.rows], indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(bench))
-    return path
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a written file.
-
-    Raises:
-        UserError: a row lacks a column, or does not say where it was measured.
-    """
-    known = {f.name for f in fields(Row)}
-    rows = []
-    for number, values in enumerate(json.loads(path.read_text())):
-        if set(values) != known:
-            raise UserError(f"{path.name}[{number}]: got columns {sorted(values)}, expected {sorted(known)}")
-        try:
-            rows.append(Row(**values))
-        except ValueError as error:
-            raise UserError(f"{path.name}[{number}].{error}") from None
-    return rows
-
-
-def markdown(bench: Bench) -> str:
-    """The rows as a page."""
-    m = bench.machine
-    lines = [
-        f"# {m['device']}",
-        "",
-        f"Driver {m['driver']}, torch {m['torch']}, Triton {m['triton']}, {m['commit']}.",
-        "",
-    ]
-    lines += ["| work | shape | median ms | ratio | against | bar | reached |", "|---|---|---|---|---|---|---|"]
-    for row in bench.rows:
-        ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
-        bar = "" if row.bar is None else f"{'at least' if row.bar > 0 else 'at most'} {abs(row.bar):g}"
-        reached = {True: "yes", False: "no", None: ""}[row.reached]
-        cells = (row.name, row.shape, f"{row.median_ms:.3f}", ratio, row.against or "", bar, reached)
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [f"\nNot measured, out of time: {', '.join(bench.skipped)}."] if bench.skipped else []
-    return "\n".join(lines) + "\n"
-
-
-def _line(row: Row) -> str:
-    ratio = "" if row.ratio is None else f"  {row.ratio:.3g} of {row.against}"
-    reached = {True: " (reached)", False: " (NOT reached)", None: ""}[row.reached]
-    return f"{row.name:<44} {row.shape:<22} {row.median_ms:>10.3f} ms{ratio}{reached}"
 
 
 def run_checked() -> int:

@@ -78,7 +78,7 @@ def doctor(settings: Iterable[str]) -> int:
     if runs:
         if roots or len(runs) > 1:
             raise UserError("doctor: got run= beside other settings, expected it alone")
-        from fp8repro.results.explain import explain
+        from fp8repro.cli.explain import explain
 
         lines, sound = explain(runs[0])
         print("\n".join(lines))
@@ -197,7 +197,7 @@ def _devices() -> Iterator[Finding]:
 def _engine() -> Iterator[Finding]:
     import torch
 
-    from fp8repro.engines.cpu import rounding as native
+    from fp8repro.engines.cpu import native
     from fp8repro.engines.select import select_backend
 
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)

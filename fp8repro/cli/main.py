@@ -192,11 +192,11 @@ def evaluate(arguments: list[str]) -> int:
 
 def compare(arguments: list[str]) -> int:
     """`fp8repro compare`: the tables of finished runs beside the paper's."""
-    from fp8repro.results import tables
+    from fp8repro.results import comparison
 
     parser = _Parser("compare")
     parser.add_argument("runs", nargs="*", default=[DEFAULT_RUNS])
-    parser.add_argument("--format", choices=tables.FORMATS, default="text")
+    parser.add_argument("--format", choices=comparison.FORMATS, default="text")
     parser.add_argument("--out", type=Path)
     options = parser.parse_intermixed_args(arguments)
     if options.help:
@@ -214,10 +214,10 @@ def compare(arguments: list[str]) -> int:
     records, problems = read_records(options.runs)
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
-    rows = tables.comparison(records)
-    print(tables.render(rows, options.format), end="")
+    rows = comparison.comparison(records)
+    print(comparison.render(rows, options.format), end="")
     if options.out:
-        tables.write(rows, options.out)
+        comparison.write(rows, options.out)
     return 0
 
 

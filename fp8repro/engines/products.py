@@ -50,7 +50,7 @@ class Operand:
 
 def decode(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Encoded values as FP32 or BF16 numbers; exact for the 8-bit formats."""
-    from fp8repro.engines.cpu import rounding as native
+    from fp8repro.engines.cpu import native
 
     fast = codes.is_cpu and codes.element_size() == 1 and native.available()
     # What is traced gets torch's cast, as exact: a graph holds nothing of ours.

@@ -1,8 +1,7 @@
-"""The plan: cells, seeds, the settings of each, and what their folders say of them. Runs nothing."""
+"""The plan of runs: cells, seeds, settings, and what each run's folder says of its state. Runs nothing."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from typing import Any
 import yaml
 
 from fp8repro.errors import UserError
-from fp8repro.results.records import CONFIG, METRICS, SUMMARY, saved_settings, settings_of
-from fp8repro.settings.choices import nearest
-from fp8repro.settings.overrides import PROFILES, jobs
+from fp8repro.paper.run_folder import CONFIG, METRICS, SUMMARY, read_or_empty, saved_settings, settings_of
+from fp8repro.settings.choices import PROFILES, nearest
+from fp8repro.settings.overrides import jobs
 from fp8repro.settings.schema import run_config
 
 TRANSLATION_MODELS = ("gnmt", "transformer")
@@ -69,7 +68,7 @@ class Job:
 
 @cache
 def plan_file() -> dict[str, Any]:
-    """reproduce/plan.yaml."""
+    """plan.yaml."""
     text = files("fp8repro.paper").joinpath("plan.yaml").read_text(encoding="utf-8")
     values: dict[str, Any] = yaml.safe_load(text)
     return values
@@ -80,6 +79,11 @@ def study_cells(study: str, profile: str) -> list[str]:
     plan = plan_file()
     convnet = plan["profiles"][profile]["convnet"]
     return [name.format(convnet=convnet) for name in plan["studies"][study]["cells"]]
+
+
+def study_models(study: str, profile: str) -> list[str]:
+    """The models of a study whose cells are `<model>_fp32` and `<model>_fp8`, each once."""
+    return list(dict.fromkeys(name.rsplit("_", 1)[0] for name in study_cells(study, profile)))
 
 
 def make_plan(
@@ -122,7 +126,7 @@ def make_plan(
 
 
 def make_jobs(cells: Sequence[Cell], seeds: Sequence[int], runs: Path, profile: str) -> list[Job]:
-    """All cells with the first seed, then all with the next: an early stop leaves whole tables."""
+    """All cells with the first seed, then all with the next, so that an early stop leaves complete tables."""
     return [Job(cell, seed, runs / profile / f"{cell.name}-seed{seed}") for seed in seeds for cell in cells]
 
 
@@ -142,11 +146,10 @@ def state(job: Job) -> str:
             f"{str(job.folder)!r} holds a run with {key}={saved.get(key)}, expected {job.cell.settings.get(key)}; "
             "move it away or give another --runs folder"
         )
-    try:
-        status = json.loads((job.folder / SUMMARY).read_text(encoding="utf-8")).get("status")
-    except (OSError, ValueError, AttributeError):
+    summary = read_or_empty(job.folder / SUMMARY)
+    if not summary:
         return BEGUN if (job.folder / METRICS).is_file() else OPEN
-    return DONE if status == "finished" else FAILED
+    return DONE if summary.get("status") == "finished" else FAILED
 
 
 def _assignment(key: str, path: object) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fp8repro.engines.cpu import rounding as native
+from fp8repro.engines.cpu import native
 from fp8repro.engines.guards import spell
 from fp8repro.engines.products import decode
 from fp8repro.engines.quantizer import round_into

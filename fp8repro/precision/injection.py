@@ -85,13 +85,14 @@ class InjectionReport:
 
     def table(self) -> str:
         """A plain-text table, one layer a line."""
-        lines = [("layer", "type", "status", "formats or reason")]
-        lines += [(row.name, row.kind, row.status, row.detail) for row in self.rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(3)]
-        body = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]) for line in lines]
+        # Imported here: who never prints a report need not wait for it.
+        from fp8repro.tabular import aligned
+
+        rows = [(row.name, row.kind, row.status, row.detail) for row in self.rows]
         counts = ", ".join(f"{len(self.names(s))} {s}" for s in ("converted", "exempt", "left"))
         why = f" ({self.why})" if self.why else ""
-        return "\n".join([f"recipe {self.recipe}, products: {self.backend}{why}; {counts}", *body])
+        head = f"recipe {self.recipe}, products: {self.backend}{why}; {counts}"
+        return f"{head}\n{aligned(('layer', 'type', 'status', 'formats or reason'), rows, 'plain')}"
 
 
 def inject(

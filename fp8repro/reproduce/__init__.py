@@ -1,1 +1,1 @@
-"""The plan that reproduces the whole paper: its cells, the processes that run them, and how far they are."""
+"""Runs the plan of the whole paper: its processes and their progress."""

@@ -1,4 +1,4 @@
-"""What a person sees of a plan: a bar over all of it with the time that is left; plain lines without a terminal."""
+"""Progress of a plan: a bar with the time that is left, or plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Board:
             self._say(f"        {text}")
 
     def time_left(self, progress: Mapping[str, float]) -> str:
-        """What is left of the plan, in words: nothing is known before a run has been through.
+        """Time left for the plan, in words; unknown before the first run has ended.
 
         How far a run has come says little in its first minutes, which go into starting and compiling.
         """
@@ -94,7 +94,7 @@ class Board:
         return f"about {_duration(max(sum(left) / self._abreast, max(left, default=0.0)))} left"
 
     def _note(self, job: Job, seconds: float, summary: Mapping[str, Any]) -> None:
-        """How long a run took; one that was resumed says it of its former processes too."""
+        """Note how long a run took, earlier processes of a resumed one included."""
         recorded = summary.get("train_seconds")
         if isinstance(recorded, int | float) and math.isfinite(recorded):
             seconds = max(seconds, float(recorded))

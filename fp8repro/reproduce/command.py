@@ -1,4 +1,4 @@
-"""`fp8repro reproduce`: from its options to the plan, its dry run or its run."""
+"""`fp8repro reproduce`: makes the plan from the options, and lists or runs it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fp8repro.paper.plan import Job, make_jobs, make_plan, plan_file, state
 from fp8repro.reproduce import needs
 from fp8repro.reproduce.board import Board
 from fp8repro.reproduce.runner import default_workers, lock_plan, run_jobs
+from fp8repro.tabular import aligned
 
 DEFAULT_SEEDS = "3"
 
@@ -82,13 +83,11 @@ def reproduce(options: Options) -> None:
 
 def listing(jobs: Sequence[Job]) -> str:
     """One line for each run: state, name, the tables it serves, its command."""
-    lines = [("state", "run", "for", "command")]
-    for job in jobs:
-        command = shlex.join(["fp8repro", "train", *job.arguments()])
-        lines.append((state(job), job.name, " ".join(job.cell.studies), command))
-    widths = [max(len(line[column]) for line in lines) for column in range(3)]
-    body = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]) for line in lines]
-    return "\n".join([*body, f"{len(jobs)} runs"])
+    lines = [
+        (state(job), job.name, " ".join(job.cell.studies), shlex.join(["fp8repro", "train", *job.arguments()]))
+        for job in jobs
+    ]
+    return f"{aligned(('state', 'run', 'for', 'command'), lines, 'plain')}\n{len(jobs)} runs"
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -54,7 +54,7 @@ def cost(cells: Sequence[Cell], seeds: int, keep: int) -> str:
     data = sum(plan["disk_gigabytes"][task] for task in {cell.task for cell in cells})
     return (
         f"{len(cells)} cells with {seeds} seed(s): about {hours:,.0f} GPU-hours on one current data-centre GPU "
-        f"(assumed rates, see reproduce/plan.yaml); disk: {data} GB of data, {checkpoints:.0f} GB of checkpoints"
+        f"(assumed rates, see fp8repro/paper/plan.yaml); disk: {data} GB of data, {checkpoints:.0f} GB of checkpoints"
     )
 
 

@@ -1,4 +1,4 @@
-"""Runs jobs, each in a process of its own, and keeps going past a failed one. It computes no result."""
+"""Runs jobs in processes of their own and goes on when one fails. Computes no result."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fp8repro.errors import UserError
 from fp8repro.paper.plan import DONE, FAILED, Job, state
+from fp8repro.paper.run_folder import LOCK, METRICS, SUMMARY, read_or_empty
 from fp8repro.reproduce.board import Board
-from fp8repro.results.records import METRICS, SUMMARY
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_STOP = 60
 PR_SET_PDEATHSIG = 1
 TAIL_BYTES = 65536
-# Small models keep one core busy and a second one hardly; each process holds about 1 GB.
+# A small model keeps one core busy and hardly a second; each process holds about 1 GB.
 MOST_WORKERS_ON_CPU = 4
 
 
@@ -51,24 +52,24 @@ class Running:
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, processes: int, board: Board, retry: bool = False) -> dict[str, str]:
-    """Run what is not done; gives why jobs failed, by their names.
+    """Run the jobs that are not done. Returns why jobs failed, by name.
 
     Args:
-        jobs: the plan; the ones that are done are left as they are.
+        jobs: the plan; those that are done are left as they are.
         workers: jobs at a time.
         processes: of each job, started by torchrun when more than one (GPUs).
-        board: told what happens.
-        retry: run jobs again that failed before.
+        board: shows progress.
+        retry: run again what failed before.
 
     Raises:
-        KeyboardInterrupt: asked to stop; every run has written a checkpoint.
+        KeyboardInterrupt: asked to stop; every run has saved a checkpoint.
     """
     failures: dict[str, str] = {}
     waiting: list[Job] = []
     for job in jobs:
         now = state(job)
         if now == DONE:
-            board.known(job, failure_summary(job))
+            board.known(job, summary_of(job))
         elif now == FAILED and not retry:
             failures[job.name] = f"{failure_reason(job)} (failed before; --retry runs it again)"
         else:
@@ -89,7 +90,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, processes: int, board: Board, re
                 reason = _reason(one)
                 if reason is not None:
                     failures[one.job.name] = reason
-                board.ended(one.job, time.monotonic() - one.started, reason, failure_summary(one.job))
+                board.ended(one.job, time.monotonic() - one.started, reason, summary_of(one.job))
             board.show({one.job.name: one.progress() for one in running})
     finally:
         _stop(running)
@@ -98,7 +99,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, processes: int, board: Board, re
 
 
 def default_workers(processes: int) -> int:
-    """Jobs at a time where nothing is said: as many as there are GPUs for, or one for each core up to four."""
+    """Default number of jobs at a time: as the GPUs allow, without GPUs one for each core up to four."""
     gpus = len(_gpus(dict(os.environ)))
     return max(1, gpus // processes) if gpus else max(1, min(_cores(), MOST_WORKERS_ON_CPU) // processes)
 
@@ -129,29 +130,25 @@ def start(job: Job, slot: int, workers: int, processes: int) -> Running:
     return Running(job, process, log, time.monotonic(), slot)
 
 
-def failure_summary(job: Job) -> dict[str, object]:
+def summary_of(job: Job) -> dict[str, Any]:
     """A job's summary, empty where there is none."""
-    try:
-        summary = json.loads((job.folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
+    return read_or_empty(job.folder / SUMMARY)
 
 
 def failure_reason(job: Job) -> str:
     """Why a run says that it failed."""
-    return str(failure_summary(job).get("reason", "it left no reason"))
+    return str(summary_of(job).get("reason", "it left no reason"))
 
 
 def lock_plan(folder: Path) -> Callable[[], None]:
-    """Claim a profile's folder for this process; the function gives it free.
+    """Lock a profile's folder for this process; the returned function unlocks it.
 
     Raises:
-        UserError: another `fp8repro reproduce` is at work there, or it cannot be written.
+        UserError: another `fp8repro reproduce` is running there, or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a")
+        file = (folder / LOCK).open("a")
     except OSError as error:
         raise UserError(f"--runs: {str(folder)!r} cannot be written ({error.strerror})") from None
     try:
@@ -176,7 +173,7 @@ def _reason(one: Running) -> str | None:
 
 
 def _stop(running: Sequence[Running]) -> None:
-    """Ask for a checkpoint and an end; kill what does not listen."""
+    """Ask runs to save and end; kill those that do not in time."""
     for one in running:
         with suppress(ProcessLookupError):
             one.process.send_signal(signal.SIGTERM)
@@ -196,8 +193,8 @@ def _die_with_parent() -> None:
 def _wait_until_free(folder: Path) -> None:
     """A run whose plan was killed may still be writing its last checkpoint."""
     limit = time.monotonic() + SECONDS_TO_STOP
-    while (folder / ".lock").is_file() and time.monotonic() < limit:
-        with (folder / ".lock").open("a") as file, suppress(OSError):
+    while (folder / LOCK).is_file() and time.monotonic() < limit:
+        with (folder / LOCK).open("a") as file, suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         time.sleep(SECONDS_BETWEEN_LOOKS)

@@ -1,26 +1,18 @@
-"""Runs by the cell of the plan that they stand for, and the figures of a run that the studies compare."""
+"""Finished runs by their cell of the plan, and the figures of a run that the studies compare."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from fp8repro.errors import UserError
+from fp8repro.paper.run_folder import CONFIG, metrics_rows, read_or_empty
 from fp8repro.precision.loss_scaling import make_scaler
-from fp8repro.results.records import (
-    CONFIG,
-    METRICS,
-    RunRecord,
-    read_failures,
-    read_records,
-    read_yaml_file,
-    require_same_bits,
-)
+from fp8repro.results.records import RunRecord, read_failures, read_records, require_same_bits
 from fp8repro.settings.lengths import with_units
 from fp8repro.settings.schema import LossScalingConfig, build_dataclass
 
@@ -36,17 +28,9 @@ class Run:
     @cached_property
     def _rows(self) -> dict[str, list[dict[str, Any]]]:
         kinds: dict[str, list[dict[str, Any]]] = {}
-        path = self.record.folder / METRICS
-        if not path.is_file():
-            return kinds
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    kinds.setdefault(str(row.get("kind")), []).append(row)
+        for row in metrics_rows(self.record.folder):
+            if isinstance(row.get("step"), int):
+                kinds.setdefault(str(row.get("kind")), []).append(row)
         return kinds
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
@@ -56,7 +40,7 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved configuration."""
-        return with_units(read_yaml_file(self.record.folder / CONFIG))
+        return with_units(read_or_empty(self.record.folder / CONFIG))
 
     def series(self, kind: str, name: str, split: str | None = None) -> list[tuple[float, float]]:
         """(epoch, value) of a curve, missing values left out."""
@@ -151,12 +135,30 @@ class CellRuns:
         return {seed: value for seed, value in found.items() if value is not None}
 
     @property
+    def in_order(self) -> list[Run]:
+        """The runs by seed."""
+        return [run for _, run in sorted(self.runs.items())]
+
+    @property
     def first(self) -> Run | None:
         """The run with the least seed."""
-        return self.runs[min(self.runs)] if self.runs else None
+        return next(iter(self.in_order), None)
+
+    @property
+    def empty(self) -> bool:
+        """True when no run was ever started, or none left a record."""
+        return not (self.runs or self.failures)
 
 
-def read_cells(roots: Iterable[str | Path]) -> tuple[dict[str, dict[str, CellRuns]], list[RunRecord], list[str]]:
+class Cells(dict[str, CellRuns]):
+    """Cells of a profile by name; one that was never run is empty."""
+
+    def __missing__(self, name: str) -> CellRuns:
+        """Nothing is recorded of it."""
+        return CellRuns(name)
+
+
+def read_cells(roots: Iterable[str | Path]) -> tuple[dict[str, Cells], list[RunRecord], list[str]]:
     """Cells by profile and experiment, all finished runs, and a line for each folder without a usable record.
 
     Runs of a cell that differ in more than their seed are not mixed: the kind with most seeds stands, then the longest.
@@ -167,7 +169,7 @@ def read_cells(roots: Iterable[str | Path]) -> tuple[dict[str, dict[str, CellRun
     roots = list(roots)
     records, problems = read_records(roots)
     require_same_bits(records)
-    cells: dict[str, dict[str, CellRuns]] = {}
+    cells: dict[str, Cells] = {}
     kinds: dict[tuple[str, str], dict[str, list[RunRecord]]] = {}
     for record in records:
         experiment = record.summary.get("experiment")
@@ -175,7 +177,7 @@ def read_cells(roots: Iterable[str | Path]) -> tuple[dict[str, dict[str, CellRun
             kind = repr(sorted((key, repr(value)) for key, value in record.settings.items()))
             kinds.setdefault((record.profile, experiment), {}).setdefault(kind, []).append(record)
     for (profile, experiment), by_kind in kinds.items():
-        cell = cells.setdefault(profile, {}).setdefault(experiment, CellRuns(experiment))
+        cell = cells.setdefault(profile, Cells()).setdefault(experiment, CellRuns(experiment))
         ranked = sorted(by_kind.values(), key=lambda group: (-len({r.seed for r in group}), -_steps(group[0])))
         for record in ranked[0]:
             # Done twice, a run is one seed; the first folder stands, and the others are named.
@@ -190,7 +192,7 @@ def read_cells(roots: Iterable[str | Path]) -> tuple[dict[str, dict[str, CellRun
     for summary in read_failures(roots):
         where, experiment, seed = (summary.get(key) for key in ("profile", "experiment", "seed"))
         if isinstance(where, str) and isinstance(experiment, str) and isinstance(seed, int):
-            cell = cells.setdefault(where, {}).setdefault(experiment, CellRuns(experiment))
+            cell = cells.setdefault(where, Cells()).setdefault(experiment, CellRuns(experiment))
             if seed not in cell.runs:
                 cell.failures[seed] = str(summary.get("reason", "no reason was recorded"))
     return cells, records, problems
@@ -250,8 +252,3 @@ def _steps(record: RunRecord) -> float:
 
 def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def by_seed(cells: Mapping[str, CellRuns], cell: str, figure: str) -> dict[int, float]:
-    """A cell's figure by seed; empty where the cell was not run."""
-    return cells[cell].figures(figure) if cell in cells else {}

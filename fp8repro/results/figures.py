@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fp8repro.paper.plan import plan_file, study_cells
-from fp8repro.results.cells import CellRuns, Run
-from fp8repro.settings.choices import groups
+from fp8repro.numerics.formats import E5M2
+from fp8repro.paper.plan import plan_file, study_cells, study_models
+from fp8repro.results.cells import Cells, Run
+from fp8repro.tabular import comma_separated
 
-Cells = Mapping[str, CellRuns]
 FLOOR_SHARE = 1e-6
+E5M2_RANGE = (
+    (E5M2.min_exponent - E5M2.mantissa_bits, "smallest subnormal"),
+    (E5M2.min_exponent, "smallest normal"),
+    (E5M2.max_exponent + 1, "largest"),
+)
 ROLE_OPERANDS = (
     ("activation", "input"),
     ("weight", "weight"),
@@ -78,17 +81,15 @@ class Figure:
 
     def csv(self) -> str:
         """The data: one line for each point or each entry of a matrix."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["panel", "series", "x", "y"])
+        points = []
         for panel in self.panels:
             for line in panel.lines:
-                writer.writerows([panel.title, line.label, x, y] for x, y in zip(line.x, line.y, strict=True))
+                points += [(panel.title, line.label, x, y) for x, y in zip(line.x, line.y, strict=True)]
         for map in self.maps:
             for row, values in zip(map.rows, map.values, strict=True):
-                entries = zip(map.x, values, strict=True)
-                writer.writerows([map.title, row, x, y] for x, y in entries if not math.isnan(y))
-        return out.getvalue()
+                points += [(map.title, row, x, y) for x, y in zip(map.x, values, strict=True) if not math.isnan(y)]
+        keys = ("panel", "series", "x", "y")
+        return comma_separated(keys, (dict(zip(keys, point, strict=True)) for point in points))
 
 
 def figures(cells: Cells, profile: str) -> list[Figure]:
@@ -110,7 +111,7 @@ def accuracy_curves(cells: Cells, profile: str) -> Figure:
     """Validation accuracy (images) and perplexity (translation) of each model in FP32 and FP8."""
     panels = []
     for study, metric, label in (("C1", "top1", "top-1, %"), ("C2", "perplexity", "perplexity")):
-        for model in dict.fromkeys(name.rsplit("_", 1)[0] for name in study_cells(study, profile)):
+        for model in study_models(study, profile):
             lines = [
                 line
                 for hue, precision in enumerate(("fp32", "fp8"))
@@ -128,7 +129,7 @@ def underflow_by_scale(cells: Cells, profile: str) -> Figure:
     """Share of errors that underflow over time, by loss scale (C4)."""
     lines = []
     for hue, name in enumerate(study_cells("C4", profile)):
-        for number, run in enumerate(_runs(cells, name)):
+        for number, run in enumerate(cells[name].in_order):
             points = [(step / run.steps_per_epoch, share) for step, share in _shares(run, "error")]
             label = run.record.loss_scaling if number == 0 else ""
             x, y = zip(*points, strict=True) if points else ((), ())
@@ -142,7 +143,7 @@ def underflow_map(cells: Cells, names: Sequence[str]) -> Figure:
     """Share of errors that underflow, per layer over time (C4)."""
     maps = []
     for name in names:
-        run = cells[name].first if name in cells else None
+        run = cells[name].first
         telemetry = run.telemetry("error") if run else []
         layers = _in_order(run, {row["layer"] for _, rows in telemetry for row in rows}) if run else []
         if run is None or not layers:
@@ -159,7 +160,7 @@ def underflow_map(cells: Cells, names: Sequence[str]) -> Figure:
 
 def exponent_map(cells: Cells, name: str) -> Figure:
     """Histograms of binary exponents per layer and role, against E5M2's range."""
-    run = cells[name].first if name in cells else None
+    run = cells[name].first
     maps = []
     for role, operand in ROLE_OPERANDS if run else ():
         totals: dict[str, dict[int, float]] = {}
@@ -196,7 +197,7 @@ def loss_scales(cells: Cells, profile: str) -> Figure:
     panels = []
     for name in study_cells("C5", profile):
         lines = []
-        for number, run in enumerate(_runs(cells, name)):
+        for number, run in enumerate(cells[name].in_order):
             replay = run.loss_scale
             if replay is None:
                 continue
@@ -205,7 +206,7 @@ def loss_scales(cells: Cells, profile: str) -> Figure:
             if number == 0 and run.record.loss_scaling == "enhanced":
                 lines.append(Line("floor", *_thinned(x, replay.floors), 7, dashed=True))
         if lines:
-            policy = next(iter(_runs(cells, name))).record.loss_scaling
+            policy = cells[name].in_order[0].record.loss_scaling
             panels.append(Panel(policy, "epoch", "loss scale", lines, log=True))
     caption = "GNMT. The scale in force at each step, followed from the recorded skipped steps."
     return Figure("loss_scale", "C5: loss scale over time", caption, panels, shared=True)
@@ -235,31 +236,9 @@ def rounding_curves(cells: Cells, profile: str) -> Figure:
     return Figure("rounding", "C6: rounding", caption, [panel for panel in panels if panel.lines])
 
 
-def headline(name: str) -> str:
-    """What an experiment's file says of itself."""
-    return groups()["experiment"].get(name, name)
-
-
-def _e5m2_range() -> tuple[tuple[float, str], ...]:
-    from fp8repro.numerics.formats import E5M2
-
-    return (
-        (E5M2.min_exponent - E5M2.mantissa_bits, "smallest subnormal"),
-        (E5M2.min_exponent, "smallest normal"),
-        (E5M2.max_exponent + 1, "largest"),
-    )
-
-
-E5M2_RANGE = _e5m2_range()
-
-
-def _runs(cells: Cells, name: str) -> list[Run]:
-    return [run for _, run in sorted(cells[name].runs.items())] if name in cells else []
-
-
 def _curves(cells: Cells, name: str, label: str, hue: int, kind: str, metric: str, split: str | None) -> list[Line]:
     lines = []
-    for number, run in enumerate(_runs(cells, name)):
+    for number, run in enumerate(cells[name].in_order):
         points = run.series(kind, metric, split)
         if points:
             x, y = zip(*points, strict=True)

@@ -1,53 +1,28 @@
-"""Run records: finds the folders that training wrote and reads what they hold. Read-only; trusts no byte of them."""
+"""Finds the folders that training wrote and reads what they hold. Read-only; trusts no byte of them."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fp8repro.errors import UserError
-
-SUMMARY, CONFIG, METRICS = "summary.json", "config.yaml", "metrics.jsonl"
-SCORES = ("top1", "bleu")
-# A record's own files are a few kilobytes; whatever is larger is something else.
-MAX_BYTES = 1_000_000
-MAX_SETTINGS, MAX_NAME = 2_000, 500
-# A line of metrics: the telemetry of a large model takes some hundred kilobytes.
-MAX_LINE = 4_000_000
-# Settings that runs did not always record, with what they were before.
-LATER_SETTINGS = {"precision.recurrent_gradients": "step", "loss_scaling.min_window": 1}
-# Settings that leave a run's result as it is, as long as it rolled nothing back.
-NO_EFFECT = (
-    "backend",
-    "data.root",
-    "data.workers",
-    "device",
-    "experiment",
-    "graphs",
-    "logger",
-    "overwrite",
-    "profile",
-    "resume",
-    "run_dir",
-    "seed",
-    "trainer.checkpoint_every_minutes",
-    "trainer.checkpoint_every_steps",
-    "trainer.eval_batch_size",
-    "trainer.eval_every_epochs",
-    "trainer.eval_train",
-    "trainer.keep_checkpoints",
-    "trainer.log_every",
-    "trainer.max_rollbacks",
-    "trainer.on_divergence",
-    "trainer.telemetry_every",
+from fp8repro.paper.run_folder import (
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    Unreadable,
+    flat,
+    metrics_rows,
+    read_file,
+    read_or_empty,
+    settings_of,
 )
+
+SCORES = ("top1", "bleu")
 
 
 @dataclass(frozen=True)
@@ -78,17 +53,6 @@ class RunRecord:
     bits: tuple[int, int] = (1, 1)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without merge keys, which our files never have and which can make a small file unfold without end."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Leave a merge key as it stands; constructing it then fails."""
-
-
-class _Unreadable(Exception):
-    """Why a folder's record cannot be used."""
-
-
 def read_records(roots: Iterable[str | Path]) -> tuple[list[RunRecord], list[str]]:
     """All finished runs under some folders, sorted by folder, and a line for each folder that holds no usable record.
 
@@ -99,7 +63,7 @@ def read_records(roots: Iterable[str | Path]) -> tuple[list[RunRecord], list[str
     for folder in _run_folders(roots):
         try:
             records.append(_read_record(folder))
-        except _Unreadable as error:
+        except Unreadable as error:
             problems.append(f"{folder}: {error}")
     return records, problems
 
@@ -127,75 +91,8 @@ def _version(bits: tuple[int, int]) -> str:
 
 def read_failures(roots: Iterable[str | Path]) -> list[dict[str, Any]]:
     """Summaries of the runs under some folders that ended in failure, unreadable ones left out."""
-    failures = []
-    for folder in _run_folders(roots):
-        try:
-            summary = _mapping(folder / SUMMARY, json.loads)
-        except _Unreadable:
-            continue
-        if summary.get("status") == "failed":
-            failures.append(summary)
-    return failures
-
-
-def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a configuration's plain values that decide a result, flat, seed left out."""
-    return {key: value for key, value in {**LATER_SETTINGS, **_flat(config)}.items() if key not in NO_EFFECT}
-
-
-def saved_settings(folder: Path) -> dict[str, Any]:
-    """`settings_of` a run's config.yaml.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return settings_of(_mapping(folder / CONFIG, _read_yaml))
-    except _Unreadable as error:
-        raise UserError(f"{folder}: {error}") from None
-
-
-def read_yaml_file(path: Path) -> dict[str, Any]:
-    """A record's YAML file; empty where it cannot be read."""
-    try:
-        return _mapping(path, _read_yaml)
-    except _Unreadable:
-        return {}
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """A run's summary.json as it stands, empty where it has none yet.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    if not (folder / SUMMARY).exists():
-        return {}
-    try:
-        return _mapping(folder / SUMMARY, json.loads)
-    except _Unreadable as error:
-        raise UserError(f"{folder}: {error}") from None
-
-
-def metrics_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, one at a time.
-
-    A line that was cut short by a crash, or that is longer than any of ours, is left out.
-
-    Raises:
-        UserError: there is no such file, or it cannot be read.
-    """
-    try:
-        with (folder / METRICS).open("rb") as file:
-            while line := file.readline(MAX_LINE):
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(row, dict):
-                    yield row
-    except OSError as error:
-        raise UserError(f"{folder}: {METRICS} cannot be read ({error.strerror})") from None
+    summaries = [read_or_empty(folder / SUMMARY) for folder in _run_folders(roots)]
+    return [summary for summary in summaries if summary.get("status") == "failed"]
 
 
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -217,27 +114,27 @@ def _run_folders(roots: Iterable[str | Path]) -> list[Path]:
 
 def _read_record(folder: Path) -> RunRecord:
     if not (folder / SUMMARY).is_file():
-        raise _Unreadable(f"unfinished, it has no {SUMMARY} yet")
-    summary = _mapping(folder / SUMMARY, json.loads)
-    config = _mapping(folder / CONFIG, _read_yaml) if (folder / CONFIG).is_file() else {}
+        raise Unreadable(f"unfinished, it has no {SUMMARY} yet")
+    summary = read_file(folder / SUMMARY)
+    config = read_file(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if summary.get("status", "finished") != "finished":
-        raise _Unreadable(f"its status is {summary['status']!r:.40}, only finished runs count")
+        raise Unreadable(f"its status is {summary['status']!r:.40}, only finished runs count")
     texts: dict[str, str] = {}
     for key in ("model", "data", "precision", "loss_scaling", "profile"):
         text = summary.get(key)
         if not isinstance(text, str):
-            raise _Unreadable(f"{SUMMARY}: {key}: got {text!r:.40}, expected a text")
+            raise Unreadable(f"{SUMMARY}: {key}: got {text!r:.40}, expected a text")
         texts[key] = text
     seed = summary.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise _Unreadable(f"{SUMMARY}: seed: got {seed!r:.40}, expected a whole number")
+        raise Unreadable(f"{SUMMARY}: seed: got {seed!r:.40}, expected a whole number")
     metric = next((name for name in SCORES if summary.get(name) is not None), None)
     if metric is None:
-        raise _Unreadable(f"{SUMMARY}: it has neither {' nor '.join(SCORES)}")
+        raise Unreadable(f"{SUMMARY}: it has neither {' nor '.join(SCORES)}")
     score = summary[metric]
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 100:
-        raise _Unreadable(f"{SUMMARY}: {metric}: got {score!r:.40}, expected a number from 0 to 100")
-    settings = _flat(config)
+        raise Unreadable(f"{SUMMARY}: {metric}: got {score!r:.40}, expected a number from 0 to 100")
+    settings = flat(config)
     texts["loss_scaling"] = _policy(texts["loss_scaling"], settings)
     deciding = settings_of(config)
     # "auto" differs from machine to machine; the record says what it came to.
@@ -252,45 +149,8 @@ def _bits(summary: Mapping[str, Any]) -> tuple[int, int]:
     last = summary.get("bits", 1)
     first = summary.get("bits_at_first", last)
     if not all(isinstance(version, int) and not isinstance(version, bool) for version in (first, last)):
-        raise _Unreadable(f"{SUMMARY}: bits: got {last!r:.40}, expected a version's number")
+        raise Unreadable(f"{SUMMARY}: bits: got {last!r:.40}, expected a version's number")
     return first, last
-
-
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
-
-
-def _mapping(path: Path, parse: Any) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise _Unreadable(f"{path.name} is over {MAX_BYTES} bytes, not a run's record")
-        values = parse(content.decode("utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise _Unreadable(f"{path.name} cannot be read ({reason:.100})") from None
-    if not isinstance(values, dict):
-        raise _Unreadable(f"{path.name} holds no mapping, not a run's record")
-    return values
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings as {"trainer.epochs": 30, "optimizer.betas[0]": 0.9, ...}."""
-    flat: dict[str, Any] = {}
-    pending: list[tuple[str, Any]] = [("", values)]
-    while pending:
-        prefix, value = pending.pop()
-        if isinstance(value, Mapping) and value:
-            pending += [(f"{prefix}.{key}" if prefix else str(key), item) for key, item in value.items()]
-        elif isinstance(value, list) and value:
-            pending += [(f"{prefix}[{number}]", item) for number, item in enumerate(value)]
-        else:
-            flat[prefix] = value
-        # YAML's references can make a small file unfold without end.
-        if len(flat) + len(pending) > MAX_SETTINGS or len(prefix) > MAX_NAME:
-            raise _Unreadable(f"{CONFIG} has over {MAX_SETTINGS} settings or names over {MAX_NAME} characters")
-    return flat
 
 
 def _policy(policy: str, settings: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,14 +10,15 @@ from typing import Any
 
 from fp8repro.errors import UserError
 from fp8repro.paper.plan import plan_file
-from fp8repro.results.cells import CellRuns, read_cells
+from fp8repro.paper.reported import paper_figures
+from fp8repro.paper.run_folder import ENVIRONMENT, read_or_empty
+from fp8repro.results.cells import Cells, read_cells
 from fp8repro.results.figures import Figure, figures
 from fp8repro.results.sheet import FORMATS, Column, Sheet
 from fp8repro.results.studies import sheets
-from fp8repro.results.tables import PROFILES, paper_figures
 from fp8repro.results.verdicts import Verdict, statement_sheet, verdict_sheet, verdicts
+from fp8repro.settings.choices import PROFILES
 
-ENVIRONMENT = "environment.json"
 SCALES = {
     "embedded": "digits and generated text, small networks: it shows mechanisms, not the paper's figures",
     "midscale": "real but small data of the user's own",
@@ -45,8 +45,7 @@ def write_report(roots: Sequence[str | Path], out: Path) -> list[str]:
         UserError: there is no finished run of the plan, or the folder cannot be written.
     """
     by_profile, _, problems = read_cells(roots)
-    profiles = [profile for profile in PROFILES[::-1] if profile in by_profile]
-    planned = {profile: by_profile[profile] for profile in profiles}
+    planned = {profile: by_profile[profile] for profile in PROFILES if profile in by_profile}
     if not planned:
         where = ", ".join(str(root) for root in roots)
         raise UserError(f"report: {where} holds no run of an experiment, expected the folder of fp8repro reproduce")
@@ -74,20 +73,21 @@ def render_page(top: Sheet, sections: Sequence[Section]) -> str:
     return environment.from_string(template).render(top=top, sections=sections, paper=paper)
 
 
-def _section(profile: str, cells: Mapping[str, CellRuns], found: Sequence[Verdict]) -> Section:
+def _section(profile: str, cells: Cells, found: Sequence[Verdict]) -> Section:
     return Section(
         profile, SCALES[profile], statement_sheet(found), sheets(cells, profile), figures(cells, profile),
         run_sheet(cells),
     )  # fmt: skip
 
 
-def run_sheet(cells: Mapping[str, CellRuns]) -> Sheet:
+def run_sheet(cells: Cells) -> Sheet:
     """Every run of the plan: seed, length, recipe, what it ran on, its code's version."""
     order = list(dict.fromkeys(name for study in plan_file()["studies"].values() for name in study["cells"]))
     rows = []
     for name in sorted(cells, key=lambda name: (order.index(name) if name in order else len(order), name)):
         for seed, run in sorted(cells[name].runs.items()):
-            summary, environment = run.record.summary, _environment(run.record.folder)
+            summary, environment = run.record.summary, read_or_empty(run.record.folder / ENVIRONMENT)
+            gpus, packages = environment.get("gpus"), environment.get("packages")
             rows.append(
                 {
                     "cell": name,
@@ -99,26 +99,23 @@ def run_sheet(cells: Mapping[str, CellRuns]) -> Sheet:
                     "epochs": summary.get("epochs"),
                     "seconds": summary.get("train_seconds"),
                     "backend": f"{summary.get('backend')}, {summary.get('device')}",
-                    "hardware": ", ".join(environment.get("gpus") or [str(environment.get("cpu", "-"))]),
-                    "torch": environment.get("packages", {}).get("torch"),
+                    "hardware": ", ".join(
+                        map(str, gpus if isinstance(gpus, list) and gpus else [environment.get("cpu", "-")])
+                    ),
+                    "torch": packages.get("torch") if isinstance(packages, dict) else None,
                     "code": f"{summary.get('version')} {str(environment.get('commit') or '')[:10]}".strip(),
                 }
             )
         for seed, reason in sorted(cells[name].failures.items()):
             rows.append({"cell": name, "seed": seed, "recipe": f"failed: {reason}"})
     columns = [
-        Column("cell", "cell"),
-        Column("seed", "seed"),
-        Column("data", "data"),
+        *map(Column, ("cell", "seed", "data")),
         Column("recipe", "weight / activation / error / gradient / master"),
-        Column("loss_scaling", "loss scaling"),
-        Column("steps", "steps"),
-        Column("epochs", "epochs", 1),
-        Column("seconds", "seconds", 0),
+        *map(Column, ("loss_scaling", "steps")),
+        Column("epochs", digits=1),
+        Column("seconds", digits=0),
         Column("backend", "products"),
-        Column("hardware", "hardware"),
-        Column("torch", "torch"),
-        Column("code", "code"),
+        *map(Column, ("hardware", "torch", "code")),
     ]
     return Sheet("runs", "Runs: recipe and environment", columns, rows)
 
@@ -130,14 +127,6 @@ def _recipe(precision: Mapping[str, Any]) -> str:
         rounding = {"stochastic": " sr", "toward_zero": " rz"}.get(str(spec.get("rounding")), "")
         parts.append(f"{spec.get('format', '-')}{rounding}")
     return " / ".join(parts)
-
-
-def _environment(folder: Path) -> dict[str, Any]:
-    try:
-        values = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _write_files(out: Path, top: Sheet, sections: Sequence[Section]) -> None:

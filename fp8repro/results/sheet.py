@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from fp8repro.tabular import aligned, comma_separated, markdown
 
 FORMATS = ("md", "csv", "json")
 
@@ -32,12 +32,17 @@ def stat(by_seed: Mapping[int, float], factor: float = 1.0) -> Stat | None:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: key in CSV and JSON, title, decimals (None: text or a count); `sign` shows a plus, too."""
+    """A column: key in CSV and JSON, title (else the key), decimals (None: text or a count); `sign`: show a plus."""
 
     key: str
-    title: str
+    title: str = ""
     digits: int | None = None
     sign: bool = False
+
+    def __post_init__(self) -> None:
+        """Take the key for a title."""
+        if not self.title:
+            object.__setattr__(self, "title", self.key.replace("_", " "))
 
 
 @dataclass(frozen=True)
@@ -60,19 +65,17 @@ class Sheet:
         return [[show(row.get(column.key), column) for column in self.columns] for row in self.rows]
 
     def render(self, format: str) -> str:
-        """The table as "md", "csv" or "json"; it ends with a newline."""
+        """The table as "text", "md", "csv" or "json"; it ends with a newline."""
         if format == "json":
             return json.dumps({"title": self.title, "rows": self._plain(), "notes": list(self.notes)}, indent=2) + "\n"
         if format == "csv":
-            out = io.StringIO()
             plain = self._plain()
             keys = list(dict.fromkeys(key for row in plain for key in row)) or [column.key for column in self.columns]
-            writer = csv.DictWriter(out, keys, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(plain)
-            return out.getvalue()
-        lines = [[column.title for column in self.columns], ["---"] * len(self.columns), *self.texts()]
-        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+            return comma_separated(keys, plain)
+        header = [column.title for column in self.columns]
+        if format == "text":
+            return "\n".join([self.title, "", aligned(header, self.texts()), "", *self.notes]) + "\n"
+        body = markdown(header, self.texts())
         return "\n\n".join([f"### {self.title}", body, *self.notes]) + "\n"
 
     def _plain(self) -> list[dict[str, Any]]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from fp8repro.paper.plan import plan_file, study_cells
-from fp8repro.results.cells import CellRuns, Run, by_seed, comparable
+from fp8repro.paper.plan import plan_file, study_cells, study_models
+from fp8repro.paper.reported import paper_figures
+from fp8repro.results.cells import CellRuns, Cells, Run, comparable
 from fp8repro.results.paired import difference
 from fp8repro.results.sheet import Column, Sheet, stat
-from fp8repro.results.tables import paper_figures
 from fp8repro.settings.choices import groups
 
-Cells = Mapping[str, CellRuns]
 PERCENT, MEBI = 100.0, 1 / 2**20
 ROLES = ("weight", "activation", "error", "gradient")
 # Figure, title, decimals, factor.
@@ -59,15 +58,14 @@ def sheets(cells: Cells, profile: str) -> list[Sheet]:
 
 def accuracy_sheet(study: str, cells: Cells, profile: str) -> Sheet:
     """FP32 and FP8 of each model, the gap and its standard error, beside the paper's (C1, C2)."""
-    names = study_cells(study, profile)
-    models = list(dict.fromkeys(name.rsplit("_", 1)[0] for name in names))
+    names, models = study_cells(study, profile), study_models(study, profile)
     digits = 2 if study == "C1" else 1
     unit = "top-1, %" if study == "C1" else "BLEU"
     paper = paper_figures()
     rows = []
     for model in models:
-        fp32, fp8 = (by_seed(cells, f"{model}_{precision}", "score") for precision in ("fp32", "fp8"))
-        gap = difference(fp8, fp32) if _comparable(cells, f"{model}_fp8", f"{model}_fp32") else None
+        fp32, fp8 = (cells[f"{model}_{precision}"].figures("score") for precision in ("fp32", "fp8"))
+        gap = difference(fp8, fp32) if comparable(cells[f"{model}_fp8"], cells[f"{model}_fp32"]) else None
         theirs = paper["figures"][model]
         rows.append(
             {
@@ -84,10 +82,10 @@ def accuracy_sheet(study: str, cells: Cells, profile: str) -> Sheet:
             }
         )
     columns = [
-        Column("model", "model"),
+        Column("model"),
         Column("fp32", f"FP32 {unit}", digits),
         Column("fp8", f"FP8 {unit}", digits),
-        Column("gap", "gap", digits, sign=True),
+        Column("gap", digits=digits, sign=True),
         Column("gap_se", "its standard error", digits),
         Column("seeds", "pairs of seeds", 0),
         Column("paper_fp32", "paper FP32", digits),
@@ -113,11 +111,11 @@ def conversion_sheet(cells: Cells, profile: str) -> Sheet:
     rows = []
     for study in ("C1", "C2"):
         for name in study_cells(study, profile):
-            run = cells[name].first if name in cells else None
+            run = cells[name].first
             if name.endswith("_fp8") and run is not None:
                 rows.append(conversion(run))
     columns = [
-        Column("model", "model"),
+        Column("model"),
         Column("converted", "layers in E5M2", 0),
         Column("exempt", "layers in 16 bit"),
         Column("left", "layers left", 0),
@@ -150,7 +148,7 @@ def study_sheet(study: str, cells: Cells, profile: str) -> Sheet:
     names = study_cells(study, profile)
     rows = []
     for name in names:
-        cell = cells.get(name, CellRuns(name))
+        cell = cells[name]
         row: dict[str, Any] = {"cell": name, "what": headlines[name], "seeds": len(cell.runs)}
         for figure, _, _, factor in STUDY_COLUMNS[study]:
             row[figure] = stat(cell.figures(figure), factor)
@@ -158,15 +156,14 @@ def study_sheet(study: str, cells: Cells, profile: str) -> Sheet:
             row |= _scale_figures(cell)
         row["failed"] = _failed(cells, [name])
         rows.append(row)
-    columns = [Column("cell", "cell"), Column("what", "what it is")]
+    columns = [Column("cell"), Column("what", "what it is")]
     columns += [Column(figure, title, digits) for figure, title, digits, _ in STUDY_COLUMNS[study]]
     if study == "C5":
         columns += [
-            Column("lowest_scale", "lowest scale"),
-            Column("last_scale", "last scale"),
+            *map(Column, ("lowest_scale", "last_scale")),
             Column("met_floor", "back-offs that met the floor"),
         ]
-    columns += [Column("seeds", "seeds", 0), Column("failed", "failed runs")]
+    columns += [Column("seeds", digits=0), Column("failed", "failed runs")]
     notes = ["mean ± standard deviation over seeds."] if any(row["seeds"] > 1 for row in rows) else []
     title = plan_file()["studies"][study]["title"]
     return Sheet(
@@ -191,28 +188,24 @@ def _each(values: Iterable[float]) -> str:
     return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
-def _comparable(cells: Cells, a: str, b: str) -> bool:
-    return a in cells and b in cells and comparable(cells[a], cells[b])
-
-
 def _failed(cells: Cells, names: list[str]) -> str | None:
-    said = [f"seed {seed}: {text}" for n in names if n in cells for seed, text in sorted(cells[n].failures.items())]
+    said = [f"seed {seed}: {text}" for n in names for seed, text in sorted(cells[n].failures.items())]
     return "; ".join(said) or None
 
 
 def _left_out(cells: Cells, names: list[str]) -> list[str]:
-    there = [cells[name] for name in names if name in cells]
+    there = [cells[name] for name in names]
     left_out = [f"Left out: {text}." for cell in there for text in cell.left_out]
     return left_out + [f"{text}." for cell in there for text in cell.notes]
 
 
 def _data(cells: Cells, names: list[str]) -> str:
-    found = sorted({run.record.data for name in names if name in cells for run in cells[name].runs.values()})
+    found = sorted({run.record.data for name in names for run in cells[name].runs.values()})
     return ", ".join(found) or "nothing yet"
 
 
 def signatures(cells: Cells, names: list[str]) -> list[str]:
     """How BLEU was computed."""
-    found = {str(run.record.summary["bleu_signature"]) for name in names if name in cells
+    found = {str(run.record.summary["bleu_signature"]) for name in names
              for run in cells[name].runs.values() if run.record.summary.get("bleu_signature")}  # fmt: skip
     return [f"BLEU signature: {signature}" for signature in sorted(found)]

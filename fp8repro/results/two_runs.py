@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from fp8repro.errors import UserError
+from fp8repro.paper.run_folder import CONFIG, METRICS
 from fp8repro.results.cells import Run
 from fp8repro.results.paired import Difference, difference
-from fp8repro.results.records import CONFIG, METRICS, RunRecord, read_records, require_same_bits
+from fp8repro.results.records import RunRecord, read_records, require_same_bits
 
 POINTS = 6
 CURVES = (

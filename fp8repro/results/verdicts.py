@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from fp8repro.paper.plan import plan_file, study_cells
-from fp8repro.results.cells import CellRuns, by_seed, comparable
+from fp8repro.paper.plan import plan_file, study_cells, study_models
+from fp8repro.paper.reported import paper_figures
+from fp8repro.results.cells import Cells, comparable
 from fp8repro.results.paired import FAILS, HOLDS, TOLERANCE, UNDECIDED, Difference, difference, greater, not_worse
 from fp8repro.results.sheet import Column, Sheet
 from fp8repro.results.studies import ROLES, conversion
-from fp8repro.results.tables import paper_figures
 
-Cells = Mapping[str, CellRuns]
 # The paper: half the bytes of FP32 masters. The bound on what is kept for backward is this project's own.
 MASTER_SHARE, SAVED_SHARE = 0.5, 0.35
 # An L2 loss that differs by less than this share of it is no growth.
@@ -65,7 +64,7 @@ def overall(claim: str, found: Sequence[Verdict]) -> str:
 def verdict_sheet(by_profile: Mapping[str, Sequence[Verdict]]) -> Sheet:
     """One row for each claim: the paper's words, the verdict of each profile, and of the paper's own scale."""
     claims = paper_figures()["claims"]
-    columns = [Column("claim", "claim"), Column("text", "the paper")]
+    columns = [Column("claim"), Column("text", "the paper")]
     small = [profile for profile in by_profile if profile != "paper"]
     columns += [Column(profile, f"verdict at the scale of profile={profile}") for profile in small]
     columns.append(Column("paper", "verdict at the paper's scale"))
@@ -86,22 +85,15 @@ def verdict_sheet(by_profile: Mapping[str, Sequence[Verdict]]) -> Sheet:
 
 def statement_sheet(found: Sequence[Verdict]) -> Sheet:
     """The statements behind the verdicts."""
-    columns = [
-        Column("claim", "claim"),
-        Column("statement", "statement"),
-        Column("verdict", "verdict"),
-        Column("evidence", "evidence"),
-        Column("test", "test"),
-    ]
+    columns = list(map(Column, ("claim", "statement", "verdict", "evidence", "test")))
     return Sheet("statements", "What was tested, and how", columns, [vars(verdict) for verdict in found])
 
 
 def _accuracy(claim: str, cells: Cells, profile: str) -> list[Verdict]:
-    models = list(dict.fromkeys(name.rsplit("_", 1)[0] for name in study_cells(claim, profile)))
     unit = "points of top-1" if claim == "C1" else "BLEU"
     return [
         _not_worse(claim, cells, f"{model}_fp8", f"{model}_fp32", f"{model}: FP8 is as good as FP32", unit)
-        for model in models
+        for model in study_models(claim, profile)
     ]
 
 
@@ -121,8 +113,8 @@ def _compared(
     decide: Callable[[Difference | None], str],
 ) -> Verdict:
     """A statement about the difference of two cells in a figure."""
-    first, second = cells.get(a, CellRuns(a)), cells.get(b, CellRuns(b))
-    if not (first.runs or first.failures) or not (second.runs or second.failures):
+    first, second = cells[a], cells[b]
+    if first.empty or second.empty:
         return Verdict(claim, statement, test, UNDECIDED, _absent(cells, (a, b)))
     if first.failures or second.failures:
         return Verdict(claim, statement, test, UNDECIDED, _failed(cells, (a, b)))
@@ -141,17 +133,14 @@ def _compared(
 def _failed(cells: Cells, names: Sequence[str]) -> str:
     """Which cells' runs failed, and why."""
     return "; ".join(
-        f"{name}: failed, seed {seed}: {why}"
-        for name in names
-        for seed, why in sorted(cells.get(name, CellRuns(name)).failures.items())
+        f"{name}: failed, seed {seed}: {why}" for name in names for seed, why in sorted(cells[name].failures.items())
     )
 
 
 def _absent(cells: Cells, names: Sequence[str]) -> str:
     """Why there is nothing to judge: cells that were not run, and runs that failed."""
-    cells_there = [name for name in names if name in cells and (cells[name].runs or cells[name].failures)]
-    parts = [f"{name}: not run" for name in names if name not in cells_there]
-    failed = _failed(cells, [name for name in cells_there if not cells[name].runs])
+    parts = [f"{name}: not run" for name in names if cells[name].empty]
+    failed = _failed(cells, [name for name in names if not cells[name].runs])
     return "; ".join([*parts, *([failed] if failed else [])]) or "no common seed with this figure"
 
 
@@ -165,11 +154,11 @@ def _conversion(cells: Cells, profile: str) -> Verdict:
     uncounted: list[str] = []
     for study in ("C1", "C2"):
         for name in study_cells(study, profile):
-            run = cells[name].first if name in cells else None
             if not name.endswith("_fp8"):
                 continue
+            run = cells[name].first
             if run is None:
-                (failed if name in cells and cells[name].failures else absent).append(name)
+                (failed if cells[name].failures else absent).append(name)
                 continue
             row = conversion(run)
             rows.append(f"{row['model']} {row['converted']}")
@@ -191,7 +180,7 @@ def _conversion(cells: Cells, profile: str) -> Verdict:
 
 def _ordered(cells: Cells, names: Sequence[str], figure: str) -> tuple[str, list[int]]:
     """Does a figure fall strictly from cell to cell, in every seed that all cells have?"""
-    figures = [by_seed(cells, name, figure) for name in names]
+    figures = [cells[name].figures(figure) for name in names]
     seeds = sorted(set.intersection(*map(set, figures)))
     if not seeds:
         return UNDECIDED, []
@@ -202,7 +191,7 @@ def _ordered(cells: Cells, names: Sequence[str], figure: str) -> tuple[str, list
 def _loss_scale(cells: Cells, convnet: str) -> list[Verdict]:
     names = ["fp8_scale_1", "fp8_scale_1000", "fp8_scale_4000", f"{convnet}_fp8"]
     verdict, seeds = _ordered(cells, names, "underflow_error")
-    shares = [by_seed(cells, name, "underflow_error") for name in names]
+    shares = [cells[name].figures("underflow_error") for name in names]
     means = [f"{100 * sum(share.values()) / len(share):.3g} %" if share else "-" for share in shares]
     falling = Verdict(
         "C4",
@@ -227,7 +216,7 @@ def _loss_scale(cells: Cells, convnet: str) -> list[Verdict]:
 def _enhanced(cells: Cells) -> list[Verdict]:
     statement = "a rising floor keeps the loss scale up where plain back-off lets it fall"
     test = "in every seed, the scale without a floor goes under the floor that the enhanced policy has at that step"
-    enhanced, dynamic = cells.get("gnmt_fp8", CellRuns("")), cells.get("gnmt_fp8_dynamic", CellRuns(""))
+    enhanced, dynamic = cells["gnmt_fp8"], cells["gnmt_fp8_dynamic"]
     seeds = sorted(set(enhanced.runs) & set(dynamic.runs))
     scores = "the enhanced policy is as good as dynamic scaling"
     score_test = f"one-sided 95 % bound of the mean paired difference over seeds above -{TOLERANCE:g} BLEU"
@@ -258,7 +247,7 @@ def _rounding(cells: Cells) -> list[Verdict]:
     found = []
     for masters, suffix in (("FP16", ""), ("FP32", "_fp32_master")):
         nearest, stochastic = f"fp8_nearest{suffix}", f"fp8_stochastic{suffix}"
-        reference = by_seed(cells, stochastic, "l2")
+        reference = cells[stochastic].figures("l2")
         relevant = L2_SHARE * sum(reference.values()) / len(reference) if reference else 0.0
         bound = "paired difference over seeds: one-sided 95 % bound above 0 (holds); "
         found += [
@@ -294,7 +283,7 @@ def _share(cells: Cells, a: str, b: str, figure: str, limit: float, statement: s
     # Parameters that stay in FP32 (normalization, biases) are part of the bytes.
     slack = 0.01 if figure == "master_bytes" else 0.0
     test = f"bytes counted in the first step, at most {limit:g}" + (f" + {slack:g}" if slack else "") + " of FP32's"
-    ours, theirs = by_seed(cells, a, figure), by_seed(cells, b, figure)
+    ours, theirs = cells[a].figures(figure), cells[b].figures(figure)
     shares = [ours[seed] / theirs[seed] for seed in sorted(set(ours) & set(theirs))]
     if not shares:
         return Verdict("C7", statement, test, UNDECIDED, _absent(cells, (a, b)))

@@ -11,6 +11,9 @@ from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
+# From data that comes along to the paper's own.
+PROFILES = ("embedded", "midscale", "paper")
+
 
 @cache
 def groups() -> dict[str, dict[str, str]]:

@@ -6,7 +6,6 @@ It must not import torch, and every mistake leaves it as a UserError that names 
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fp8repro.errors import UserError
-from fp8repro.settings.choices import groups, nearest
+from fp8repro.settings.choices import PROFILES, groups, nearest
+from fp8repro.settings.run_name import run_name
 
 # Mappings that hold whatever their model or data set takes, so a setting in them need not exist before.
 OPEN_MAPPINGS = ("model.size.", "data.options.", "loss_scaling.")
@@ -46,7 +46,6 @@ PATHS = ("run_dir", "resume", "data.root")
 EXCHANGEABLE = ("precision", "data", "loss_scaling")
 # Groups without a choice of their own at first (see conf/config.yaml).
 UNCHOSEN = ("data", "training", "profile", "optimizer", "schedule", "experiment")
-PROFILES = ("embedded", "paper", "midscale")
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,8 @@ class Job:
         for override in sorted(self.overrides):
             key = override.lstrip("+~").partition("=")[0]
             if key not in (*named, "seed") and (key in self.swept or key not in NO_PART_OF_A_RUN):
-                parts.append(re.sub(r"[^\w.+]+", "_", override.lstrip("+")).strip("_"))
-        name = "-".join(parts)
-        if len(name) > 120:
-            name = f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-        return f"{name}-seed{self.values['seed']}"
+                parts.append(override.lstrip("+"))
+        return run_name(parts, self.values["seed"])
 
 
 def jobs(overrides: Sequence[str], sweep: bool) -> list[Job]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fp8repro.errors import RunFailure, UserError
-from fp8repro.results.records import LATER_SETTINGS, NO_EFFECT
+from fp8repro.paper.run_folder import LATER_SETTINGS, NO_EFFECT
 from fp8repro.settings.lengths import with_units
 from fp8repro.settings.schema import DecodeConfig
 from fp8repro.training.untrusted import Harmful, require_harmless_file, require_plain

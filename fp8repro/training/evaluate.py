@@ -15,7 +15,8 @@ from fp8repro.precision.injection import fixed_weights, inject
 from fp8repro.settings.schema import RunConfig, run_config
 from fp8repro.training.checkpoint import FORMAT, read_checkpoint, read_tensors
 from fp8repro.training.distributed import World, choose_device
-from fp8repro.training.tasks.task import Poll, Task, autocast, make_task, no_poll
+from fp8repro.training.tasks import make_task
+from fp8repro.training.tasks.task import Poll, Task, autocast, no_poll
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,30 +16,35 @@ from typing import Any
 import yaml
 
 from fp8repro.errors import RunFailure, UserError
+from fp8repro.paper.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    LOCK,
+    METRICS,
+    SUMMARY,
+    TENSORBOARD,
+    metrics_rows,
+    read_or_empty,
+)
+from fp8repro.settings.run_name import run_name
 from fp8repro.settings.schema import RunConfig
 from fp8repro.training.environment import describe_environment
 
-METRICS, SUMMARY, CONFIG, ENVIRONMENT = "metrics.jsonl", "summary.json", "config.yaml", "environment.json"
-CHECKPOINTS, TENSORBOARD, LOCK = "checkpoints", "tensorboard", ".lock"
 # What evaluations warn of: made again where the evaluation is.
 GUESSING, NONFINITE_EVALUATION = "guessing", "nonfinite_evaluation"
 EVALUATION_EVENTS = (GUESSING, NONFINITE_EVALUATION)
 
 
-def run_name(config: RunConfig) -> str:
-    """What a run's folder is called where none is given: model, data, precision, loss scaling and seed."""
+def run_folder(config: RunConfig) -> Path:
+    """Where a run is recorded; without `run_dir`, named after model, data, precision, loss scaling and seed."""
+    if config.run_dir:
+        return Path(config.run_dir)
     scaling = config.loss_scaling
     parts = [config.model.name, config.data.name, config.precision.name]
     if scaling.policy != "none":
         parts.append(scaling.policy + (f"{scaling.scale:g}" if scaling.policy == "constant" else ""))
-    name = "-".join([*parts, f"seed{config.seed}"])
-    # A recipe's name is a user's text; it must not lead out of the folder.
-    return re.sub(r"[^A-Za-z0-9_.+-]", "_", name).lstrip(".")
-
-
-def run_folder(config: RunConfig) -> Path:
-    """Where a run is recorded."""
-    return Path(config.run_dir) if config.run_dir else Path("runs") / run_name(config)
+    return Path("runs") / run_name(parts, config.seed)
 
 
 class RunFolder:
@@ -109,9 +113,9 @@ class RunFolder:
         """
         if not self.writes:
             return
-        rows = _rows(self.folder / METRICS) if step else []
-        kept = [line for line, row in rows if row["step"] <= (evaluated if _is_of_evaluation(row) else step)]
-        self._write(METRICS, "".join(kept))
+        rows = [row for row in metrics_rows(self.folder) if isinstance(row.get("step"), int)] if step else []
+        kept = [row for row in rows if row["step"] <= (evaluated if _is_of_evaluation(row) else step)]
+        self._write(METRICS, "".join(json.dumps(row) + "\n" for row in kept))
         (self.folder / SUMMARY).unlink(missing_ok=True)
         self._write(CONFIG, yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True))
         self._write(ENVIRONMENT, json.dumps(describe_environment(), indent=2) + "\n")
@@ -140,13 +144,9 @@ class RunFolder:
         """The summary of a run that finished here and translated as the settings say, or None."""
         if not self.writes:
             return None
-        try:
-            values = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
-            decode = yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8"))["decode"]
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-            return None
-        same = decode == self.config.to_dict()["decode"]
-        return values if same and isinstance(values, dict) and values.get("status") == "finished" else None
+        values, config = read_or_empty(self.folder / SUMMARY), read_or_empty(self.folder / CONFIG)
+        same = config.get("decode") == self.config.to_dict()["decode"]
+        return values if same and values.get("status") == "finished" else None
 
     def _write(self, name: str, text: str) -> None:
         path = self.folder / name
@@ -187,24 +187,6 @@ def _unwritable(path: Path, error: OSError) -> str:
 
 def _is_of_evaluation(row: Mapping[str, Any]) -> bool:
     return row.get("kind") == "eval" or row.get("what") in EVALUATION_EVENTS
-
-
-def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Whole lines of a metrics file and what they say; a line that a crash cut off ends it."""
-    rows: list[tuple[str, dict[str, Any]]] = []
-    if not path.exists():
-        return rows
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-                int(row["step"])
-            except (ValueError, KeyError, TypeError):
-                break
-            if not line.endswith("\n"):
-                break
-            rows.append((line, row))
-    return rows
 
 
 def _finite(value: Any) -> Any:

@@ -26,7 +26,8 @@ from fp8repro.training.progress import Display
 from fp8repro.training.record import RunFolder
 from fp8repro.training.replays import Replays
 from fp8repro.training.running_statistics import NormalizationStatistics, synchronize_normalization
-from fp8repro.training.tasks.task import Task, make_task
+from fp8repro.training.tasks import make_task
+from fp8repro.training.tasks.task import Task
 from fp8repro.training.untrusted import Harmful, require_like
 
 

@@ -14,7 +14,7 @@ from torchvision.models import resnet18
 from fp8repro import inject, quantize
 from fp8repro.engines import quantizer
 from fp8repro.engines.cpu import bf16_products as products
-from fp8repro.engines.cpu import rounding as native
+from fp8repro.engines.cpu import native
 from fp8repro.engines.guards import read_format, spell, spell_format, untraced
 from fp8repro.engines.products import decode
 from fp8repro.engines.quantizer import round_into, rounded, rounded_into

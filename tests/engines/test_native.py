@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fp8repro
-from fp8repro.engines.cpu import rounding as native
+from fp8repro.engines.cpu import native
 from fp8repro.engines.cpu.layout import plan
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import BF16, E4M3, E5M2, FP16
@@ -18,7 +18,7 @@ from fp8repro.numerics.rounding import CHOICES, RandomBits, Rounding
 
 PROGRAM = """
 import zlib, torch, fp8repro
-from fp8repro.engines.cpu import rounding as native
+from fp8repro.engines.cpu import native
 x = torch.linspace(-3, 3, 1000)
 q = fp8repro.quantize(x, rounding="stochastic", seed=3, stream=4).view(torch.uint8)
 print(native.available(), zlib.crc32(q.numpy().tobytes()))

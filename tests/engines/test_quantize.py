@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fp8repro
 from fp8repro.engines import quantizer
-from fp8repro.engines.cpu import rounding as native
+from fp8repro.engines.cpu import native
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import BF16, E4M3, E5M2, FP16, FP16_169, FP32, FloatFormat
 from fp8repro.numerics.rounding import CHOICES, RandomBits, Rounding

@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 
-from fp8repro.engines.cpu import rounding as native
+from fp8repro.engines.cpu import native
 from fp8repro.numerics import reference
 
 # counter (4 words), key (2 words), output (4 words)

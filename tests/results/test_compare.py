@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from fp8repro.cli import main as cli
+from fp8repro.results.comparison import comparison, paper_figures, render
 from fp8repro.results.records import read_metrics, read_records
-from fp8repro.results.tables import comparison, paper_figures, render
 from fp8repro.settings.overrides import jobs
 from fp8repro.settings.schema import run_config
 

@@ -123,7 +123,7 @@ def test_page_csv_json_and_markdown_hold_the_same_rows(written: Path) -> None:
     for name in ("C1", "C4", "C6", "recipes", "statements", "runs"):
         from_json = json.loads((written / "tables" / f"embedded_{name}.json").read_text())
         markdown = (written / "tables" / f"embedded_{name}.md").read_text().splitlines()
-        lines = [line for line in markdown if line.startswith("| ")]
+        lines = [line for line in markdown if line.startswith("|")]
         assert len(from_json["rows"]) == len(rows(written, name)) == len(lines) - 2
         shown = page.tables[from_json["title"]]
         texts = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]

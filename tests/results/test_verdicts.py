@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from study_records import STEPS, lengthen, write_run
 
-from fp8repro.results.cells import read_cells
+from fp8repro.results.cells import Cells, read_cells
 from fp8repro.results.paired import FAILS, HOLDS, UNDECIDED, Difference, difference, greater, not_worse
 from fp8repro.results.verdicts import Verdict, overall, verdict_sheet, verdicts
 
@@ -52,7 +52,7 @@ def test_outcomes_at_a_tolerance_of_one_point(mean: float, se: float | None, as_
 def test_nothing_recorded_is_nothing_decided() -> None:
     assert difference({0: 1.0}, {1: 1.0}) is None
     assert (not_worse(None), greater(None, 1.0)) == (UNDECIDED, UNDECIDED)
-    assert {verdict.verdict for verdict in verdicts({}, "embedded")} == {UNDECIDED}
+    assert {verdict.verdict for verdict in verdicts(Cells(), "embedded")} == {UNDECIDED}
 
 
 def accuracy(root: Path, fp32: list[float], fp8: list[float]) -> Verdict:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fp8repro.paper.reported import paper_figures
 from fp8repro.precision.loss_scaling import make_scaler
-from fp8repro.results.tables import paper_figures
 from fp8repro.settings.choices import groups
 from fp8repro.settings.overrides import PROFILES, jobs
 from fp8repro.settings.schema import (
@@ -155,7 +155,7 @@ def test_translation_sizes_follow_the_data_unless_the_model_fixes_them() -> None
 
 
 def test_imagenet_runs_on_torchvisions_reference_recipe() -> None:
-    # PAPER.md 3.1: batch 256, 90 epochs, SGD lr 0.1, momentum 0.9, weight decay 1e-4, a tenth each 30 epochs.
+    # torchvision: batch 256, 90 epochs, SGD lr 0.1, momentum 0.9, weight decay 1e-4, a tenth each 30 epochs.
     config = composed("experiment=resnet50_fp8", "profile=paper", "data.root=/data")
     assert (config.trainer.epochs, config.trainer.batch_size, config.trainer.label_smoothing) == (90, 256, 0)
     assert (config.optimizer.name, config.optimizer.lr, config.optimizer.momentum) == ("sgd", 0.1, 0.9)

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from fp8repro.training.distributed import World
 from fp8repro.training.environment import describe_environment
 from fp8repro.training.evaluate import checkpoint_config, evaluate, measure
 from fp8repro.training.progress import Display
-from fp8repro.training.record import RunFolder, run_name
+from fp8repro.training.record import RunFolder, run_folder
 from fp8repro.training.run import build
 from fp8repro.training.signals import StopRequest, exit_code
 
@@ -73,10 +74,10 @@ def test_a_run_that_never_began_leaves_no_folder(tmp_path):
 
 def test_names_say_what_ran_and_lead_nowhere_else(tmp_path):
     config = replace(tiny_config(None, "fp8", LossScalingConfig("constant", scale=1e4)), run_dir=None, seed=3)
-    assert run_name(config) == "resnet18-digits-fp8-constant10000-seed3"
+    assert run_folder(config).name == "resnet18-digits-fp8-constant10000-seed3"
     evil = replace(config, precision=replace(config.precision, name="../../x y"))
-    assert "/" not in run_name(evil)
-    assert run_name(tiny_config(None)) == "resnet18-digits-fp32-seed0"
+    assert run_folder(evil).parent == Path("runs")
+    assert run_folder(replace(tiny_config(None), run_dir=None)).name == "resnet18-digits-fp32-seed0"
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(tmp_path):

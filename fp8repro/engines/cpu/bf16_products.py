@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fp8repro.engines.cpu import build
-from fp8repro.engines.cpu.rounding import format_address
+from fp8repro.engines.cpu.native import format_address
 from fp8repro.engines.guards import address, plain
 from fp8repro.engines.products import Conv2dGeometry, EmulateBackend, Operand
 from fp8repro.engines.quantizer import round_into

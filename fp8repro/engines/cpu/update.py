@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fp8repro.engines.cpu import build
 from fp8repro.engines.cpu.layout import turned_matrices
-from fp8repro.engines.cpu.rounding import format_address
+from fp8repro.engines.cpu.native import format_address
 from fp8repro.engines.guards import address, addressable
 from fp8repro.engines.updates import Parameter, Rule
 from fp8repro.numerics.reference import counted
@@ -145,5 +145,12 @@ def _check(p: Parameter) -> tuple[int, int, int]:
 
 def _layout(t: Tensor, order: str) -> tuple[int, int, int] | None:
     """`turned_matrices` of a tensor whose elements are counted in an order."""
-    in_order = counted(t, order)
-    return (1, 0, t.numel()) if in_order.is_contiguous() else turned_matrices(tuple(in_order.shape), in_order.stride())
+    return _place(t.shape, t.stride(), order)
+
+
+@functools.lru_cache(maxsize=4096)
+def _place(shape: torch.Size, strides: tuple[int, ...], order: str) -> tuple[int, int, int] | None:
+    in_order = counted(torch.empty_strided(shape, strides, device="meta"), order)
+    if in_order.is_contiguous():
+        return 1, 0, in_order.numel()
+    return turned_matrices(tuple(in_order.shape), in_order.stride())

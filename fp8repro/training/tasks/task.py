@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fp8repro.settings.schema import RunConfig
-from fp8repro.training.distributed import World
 
 
 class TrainBatches(Protocol):
@@ -128,17 +127,6 @@ class Task(Protocol[B]):
             poll: called as often as the work allows.
         """
         ...
-
-
-def make_task(config: RunConfig, world: World) -> Task[Any]:
-    """The task of a configuration."""
-    if config.model.task == "translation":
-        from fp8repro.training.tasks.translation import TranslationTask
-
-        return TranslationTask(config, world)
-    from fp8repro.training.tasks.classification import ImageTask
-
-    return ImageTask(config, world)
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:

@@ -205,7 +205,7 @@ class TranslationTask:
 
 
 def smoothed_loss(logits: Tensor, target: Tensor, smoothing: float = 0.0, form: str = "all") -> tuple[Tensor, Tensor]:
-    """Label-smoothed cross-entropy, summed over the target's tokens (PAPER.md, sections 3.2 and 3.3).
+    """Label-smoothed cross-entropy, summed over the target's tokens.
 
     Args:
         logits: [B, T, V].

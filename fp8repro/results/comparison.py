@@ -1,29 +1,27 @@
-"""The comparison: runs grouped by what ran, their mean and spread over seeds, beside the paper's figures.
+"""Finished runs grouped by what ran: mean and spread over seeds, beside the paper's figures.
 
-Every number of ours comes from a run record, every number of the paper's from results/paper.yaml.
+Every number of ours comes from a run record, every number of the paper's from paper.yaml.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fp8repro.errors import UserError
+from fp8repro.paper.reported import paper_figures
 from fp8repro.results.records import RunRecord, require_same_bits
+from fp8repro.results.sheet import Column, Sheet, Stat
+from fp8repro.settings.choices import PROFILES
+from fp8repro.tabular import comma_separated
 
 METRICS = {"top1": "Top-1 accuracy, %", "bleu": "BLEU (sacreBLEU, detokenized)"}
 DECIMALS = {"top1": 2, "bleu": 1}
-PROFILES = ("paper", "midscale", "embedded")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 FORMATS = ("text", "md", "csv", "json")
 BASELINE = "fp32"
@@ -65,13 +63,6 @@ class Row:
     chrf: float | None
 
 
-def paper_figures() -> dict[str, Any]:
-    """results/paper.yaml."""
-    text = files("fp8repro.paper").joinpath("paper.yaml").read_text(encoding="utf-8")
-    figures: dict[str, Any] = yaml.safe_load(text)
-    return figures
-
-
 def comparison(records: Iterable[RunRecord]) -> list[Row]:
     """One row for each kind of run, in the paper's order of models, FP32 first.
 
@@ -107,16 +98,10 @@ def render(rows: Sequence[Row], format: str) -> str:
     if format == "json":
         return json.dumps([asdict(row) for row in rows], indent=2) + "\n"
     if format == "csv":
-        return _csv(rows)
-    parts = []
-    for metric, title in METRICS.items():
-        chosen = [row for row in rows if row.metric == metric]
-        if chosen:
-            header, body = _cells(chosen, metric)
-            table = _markdown(header, body) if format == "md" else _aligned(header, body)
-            heading = f"### {title}\n" if format == "md" else f"{title}\n"
-            parts.append("\n".join([heading, table, "", *_footnotes(chosen)]))
-    return "\n\n".join(parts) + "\n" if parts else "no finished runs\n"
+        plain = [{**asdict(row), "seed_list": " ".join(map(str, row.seed_list))} for row in rows]
+        return comma_separated(list(Row.__dataclass_fields__), plain)
+    sheets = [_sheet([row for row in rows if row.metric == metric], metric) for metric in METRICS]
+    return "\n".join(sheet.render(format) for sheet in sheets if sheet.rows) or "no finished runs\n"
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:
@@ -214,7 +199,7 @@ def _order(row: Row, models: list[str]) -> tuple[Any, ...]:
 
     return (
         place(row.metric, list(METRICS)),
-        place(row.profile, PROFILES),
+        place(row.profile, PROFILES[::-1]),
         place(row.model, models),
         row.data,
         place(row.precision, PRECISIONS),
@@ -223,69 +208,35 @@ def _order(row: Row, models: list[str]) -> tuple[Any, ...]:
     )
 
 
-def _cells(rows: Sequence[Row], metric: str) -> tuple[list[str], list[list[str]]]:
+def _sheet(rows: Sequence[Row], metric: str) -> Sheet:
     digits = DECIMALS[metric]
-    header = ["model", "data", "profile", "precision", "loss scaling", "seeds", "mean", "gap to FP32"]
-    header += ["paper FP32", "paper FP8", "paper gap"]
-    body = [
-        [
-            *(row.model, row.data, row.profile, row.precision, row.loss_scaling, str(row.seeds)),
-            _spread(row.mean, row.sd, digits, sign=False),
-            _spread(row.gap, row.gap_se, digits, sign=True),
-            *(_number(value, digits) for value in (row.paper_fp32, row.paper_fp8)),
-            _number(row.paper_gap, digits, sign=True),
-            *([_number(row.chrf, 1)] if metric == "bleu" else []),
-            row.settings,
-        ]
+    columns = [
+        *map(Column, ("model", "data", "profile", "precision", "loss_scaling", "seeds")),
+        Column("mean", digits=digits),
+        Column("gap", "gap to FP32", digits, sign=True),
+        Column("paper_fp32", "paper FP32", digits),
+        Column("paper_fp8", "paper FP8", digits),
+        Column("paper_gap", "paper gap", digits, sign=True),
+    ]
+    columns += [Column("chrf", "chrF", 1)] if metric == "bleu" else []
+    columns += [Column("settings")] if any(row.settings for row in rows) else []
+    values = [
+        {
+            **asdict(row),
+            "mean": Stat(row.mean, row.sd, row.seeds),
+            "gap": row.gap if row.gap is None else Stat(row.gap, row.gap_se, row.seeds),
+        }
         for row in rows
     ]
-    if metric == "bleu":
-        header.append("chrF")
-    if any(row.settings for row in rows):
-        header.append("settings")
-    else:
-        body = [line[:-1] for line in body]
-    return header, body
-
-
-def _number(value: float | None, digits: int, sign: bool = False) -> str:
-    if value is None:
-        return "-"
-    return f"{value:{'+' if sign else ''}.{digits}f}"
-
-
-def _spread(value: float | None, spread: float | None, digits: int, sign: bool) -> str:
-    text = _number(value, digits, sign)
-    return text if spread is None else f"{text} ± {spread:.{digits}f}"
+    return Sheet("comparison", METRICS[metric], columns, values, _footnotes(rows))
 
 
 def _footnotes(rows: Sequence[Row]) -> list[str]:
     lines = ["mean ± standard deviation over seeds; gap ± its standard error."]
     for data in dict.fromkeys(row.paper_data for row in rows if row.paper_data):
         marks = sorted({row.paper_mark for row in rows if row.paper_data == data and row.paper_mark})
-        lines.append(f"Paper: {data} (known by mark {', '.join(marks)} of results/paper.yaml).")
+        lines.append(f"Paper: {data} (known by mark {', '.join(marks)} of fp8repro/paper/paper.yaml).")
     if any(row.profile != "paper" for row in rows):
         lines.append("Profiles other than paper ran on other data than the paper's: compare the gaps, not the levels.")
     lines += [f"BLEU signature: {s}" for s in dict.fromkeys(row.signature for row in rows if row.signature)]
     return lines
-
-
-def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _aligned(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in (header, *body)) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in (header, *body)]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(Row.__dataclass_fields__), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({**asdict(row), "seed_list": " ".join(str(seed) for seed in row.seed_list)})
-    return out.getvalue()

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fp8repro.errors import UserError
-from fp8repro.results.records import METRICS, SUMMARY, metrics_rows, read_summary
+from fp8repro.paper.run_folder import CHECKPOINTS, LOCK, METRICS, SUMMARY, Unreadable, metrics_rows, read_file
 from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint
-from fp8repro.training.record import CHECKPOINTS, LOCK
 
 WORST = 3
 ADVICE = {
@@ -53,13 +52,14 @@ class _History:
     """The last row of each kind in metrics.jsonl, and a count of events."""
 
     def __init__(self, folder: Path) -> None:
-        self.summary = read_summary(folder)
+        try:
+            self.summary = read_file(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
+        except Unreadable as error:
+            raise UserError(f"{folder}: {error}") from None
         self.last: dict[str, dict[str, Any]] = {}
         self.events: Counter[str] = Counter()
         self.first: dict[str, dict[str, Any]] = {}
         self.step = 0
-        if not (folder / METRICS).is_file():
-            return
         for row in metrics_rows(folder):
             kind, what = _text(row.get("kind")), _text(row.get("what"))
             self.last[kind] = row
