@@ -114,7 +114,7 @@ def _integers(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
 
 
 def _product_cases(capability: tuple[int, int]) -> Iterator[Case]:
-    """Products as `configs.choose` picks their tiles; an E5M2 epilogue takes the small one.
+    """Products as `configs.choose` picks their tiles; the small one rounds its results.
 
     "values": results rounded to E5M2 in FP32 tensors, as a recipe's layers give them.
     """
@@ -129,7 +129,7 @@ def _product_cases(capability: tuple[int, int]) -> Iterator[Case]:
 
     def product(name: str, tile: configs.Tile, accumulate: int, layout: str, **changes: str) -> Case:
         types = {**pointers, **changes}
-        options = rounded if types["c_ptr"] == "*u8" or "values" in name else plain
+        options = rounded if "values" in name else plain
         constants: dict[str, Any] = {
             **options,
             "ACCUMULATE": accumulate,
@@ -156,16 +156,15 @@ def _product_cases(capability: tuple[int, int]) -> Iterator[Case]:
     yield product("matmul e5m2 x e5m2 TN", large, promoted, "TN")
     yield product("matmul e4m3 x e5m2 NT", large, promoted, "NT", a_ptr="*fp8e4nv")
     yield product("matmul e4m3 x e4m3 NT", large, promoted, "NT", a_ptr="*fp8e4nv", b_ptr="*fp8e4nv")
-    yield product("matmul e5m2 x e5m2 NT -> e5m2 stochastic", little, promoted, "NT", c_ptr="*u8")
     yield product("matmul e5m2 x e5m2 NT -> values stochastic", little, promoted, "NT")
     yield product("matmul e5m2 x e5m2 NT -> values, stream in memory", little, promoted, "NT", **STREAM_IN_MEMORY)
     yield product("matmul e5m2 x e5m2 NT fp16_mma", large, FP16_MMA.value, "NT")
     yield product("matmul e5m2 x e5m2 NT unpromoted", large, UNPROMOTED.value, "NT")
 
-    def convolution(name: str, kernel: Any, tile: configs.Tile, pointers: dict[str, str], result: str) -> Case:
+    def convolution(name: str, kernel: Any, tile: configs.Tile, pointers: dict[str, str]) -> Case:
         constants: dict[str, Any] = {"ACCUMULATE": promoted, "BM": tile.m, "BN": tile.n, "BK": tile.k}
         if kernel is convolutions.implicit_gemm:
-            options = rounded if result == "*u8" or "values" in name else plain
+            options = rounded if "values" in name else plain
             constants |= {**options, "GROUP": 8, "WHOLE_GROUPS": True, "bias_ptr": None}
         else:
             constants["SPLITS"] = 8
@@ -174,13 +173,12 @@ def _product_cases(capability: tuple[int, int]) -> Iterator[Case]:
         return Case(name, kernel, types, constants, tile.warps, tile.stages, 80, "product", aligned)
 
     gathered = {"x_ptr": "*fp8e5", "weight_ptr": "*fp8e5"}
-    variants = (("", large, "*fp32"), (" small", little, "*fp32"), (" -> e5m2", little, "*u8"))
-    for label, tile, result in (*variants, (" -> values", little, "*fp32")):
+    for label, tile in (("", large), (" small", little), (" -> values", little)):
         name = f"conv2d forward and error{label}"
-        yield convolution(name, convolutions.implicit_gemm, tile, {**gathered, "y_ptr": result}, result)
+        yield convolution(name, convolutions.implicit_gemm, tile, {**gathered, "y_ptr": "*fp32"})
     summed = {"error_ptr": "*fp8e5", "x_ptr": "*fp8e5", "partial_ptr": "*fp32"}
     for label, tile in (("", large), (" small", little)):
-        yield convolution(f"conv2d weight gradient{label}", convolutions.wgrad, tile, summed, "*fp32")
+        yield convolution(f"conv2d weight gradient{label}", convolutions.wgrad, tile, summed)
     if generation in configs.TMA_TILES:
         yield from _tma_cases(generation, promoted, plain)
 

@@ -171,7 +171,7 @@ class TritonBackend:
 
     def _epilogue(self) -> Epilogue | None:
         """How a plain function is to round its result."""
-        return None if self.how is None else Epilogue(self.how, self.bits, values=True)
+        return None if self.how is None else Epilogue(self.how, self.bits)
 
     def _options(self) -> tuple[str, int, int]:
         """How an operator is to round its result."""

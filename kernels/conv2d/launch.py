@@ -25,12 +25,12 @@ from fp8repro.kernels.matmul.launch import (
     check_operands,
     matmul,
     promoted_by_steps,
-    raw_result,
 )
 from fp8repro.kernels.quantize.launch import PER_CALL
 from fp8repro.kernels.shared import configs
 from fp8repro.kernels.shared.launch import cdiv, launch
 from fp8repro.kernels.shared.tma import box, describe, fits, pixel_view
+from fp8repro.numerics.rounding import Rounding
 
 CHANNELS = 128  # at most so many of a pixel's channels in one step of a tile
 
@@ -56,7 +56,7 @@ def conv2d(
         inverse_scale, accumulate, epilogue, target: see `matmul`.
 
     Returns:
-        [B, O, P, Q], channels_last.
+        FP32 [B, O, P, Q], channels_last.
 
     Raises:
         ValueError: an argument does not fit; nothing was launched.
@@ -83,7 +83,7 @@ def conv2d_error(
     epilogue: Epilogue | None = None,
     target: configs.Target | None = None,
 ) -> Tensor:
-    """Error product: error [B, O, P, Q], weight [O, C, R, S] -> [B, C, H, W], channels_last.
+    """Error product: error [B, O, P, Q], weight [O, C, R, S] -> FP32 [B, C, H, W], channels_last.
 
     A strided convolution takes a launch for each remainder of the input position by the stride, so that no tap is
     multiplied by zero.
@@ -231,7 +231,7 @@ def plan_phases(
     outputs: int,
     element_size: int,
     tma: bool,
-    storing: configs.Storing,
+    how: Rounding,
 ) -> tuple[tuple[PhasePlan, ...], bool]:
     """Plan a launch for each phase; together they fill the result.
 
@@ -241,10 +241,10 @@ def plan_phases(
         batch, channels, outputs: sizes of the source and the result.
         element_size: bytes of an operand's element.
         tma: the operands can be loaded by TMA.
-        storing: how the result is stored.
+        how: how the result is rounded.
 
     Returns:
-        The plans, and whether the result is stored in FP32 and rounded in a pass of its own.
+        The plans, and whether the result is rounded in a pass of its own.
     """
     plans = []
     for rows, columns in phases:
@@ -257,7 +257,6 @@ def plan_phases(
             1,
             splittable=False,
             halves=False,
-            small=storing.codes and (not tma or storing.stochastic),
             tma=configs.TMA_CONVOLUTION_TILES if tma else None,
         )
         sides, blocks = None, cdiv(pixels, tile.m)
@@ -269,8 +268,8 @@ def plan_phases(
             blocks = cdiv(batch, sides[0]) * cdiv(rows.grid, sides[1]) * cdiv(columns.grid, sides[2])
         programs = min(resident, blocks * cdiv(outputs, tile.n))
         plans.append(PhasePlan(Positions.of(rows, columns), tile, step, programs, sides))
-    room = all(configs.takes_epilogue(target, plan.tile, 1, storing.stochastic) for plan in plans)
-    return tuple(plans), storing.rounded and not storing.codes and not room
+    room = all(configs.takes_epilogue(target, plan.tile, 1, how.is_stochastic) for plan in plans)
+    return tuple(plans), not (how.is_identity or room)
 
 
 def _gather(
@@ -285,20 +284,21 @@ def _gather(
     target: configs.Target,
 ) -> Tensor:
     """The result of that shape of all phases."""
-    result = _empty_channels_last(epilogue, shape, x.device)
+    batch, outputs, *pixels = shape
+    result = torch.empty((batch, *pixels, outputs), dtype=torch.float32, device=x.device).permute(0, 3, 1, 2)
     if result.numel() == 0:
         return result
     source, rows_of_weight = _channels_last(x), _channels_last(weight)
     taps_of_weight = rows_of_weight.flatten(1, 2)
     viewed = _tma_view(source, phases) if target.tma and fits(taps_of_weight) else None
-    outputs, channels, height, width = weight.shape
-    sizes = (shape[0], channels, outputs, x.element_size())
-    plans, apart = plan_phases(target, phases, *sizes, viewed is not None, epilogue.storing())
+    channels, height, width = weight.shape[1:]
+    sizes = (batch, channels, outputs, x.element_size())
+    plans, apart = plan_phases(target, phases, *sizes, viewed is not None, epilogue.how)
     stored = Epilogue() if apart else epilogue
     accumulation = accumulation_of(x, accumulate)
     for plan in plans:
         tile = plan.tile
-        shared = (bias, raw_result(result), inverse_scale, shape[0])
+        shared = (bias, result, inverse_scale, batch)
         options: dict[str, Any] = {"WHOLE_GROUPS": outputs % PER_CALL == 0, "BN": tile.n, "BK": plan.step}
         options |= {"ENCODING": stored.encoding(x.device), "num_warps": tile.warps, "num_stages": tile.stages}
         if viewed is not None and plan.box is not None:
@@ -436,11 +436,6 @@ def _wgrad_tma(
 def _summed(partial: Tensor) -> Tensor:
     """[splits, O, R, S, C] summed, as [O, C, R, S]."""
     return (partial[0] if partial.shape[0] == 1 else partial.sum(0)).permute(0, 3, 1, 2)
-
-
-def _empty_channels_last(epilogue: Epilogue, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    batch, channels, height, width = shape
-    return epilogue.empty((batch, height, width, channels), device).permute(0, 3, 1, 2)
 
 
 def _channels_last(t: Tensor) -> Tensor:

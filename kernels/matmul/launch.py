@@ -28,53 +28,30 @@ OPERANDS = "torch.float8_e5m2 or torch.float8_e4m3fn, or both torch.float16 or t
 
 @dataclass(frozen=True)
 class Epilogue:
-    """How a product's FP32 result is stored: rounded once, or as it is.
+    """How a product's FP32 result is rounded to a format's values, or left as it is.
+
+    It is rounded on the way where that costs no registers that the product needs, else in a pass of its own; the bytes
+    are the same.
 
     Attributes:
         how, bits: see `quantizer.round_into`; elements are counted in the result's row-major order, those of images
             channels last.
-        values: store FP32 values of the format, not its codes. Such results are rounded on the way where that costs
-            no registers that the product needs, else in a pass of their own; the bytes are the same.
     """
 
     how: Rounding = IDENTITY
     bits: RandomBits = RandomBits()
-    values: bool = False
-
-    @property
-    def plain(self) -> bool:
-        """True when nothing is rounded."""
-        return self.how.is_identity
 
     def encoding(self, device: torch.device) -> Encoding:
         """The compile-time argument that says how a kernel rounds."""
         return encoding(self.how, capability(device))
 
-    def storing(self) -> configs.Storing:
-        """What plans depend on."""
-        return configs.Storing(not self.plain, not (self.plain or self.values), self.how.is_stochastic)
-
     def words(self) -> tuple[Any, ...]:
         """The key and stream words of the random bits."""
         return random_words(self.bits)
 
-    def empty(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """A tensor for the result."""
-        if self.values:
-            return torch.empty(shape, dtype=torch.float32, device=device)
-        format = self.how.format
-        if format.dtype is None:
-            raise ValueError(f"format: got {format.name}, expected a format with a storage dtype")
-        return torch.empty(shape, dtype=format.dtype, device=device)
-
     def round(self, result: Tensor) -> None:
         """Round a product's FP32 result in a pass of its own."""
         round_into(result, self.how, self.bits, result, None, None)
-
-
-def raw_result(t: Tensor) -> Tensor:
-    """What a kernel takes for its result: FP32, or the integers of the codes."""
-    return t if t.dtype == torch.float32 else raw_codes(t)
 
 
 @dataclass(frozen=True)
@@ -87,7 +64,7 @@ class ProductPlan:
         splits, chunk: parts of K that are summed apart, and their length.
         programs: size of the grid.
         tma: TMA loads the operands.
-        rounded_apart: the result is stored in FP32 and rounded in a pass of its own.
+        rounded_apart: the result is rounded in a pass of its own.
     """
 
     tile: configs.Tile
@@ -105,7 +82,7 @@ def plan_product(
     sizes: tuple[int, int, int, int],
     element_size: int,
     tma: bool,
-    storing: configs.Storing,
+    how: Rounding,
     splits: int | None = None,
     tile: configs.Tile | None = None,
 ) -> ProductPlan:
@@ -116,11 +93,8 @@ def plan_product(
         sizes: batches, M, N, K.
         element_size: bytes of an operand's element.
         tma: the operands can be loaded by TMA.
-        storing: how the result is stored.
+        how: how the result is rounded.
         splits, tile: see `matmul`.
-
-    Raises:
-        ValueError: parts of K for a result that is stored as codes.
     """
     batches, m, n, k = sizes
     chosen, chosen_splits, resident = configs.choose(
@@ -129,15 +103,12 @@ def plan_product(
         n,
         k,
         batches,
-        splittable=not storing.codes,
+        splittable=True,
         halves=True,
-        small=storing.codes and (not tma or storing.stochastic),
         tma=configs.TMA_TILES if tma else None,
     )
     tile = tile or chosen
     splits = chosen_splits if splits is None else splits
-    if splits > 1 and storing.codes:
-        raise ValueError(f"splits: got {splits}, expected 1 with a rounded result")
     step = configs.summed_step(target, tile, element_size)
     work = batches * splits * cdiv(m, tile.m) * cdiv(n, tile.n * tile.halves)
     return ProductPlan(
@@ -147,9 +118,7 @@ def plan_product(
         chunk=cdiv(cdiv(k, splits), step) * step if splits > 1 else k,
         programs=min(work, resident),
         tma=tma,
-        rounded_apart=storing.rounded
-        and not storing.codes
-        and not configs.takes_epilogue(target, tile, splits, storing.stochastic),
+        rounded_apart=not (how.is_identity or configs.takes_epilogue(target, tile, splits, how.is_stochastic)),
     )
 
 
@@ -175,13 +144,13 @@ def matmul(
         inverse_scale: power of two that undoes the operands' scales.
         accumulate: "promoted" (FP8 instructions, partial sums of 128 added in FP32), "fp16_mma" (FP16 instructions, all
             sums in FP32), or, for measurements, "unpromoted", "promoted_64", "promoted_32".
-        epilogue: how the result is stored; FP32 by default.
+        epilogue: how the result is rounded; not at all by default.
         splits: parts of K that are summed apart, in a fixed order; None chooses.
         tile: the kernel's configuration; None takes the table's.
         target: the GPU to plan for; None: the one that holds `a`.
 
     Returns:
-        [..., M, N], contiguous.
+        FP32 [..., M, N], contiguous.
 
     Raises:
         ValueError: an argument's device, dtype or shape does not fit; nothing was launched.
@@ -196,7 +165,7 @@ def matmul(
     check_bias(bias, b.shape[-1], a.device)
     lead = a.shape[:-2]
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
-    result = epilogue.empty((*lead, m, n), a.device)
+    result = torch.empty((*lead, m, n), dtype=torch.float32, device=a.device)
     if result.numel() == 0:
         return result
     # Leading dimensions that do not merge into one cost a copy of the bytes.
@@ -204,7 +173,7 @@ def matmul(
     b = b.reshape(-1, k, n) if k else b.new_empty(lead.numel(), 0, n)
     loaded = tma_operands(a, b) if target.tma and k > 0 else None
     sizes = (a.shape[0], m, n, k)
-    plan = plan_product(target, sizes, a.element_size(), loaded is not None, epilogue.storing(), splits, tile)
+    plan = plan_product(target, sizes, a.element_size(), loaded is not None, epilogue.how, splits, tile)
     stored = Epilogue() if plan.rounded_apart else epilogue
     if plan.splits == 1:
         _launch(plan, loaded or (a, b), sizes, bias, result, inverse_scale, accumulate, stored)
@@ -238,7 +207,7 @@ def _launch(
         a.device,
         *(describe(t, block) if plan.tma else t for t, block in zip(operands, blocks, strict=True)),
         bias,
-        raw_result(result),
+        result,
         inverse_scale,
         *sizes,
         plan.chunk,

@@ -11,8 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fp8repro.kernels.matmul.launch import raw_result
 from fp8repro.kernels.norm import device as kernels
+from fp8repro.kernels.quantize.launch import raw_codes
 from fp8repro.kernels.shared import codec
 from fp8repro.kernels.shared.launch import INTERPRETED, block_size, capability, cdiv, check_device, launch
 from fp8repro.numerics.formats import FP32, FloatFormat
@@ -102,8 +102,8 @@ def batch_norm(
         bias,
         None if residual is None else _rows(residual),
         y,
-        None if codes is None else raw_result(codes),
-        None if stored is None else raw_result(stored),
+        None if codes is None else _raw(codes),
+        None if stored is None else _raw(stored),
         flags,
         x.numel(),
         channels,
@@ -198,7 +198,7 @@ def layer_norm(
         weight,
         bias,
         y,
-        None if codes is None else raw_result(codes),
+        None if codes is None else _raw(codes),
         mean,
         rstd,
         rows,
@@ -247,6 +247,10 @@ def layer_norm_backward(
     )
     sums = partial.sum(0)
     return grad_x, sums[0], sums[1]
+
+
+def _raw(codes: Tensor) -> Tensor:
+    return codes if codes.dtype == torch.float32 else raw_codes(codes)
 
 
 def _encoding(how: Rounding | None, device: torch.device) -> codec.Encoding | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -64,20 +63,6 @@ TMA_CONVOLUTION_TILES: dict[str, tuple[Tile, ...]] = {
         Tile(64, 64, 128, 4, 4, resident=3),
     ),
 }
-
-
-class Storing(NamedTuple):
-    """What a plan depends on in an epilogue.
-
-    Attributes:
-        rounded: the result is rounded.
-        codes: it is stored as codes; else as FP32, which a sum in parts needs.
-        stochastic: it is rounded with random bits.
-    """
-
-    rounded: bool = False
-    codes: bool = False
-    stochastic: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +130,6 @@ def choose(
     *,
     splittable: bool,
     halves: bool,
-    small: bool = False,
     tma: dict[str, tuple[Tile, ...]] | None = None,
 ) -> tuple[Tile, int, int]:
     """Tile, number of splits of the summed dimension, and number of resident programs.
@@ -153,20 +137,18 @@ def choose(
     Args:
         target: whose table to use.
         m, n, k, batches: the product's sizes.
-        splittable: partial sums over parts of k may be added afterwards (FP32 results only).
+        splittable: partial sums over parts of k may be added afterwards.
         halves: the kernel can compute two tiles side by side.
-        small: the epilogue needs registers, so that larger tiles would spill.
         tma: the table to use where TMA loads the operands.
     """
     if target.interpreted:
         rows, columns, step = (min(512, max(16, triton.next_power_of_2(side))) for side in (m, n, k))
         return Tile(rows, columns, step, 4, 1), 1, 1
     table = (tma or TILES)[generation(target.capability)]
-    little = table[-1]
     fitting = [
         t for t in table if (t.halves == 1 or halves) and n > t.n // 2 and _tiles(t, m, n, batches) >= target.processors
     ]
-    tile = little if small or not fitting else fitting[0]
+    tile = fitting[0] if fitting else table[-1]
     splits = 1
     if splittable:
         # Enough programs to fill the GPU, but at least eight steps each: partial sums cost memory traffic.
@@ -189,7 +171,7 @@ def wgrad_tile(target: Target, outputs: int, channels: int, taps: int) -> tuple[
 
 
 def takes_epilogue(target: Target, tile: Tile, splits: int, stochastic: bool) -> bool:
-    """True when a product that was to be stored as it is can be rounded on the way without spilling registers.
+    """True when the kernel of a product can round its result without spilling registers.
 
     From sm_90 on only the small tiles have registers left. Where TMA leaves more, stochastic rounding takes what
     further resident programs need, and larger tiles spill. A sum in parts is rounded when complete.

@@ -72,9 +72,7 @@ def store_rounded(
     words,
     ENCODING: tl.constexpr,
 ):
-    """Store an FP32 tile as it is (to FP32), or rounded once to a format; `index` is how its elements count.
-
-    Rounded tiles are stored as codes, or as FP32 values where the pointers are FP32.
+    """Store an FP32 tile as it is (to FP32), or rounded once to a format's values; `index` is how its elements count.
 
     `groups`: `groups_of_row` where eight neighbours draw from one Philox block, else None.
     """
@@ -89,7 +87,4 @@ def store_rounded(
                 w0, w1, w2, w3 = codec.words_of_blocks(groups, words)
                 draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), result.shape)
         code = codec.encode(result, draw, ENCODING)
-        if pointers.dtype.element_ty == tl.float32:
-            tl.store(pointers, codec.decode(code, ENCODING), mask=mask)
-        else:
-            tl.store(pointers, code.to(pointers.dtype.element_ty), mask=mask)
+        tl.store(pointers, codec.decode(code, ENCODING), mask=mask)

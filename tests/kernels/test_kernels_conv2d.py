@@ -126,16 +126,12 @@ def test_epilogue_rounds_like_the_reference(rounding, outputs):
     exact_back = conv2d_error(error, weight, tuple(x.shape), geometry)
     expected = channels_last(exact_back, rounding)
     assert_close(back, expected)
-    values = Epilogue(Rounding(E5M2, rounding), RandomBits(3, 2**40), values=True)
-    assert_close(conv2d(x, weight, None, geometry, inverse_scale=64.0, epilogue=values), result)
-    assert_close(conv2d_error(error, weight, tuple(x.shape), geometry, epilogue=values), back)
 
 
-@pytest.mark.parametrize("stored", [True, False])
 @pytest.mark.parametrize("outputs", [6, 16])
-def test_pointwise_products_count_channels_last_too(outputs, stored):
+def test_pointwise_products_count_channels_last_too(outputs):
     x, weight = operand(2, 8, 7, 5), operand(outputs, 8, 1, 1)
-    epilogue = Epilogue(Rounding(E5M2, "stochastic"), RandomBits(3, 2**40), values=stored)
+    epilogue = Epilogue(Rounding(E5M2, "stochastic"), RandomBits(3, 2**40))
     expected = channels_last(conv2d(x, weight), "stochastic")
     assert_close(conv2d(x, weight, epilogue=epilogue), expected)
 

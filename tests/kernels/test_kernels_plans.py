@@ -10,17 +10,17 @@ from fp8repro.kernels.shared.configs import (
     TILES,
     TMA_CONVOLUTION_TILES,
     TMA_TILES,
-    Storing,
     Target,
     Tile,
     generation,
     target_of,
 )
 from fp8repro.kernels.shared.launch import INTERPRETED
+from fp8repro.numerics.formats import E5M2
+from fp8repro.numerics.rounding import IDENTITY, Rounding
 
 HOPPER, AMPERE = Target((9, 0), 132, tma=True), Target((8, 0), 108)
-FP32, VALUES, CODES = Storing(), Storing(rounded=True), Storing(rounded=True, codes=True)
-RANDOM_VALUES, RANDOM_CODES = VALUES._replace(stochastic=True), CODES._replace(stochastic=True)
+FP32, ROUNDED, STOCHASTIC = IDENTITY, Rounding(E5M2), Rounding(E5M2, "stochastic")
 
 
 @pytest.mark.parametrize(
@@ -39,13 +39,12 @@ def test_the_interpreter_is_a_target():
 
 
 @pytest.mark.parametrize(
-    ("storing", "tile", "apart"),
-    [(FP32, 0, False), (VALUES, 0, False), (RANDOM_VALUES, 0, True), (CODES, 0, False), (RANDOM_CODES, -1, False)],
+    ("how", "apart"), [(FP32, False), (ROUNDED, False), (STOCHASTIC, True)], ids=["fp32", "nearest", "stochastic"]
 )
-def test_large_products_on_hopper(storing, tile, apart):
-    # Random bits take registers: codes go to the small tile, FP32 values to a pass of their own.
-    plan = plan_product(HOPPER, (1, 8192, 8192, 8192), 1, True, storing)
-    assert (plan.tile, plan.rounded_apart) == (TMA_TILES["sm_90"][tile], apart)
+def test_large_products_on_hopper(how, apart):
+    # Random bits take registers that the product needs.
+    plan = plan_product(HOPPER, (1, 8192, 8192, 8192), 1, True, how)
+    assert (plan.tile, plan.rounded_apart) == (TMA_TILES["sm_90"][0], apart)
     assert (plan.splits, plan.chunk, plan.step, plan.tma) == (1, 8192, 128, True)
     assert plan.programs == 132 * plan.tile.resident
     plan = plan_product(HOPPER, (1, 8192, 8192, 8192), 1, False, FP32)
@@ -53,14 +52,11 @@ def test_large_products_on_hopper(storing, tile, apart):
 
 
 def test_long_sums_of_small_results_are_split():
-    plan = plan_product(HOPPER, (1, 64, 64, 100_000), 1, True, VALUES)
+    plan = plan_product(HOPPER, (1, 64, 64, 100_000), 1, True, ROUNDED)
     assert plan.splits == 64
     assert plan.chunk % plan.step == 0
     assert plan.splits * plan.chunk >= 100_000
     assert plan.rounded_apart
-    assert plan_product(HOPPER, (1, 64, 64, 100_000), 1, True, CODES).splits == 1
-    with pytest.raises(ValueError, match=r"^splits: got 2, expected 1 with a rounded result"):
-        plan_product(HOPPER, (1, 64, 64, 100_000), 1, True, CODES, splits=2)
 
 
 def test_16_bit_operands_take_half_a_step():
@@ -77,7 +73,7 @@ def test_convolutions_on_hopper():
     assert (plan.positions.taps_h, plan.positions.first_w, apart) == (3, -1, False)
     assert plan.box[0] * plan.box[1] * plan.box[2] == plan.tile.m
     assert plan.step == 64
-    (plan,), apart = plan_phases(HOPPER, ((AXIS, AXIS),), 32, 64, 64, 1, False, RANDOM_VALUES)
+    (plan,), apart = plan_phases(HOPPER, ((AXIS, AXIS),), 32, 64, 64, 1, False, STOCHASTIC)
     assert (plan.box, plan.step) == (None, plan.tile.k)
     assert apart == (plan.tile != TILES["sm_90"][-1])
 
@@ -85,6 +81,6 @@ def test_convolutions_on_hopper():
 def test_phases_share_what_happens_to_the_result():
     # A phase of few pixels takes a small tile, which has room to round; the other has not.
     few = AXIS._replace(grid=1)
-    plans, apart = plan_phases(HOPPER, ((AXIS, AXIS), (few, few)), 64, 64, 256, 1, False, VALUES)
+    plans, apart = plan_phases(HOPPER, ((AXIS, AXIS), (few, few)), 64, 64, 256, 1, False, ROUNDED)
     assert [plan.tile == TILES["sm_90"][-1] for plan in plans] == [False, True]
     assert apart
