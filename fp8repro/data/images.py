@@ -21,8 +21,9 @@ from fp8repro.data.image_batches import Sample
 from fp8repro.data.keys import derived_seed, seeded_torch
 from fp8repro.data.pixels import read_image
 from fp8repro.errors import UserError
+from fp8repro.fields import build_dataclass
 from fp8repro.models.resnet import LARGEST_SMALL_IMAGE
-from fp8repro.settings.schema import DataConfig, build_dataclass
+from fp8repro.settings.schema import DataConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUGMENTATIONS = ("auto", "imagenet", "small", "none")

@@ -17,7 +17,7 @@ from torch import nn
 from fp8repro.engines.select import select_backend
 from fp8repro.errors import UserError
 from fp8repro.models.parts import MatMul, RepeatedLinear
-from fp8repro.numerics.recipe import AUTO, ROLES, Recipe, RoleSpec, load_recipe
+from fp8repro.numerics.recipe import AUTO, ROLES, Recipe, RoleSpec
 from fp8repro.precision.bypass import watch_first_pass
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, fuse_normalizations, use_kernels
@@ -30,6 +30,7 @@ from fp8repro.precision.layers import (
     SteadyMultiheadAttention,
 )
 from fp8repro.precision.site import Site
+from fp8repro.settings.recipes import load_recipe
 
 CONVERTED = {
     nn.Linear: FP8Linear,

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -24,29 +25,22 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fp8repro.errors import UserError
-from fp8repro.settings.choices import groups, nearest
+from fp8repro.fields import Effect, settings_of
+from fp8repro.settings.choices import compose_group, groups, nearest
+from fp8repro.settings.schema import RunConfig, defaults, settings_with
 
 # Mappings that hold whatever their model or data set takes, so a setting in them need not exist before.
 OPEN_MAPPINGS = ("model.size.", "data.options.", "loss_scaling.")
-# Settings that do not change what a run computes; a run's folder is named after them only where a sweep varies them.
-NO_PART_OF_A_RUN = (
-    "run_dir",
-    "resume",
-    "overwrite",
-    "device",
-    "backend",
-    "graphs",
-    "logger",
-    "profile",
-    "data.root",
-    "data.workers",
-)
 PATHS = ("run_dir", "resume", "data.root")
+# Settings that do not change what a run computes; a run's folder is named after them only where a sweep varies them.
+UNNAMED = settings_with(Effect.PLACE)
 # What may be exchanged in an earlier run's configuration, to evaluate its weights otherwise.
 EXCHANGEABLE = ("precision", "data", "loss_scaling")
 # Groups without a choice of their own at first (see conf/config.yaml).
 UNCHOSEN = ("data", "training", "profile", "optimizer", "schedule", "experiment")
 PROFILES = ("embedded", "paper", "midscale")
+# The first entry of conf/config.yaml's defaults.
+ConfigStore.instance().store(name="settings", node=defaults())
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,7 @@ class Job:
         parts = [str(self.choices[group]) for group in named]
         for override in sorted(self.overrides):
             key = override.lstrip("+~").partition("=")[0]
-            if key not in (*named, "seed") and (key in self.swept or key not in NO_PART_OF_A_RUN):
+            if key not in (*named, "seed") and (key in self.swept or key not in UNNAMED):
                 parts.append(re.sub(r"[^\w.+]+", "_", override.lstrip("+")).strip("_"))
         name = "-".join(parts)
         if len(name) > 120:
@@ -101,8 +95,6 @@ def changed(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
     Raises:
         UserError: a setting that the run does not have, or a group that cannot be exchanged afterwards.
     """
-    from fp8repro.settings.schema import compose_group
-
     known, result = groups(), copy.deepcopy(dict(values))
     for override in _parse(overrides):
         key = override.key_or_group
@@ -224,22 +216,23 @@ def _with_open_prefix(override: Override) -> str:
     line = override.input_line
     assert line is not None
     # What conf/ leaves to a default of the code is a setting as well.
-    may_be_new = override.key_or_group.startswith(OPEN_MAPPINGS) or override.key_or_group in _schema()
+    may_be_new = override.key_or_group.startswith(OPEN_MAPPINGS) or override.key_or_group in _names()
     return f"++{line}" if may_be_new and not line.startswith(("+", "~")) else line
 
 
 @cache
-def _schema() -> frozenset[str]:
-    from fp8repro.settings.schema import setting_names
+def _names() -> frozenset[str]:
+    """Dotted names of the settings that every run has, without those of its model or data set."""
+    from fp8repro.numerics.recipe import Recipe
 
-    return frozenset(setting_names())
+    return frozenset(name for name, _, _ in (*settings_of(RunConfig), *settings_of(Recipe, "precision.")))
 
 
 def _check_keys(settings: Iterable[Override], config: DictConfig, known: Mapping[str, Any]) -> None:
     """Raise UserError for the first setting that the configuration does not have."""
     values = _plain(config)
     values.pop("profile_data")
-    keys, sections = dict.fromkeys([*_keys(values), *sorted(_schema())]), dict.fromkeys([*known, *values])
+    keys, sections = dict.fromkeys([*_keys(values), *sorted(_names())]), dict.fromkeys([*known, *values])
     for override in settings:
         key = override.key_or_group
         if key not in keys and not override.is_add() and not override.is_force_add():

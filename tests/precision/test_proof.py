@@ -12,10 +12,11 @@ from recording import Recorder, in_set
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from fp8repro.numerics.recipe import ROLES, Recipe, RoleSpec, load_recipe
+from fp8repro.numerics.recipe import ROLES, Recipe, RoleSpec
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.injection import inject
 from fp8repro.precision.master import MasterWeights
+from fp8repro.settings.recipes import load_recipe
 
 IDENTITY = RoleSpec(format="fp32")
 CLASSES = 5

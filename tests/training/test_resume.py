@@ -15,8 +15,8 @@ from training_tools import resuming, rows, tiny_config, use_tiny_network, write_
 
 import fp8repro.training.loop as loop
 from fp8repro.errors import UserError
-from fp8repro.numerics.recipe import load_recipe
 from fp8repro.numerics.reference import BITS_VERSION
+from fp8repro.settings.recipes import load_recipe
 from fp8repro.training import train
 from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint, read_tensors, write_tensors
 from fp8repro.training.tasks.classification import ImageTask
