@@ -9,7 +9,7 @@ import copy
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fp8repro.errors import UserError
 from fp8repro.fields import Effect, settings_of
 from fp8repro.settings.choices import compose_group, groups, nearest
+from fp8repro.settings.lengths import Length, Moment
 from fp8repro.settings.schema import RunConfig, defaults, settings_with
 
 # Mappings that hold whatever their model or data set takes, so a setting in them need not exist before.
@@ -34,6 +35,7 @@ OPEN_MAPPINGS = ("model.size.", "data.options.", "loss_scaling.")
 PATHS = ("run_dir", "resume", "data.root")
 # Settings that do not change what a run computes; a run's folder is named after them only where a sweep varies them.
 UNNAMED = settings_with(Effect.PLACE)
+LENGTHS = frozenset(name for name, hint, _ in settings_of(RunConfig) if hint in (Length, Moment))
 # What may be exchanged in an earlier run's configuration, to evaluate its weights otherwise.
 EXCHANGEABLE = ("precision", "data", "loss_scaling")
 # Groups without a choice of their own at first (see conf/config.yaml).
@@ -160,7 +162,7 @@ def _job(overrides: Sequence[str], swept: frozenset[str]) -> Job:
     derived = _derived_choices(choices, first, known)
     choices |= derived
     chosen += [f"{group}={choice}" for group, choice in derived.items()]
-    lines = [_with_open_prefix(override) for override in settings]
+    lines = [line for override in settings for line in _as_hydra_takes_it(override)]
     try:
         config = _compose(chosen + lines)
     except UserError:
@@ -168,6 +170,7 @@ def _job(overrides: Sequence[str], swept: frozenset[str]) -> Job:
         raise
     values = _plain(config)
     values.pop("profile_data")
+    _settle_lengths(values, choices, {override.key_or_group for override in settings})
     return Job(tuple(overrides), {group: choices.get(group) for group in known}, values, swept)
 
 
@@ -212,12 +215,24 @@ def _profile_data(name: str) -> dict[str, list[str]]:
     return data
 
 
-def _with_open_prefix(override: Override) -> str:
-    line = override.input_line
+def _as_hydra_takes_it(override: Override) -> list[str]:
+    line, key = override.input_line, override.key_or_group
     assert line is not None
     # What conf/ leaves to a default of the code is a setting as well.
-    may_be_new = override.key_or_group.startswith(OPEN_MAPPINGS) or override.key_or_group in _names()
-    return f"++{line}" if may_be_new and not line.startswith(("+", "~")) else line
+    may_be_new = key.startswith(OPEN_MAPPINGS) or key in _names()
+    if not may_be_new or line.startswith(("+", "~")):
+        return [line]
+    # A length replaces a length; Hydra merges mappings.
+    return [*([f"++{key}=null"] if key in LENGTHS else []), f"++{line}"]
+
+
+def _settle_lengths(values: Mapping[str, Any], choices: Mapping[str, str | None], given: Collection[str]) -> None:
+    """Where Hydra merged the lengths of two files to {fraction: 0.1, steps: 4000}, the later one holds: the group's."""
+    for key in LENGTHS - set(given):
+        group, name = key.split(".")
+        length = values[group].get(name)
+        if isinstance(length, Mapping) and len(length) > 1 and (choice := choices[group]):
+            values[group][name] = compose_group(group, choice)[name]
 
 
 @cache

@@ -11,6 +11,7 @@ from fp8repro.fields import convert, settings_of
 from fp8repro.precision.loss_scaling import make_scaler
 from fp8repro.results.tables import paper_figures
 from fp8repro.settings.choices import groups
+from fp8repro.settings.lengths import UNITS, read_length
 from fp8repro.settings.overrides import PROFILES, jobs
 from fp8repro.settings.schema import DataConfig, ModelConfig, RunConfig, defaults, run_config
 from fp8repro.training.schedule import learning_rate
@@ -166,6 +167,32 @@ def test_a_later_choice_wins_over_the_training_recipe_and_a_value_over_all() -> 
     chosen = composed("optimizer=adam").optimizer
     assert (recipe.name, chosen.name, chosen.lr) == ("sgd", "adam", 1e-3)
     assert composed("optimizer=adam", "optimizer.lr=5e-4").optimizer.lr == 5e-4
+
+
+def test_every_shipped_length_says_its_unit() -> None:
+    found = []
+    for path in CONF.rglob("*.yaml"):
+        sections = [yaml.safe_load(path.read_text())]
+        for section in sections:
+            sections += [value for value in section.values() if isinstance(value, dict)]
+            found += [section[name] for name in ("warmup", "decay_start", "window") if name in section]
+            found += section.get("milestones", []) + [when for when, _ in section.get("floors", [])]
+    assert len(found) > 25
+    for length in found:
+        ((unit, number),) = length.items()
+        assert unit in UNITS
+        assert read_length(length, "") == (length if unit == "epochs" else number)
+
+
+def test_a_length_replaces_a_length_and_is_not_merged_with_it() -> None:
+    gnmt = composed("model=gnmt").schedule
+    assert (gnmt.warmup, gnmt.warmup_form) == (0.1, "exponential")
+    assert composed("model=gnmt", "schedule=inverse_sqrt").schedule.warmup == 4000
+    assert composed("model=gnmt", "schedule=cosine").schedule.warmup == 0
+    assert composed("model=gnmt", "data=wmt16", "schedule=constant").schedule.warmup == 0
+    for written, warmup in (("{steps: 5}", 5), ("{epochs: 2}", {"epochs": 2}), ("0.2", 0.2), ("7", 7)):
+        assert composed("model=gnmt", "schedule=gnmt", f"schedule.warmup={written}").schedule.warmup == warmup
+    assert composed("loss_scaling=dynamic", "loss_scaling.window={steps: 9}").loss_scaling.window == 9
 
 
 def test_a_saved_config_makes_the_same_run() -> None:
