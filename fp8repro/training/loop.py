@@ -171,11 +171,11 @@ def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
         # The other ranks read what the first one wrote.
         world.wait()
         if trainer.average_checkpoints and load_averaged_weights(run.model, record, trainer.average_checkpoints):
-            run.results["metrics"] = measure(run.task, run.model, config, world, poll=poll)
+            run.results["metrics"] = measure(run.task, run.model, config.precision, world, poll=poll)
         if not all_finite(run.results["metrics"]):
             raise RunFailure(what_was_not_finite(run))
         run.model.eval()
-        with torch.no_grad(), autocast(config, world.device):
+        with torch.no_grad(), autocast(config.precision, world.device):
             figures = run.task.finish(run.model, run.results["metrics"], record.folder, poll)
         final = summary(run, "finished") | {"warnings": warnings(run)} | figures
         record.summary(final)
@@ -248,7 +248,7 @@ def accumulate_gradients(run: Run, step: int, batches: list[Any], factor: float)
             seed_torch(derived_seed("forward", config.seed, step, micro_step, run.world.rank), device)
             replayed = run.replays.take(batch, factor)
             if replayed is None:
-                with autocast(config, device):
+                with autocast(config.precision, device):
                     loss, figures = run.task.loss(run.model, batch)
                 (loss * factor).backward()
             else:
@@ -286,7 +286,7 @@ def _every(step: int, interval: int) -> bool:
 def _evaluate(run: Run, record: RunFolder, display: Display, tracker: Tracker, poll: Poll) -> None:
     splits = ("val", "train") if run.config.trainer.eval_train else ("val",)
     # Nothing is recorded before all is measured: what is interrupted is measured again as a whole.
-    found = {split: measure(run.task, run.model, run.config, run.world, split, poll) for split in splits}
+    found = {split: measure(run.task, run.model, run.config.precision, run.world, split, poll) for split in splits}
     for split, metrics in found.items():
         record.row("eval", run.step, epoch=run.epoch, split=split, **metrics)
         tracker.log(run.step, {f"{split}/{name}": value for name, value in metrics.items()})

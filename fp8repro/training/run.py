@@ -26,7 +26,7 @@ from fp8repro.training.progress import Display
 from fp8repro.training.record import RunFolder
 from fp8repro.training.replays import Replays
 from fp8repro.training.running_statistics import NormalizationStatistics, synchronize_normalization
-from fp8repro.training.tasks.task import Task, make_task
+from fp8repro.training.tasks.task import Task
 from fp8repro.training.untrusted import Harmful, require_like
 
 
@@ -132,6 +132,21 @@ class Run:
         self.task.batches.load_state_dict(state["data"])
 
 
+def make_task(config: RunConfig, world: World) -> Task[Any]:
+    """The task of a configuration, its data loaded.
+
+    Raises:
+        UserError: data that is missing or malformed, or a setting that the task does not have.
+    """
+    if config.model.task == "translation":
+        from fp8repro.training.tasks.translation import TranslationTask
+
+        return TranslationTask(config.model, config.data, config.trainer, config.decode, config.seed, world)
+    from fp8repro.training.tasks.classification import ImageTask
+
+    return ImageTask(config.model, config.data, config.trainer, config.seed, world)
+
+
 def build(config: RunConfig, world: World) -> Run:
     """Everything a run needs, at step 0.
 
@@ -155,7 +170,7 @@ def build(config: RunConfig, world: World) -> Run:
     masters = MasterWeights(model, optimizer, config.precision, context, narrow=True)
     scaler = make_scaler(config.loss_scaling, total_steps, config.trainer.epochs)
     statistics = NormalizationStatistics(model)
-    replays = Replays(config, world, task, model)
+    replays = Replays(config.graphs, config.precision, world, task, model)
     return Run(
         config, world, task, model, context, report, masters, scaler, statistics, replays, steps_per_epoch, total_steps
     )  # fmt: skip

@@ -242,7 +242,7 @@ def test_a_last_step_that_spoils_the_weights_is_no_finished_run(tmp_path, monkey
     [
         ("on_divergence", "retry", "got 'retry', expected one of stop, rollback"),
         ("max_rollbacks", 0, r"got 0, expected a whole number from 1 to 2\^31 - 1"),
-        ("max_rollbacks", 1.5, "got 1.5, expected a whole number"),
+        ("max_rollbacks", 1.5, r"got 1.5, expected a whole number from 1 to 2\^31 - 1"),
     ],
 )
 def test_wrong_settings_are_one_line(tmp_path, setting, value, expected):

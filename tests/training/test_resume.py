@@ -133,10 +133,10 @@ def test_of_an_evaluation_that_is_left_in_its_second_split_nothing_stays(tmp_pat
     config = tiny_config(tmp_path / "run", eval_train=True, batch_size=512)
     own = loop.measure
 
-    def measure(task, model, config, world, split, poll):
+    def measure(task, model, recipe, world, split, poll):
         if split == "train":
             os.kill(os.getpid(), signal.SIGTERM)
-        return own(task, model, config, world, split, poll)
+        return own(task, model, recipe, world, split, poll)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "measure", measure)

@@ -10,8 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fp8repro.settings.schema import RunConfig
-from fp8repro.training.distributed import World
+from fp8repro.numerics.recipe import Recipe
 
 
 class TrainBatches(Protocol):
@@ -68,10 +67,12 @@ class Task(Protocol[B]):
 
     Attributes:
         unit: what is counted: "images" or "tokens". The loss is a mean over these.
+        fixed_shapes: the batches of an epoch have the same shape, but for the number of images in some.
         batches: the training batches.
     """
 
     unit: str
+    fixed_shapes: bool
 
     @property
     def batches(self) -> TrainBatches:
@@ -130,17 +131,6 @@ class Task(Protocol[B]):
         ...
 
 
-def make_task(config: RunConfig, world: World) -> Task[Any]:
-    """The task of a configuration."""
-    if config.model.task == "translation":
-        from fp8repro.training.tasks.translation import TranslationTask
-
-        return TranslationTask(config, world)
-    from fp8repro.training.tasks.classification import ImageTask
-
-    return ImageTask(config, world)
-
-
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
     """Torch's autocast where the recipe asks for it, else nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision.autocast == "bf16")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.autocast == "bf16")
