@@ -169,6 +169,7 @@ def round_into(
     turned: Tensor | None = None,
     stats: Tensor | None = None,
     add: bool = False,
+    fresh: bool = False,
 ) -> None:
     """Round `x` in one pass into preallocated outputs, without a derivative and without a scale.
 
@@ -181,6 +182,8 @@ def round_into(
         turned: for a matrix x, codes and no values: tensor that receives the codes of its transpose.
         stats: float64 tensor of 4 values (`STATISTICS`) that is added to (absmax: raised).
         add: add the rounded values to `values`, a tensor of its own.
+        fresh: the caller made the outputs for this very input, which it has checked, and nobody else has seen them:
+            they are not checked, and writing to them counts as no change.
 
     Raises:
         TypeError: `x` is no dense floating-point tensor of the three input types.
@@ -191,6 +194,9 @@ def round_into(
         x = counted(x, bits.order)
         values, codes = (None if out is None else counted(out, bits.order) for out in (values, codes))
         bits = RandomBits(bits.seed, bits.stream)
+    if fresh and turned is None and _is_native(x, how) and untraced(x):
+        native.round_unchecked(x, how, bits, values, codes, stats, add=add)
+        return
     x = x.detach() if isinstance(x, Tensor) and x.requires_grad else x
     if add and values is not None:
         _add_rounded(x, how, bits, values, codes, stats)

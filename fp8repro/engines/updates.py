@@ -24,7 +24,7 @@ class Rule:
     nesterov: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Parameter:
     """One parameter of an update; all tensors share the master's shape and dense layout.
 

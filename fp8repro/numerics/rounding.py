@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from fp8repro.errors import UserError
 from fp8repro.numerics.formats import E5M2, FORMATS, FP32, FloatFormat
@@ -86,8 +86,7 @@ class Rounding:
 IDENTITY = Rounding(FP32)
 
 
-@dataclass(frozen=True)
-class RandomBits:
+class RandomBits(NamedTuple):
     """Where the random bits of one tensor come from; without random bits nothing of it is read.
 
     Attributes:

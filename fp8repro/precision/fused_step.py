@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -181,7 +180,8 @@ def _with_state(
         steps = [int(count) for count in torch.stack(counts).tolist()] if counts else []
     by_step: dict[int, list[Parameter]] = {}
     for (_, parameter), state, step in zip(pairs, states, steps, strict=True):
-        by_step.setdefault(step, []).append(replace(parameter, state=tuple(state[name] for name in names)))
+        parameter.state = tuple(state[name] for name in names)
+        by_step.setdefault(step, []).append(parameter)
     return by_step
 
 

@@ -237,7 +237,7 @@ class Site:
         # Before rounding: `values` may be x itself.
         self.context.telemetry.count_exponents(self.name, role, name, x)
         stats = self.context.telemetry.buffer(self.name, role, name, x.device)
-        round_into(x, spec, bits, values=values, codes=codes, turned=turned, stats=stats, add=add)
+        round_into(x, spec, bits, values=values, codes=codes, turned=turned, stats=stats, add=add, fresh=True)
         return scale
 
 

@@ -132,11 +132,11 @@ def test_rounded_products_have_the_bytes_of_a_pass_of_their_own(rounding, fmt):
     )
     for multiply in (*matrices, *convolutions):
         order = "channels_last" if multiply in convolutions else "row_major"
-        rounded = plain.rounding(how, replace(bits, order=order))
+        rounded = plain.rounding(how, bits._replace(order=order))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exact, given = multiply(plain), multiply(rounded)
-        expected = reference.round_to_format(exact, how, replace(bits, order=order))
+        expected = reference.round_to_format(exact, how, bits._replace(order=order))
         assert not torch.equal(exact, expected)
         assert torch.equal(given, expected)
         assert given.stride() == exact.stride()

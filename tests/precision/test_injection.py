@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
+from fp8repro.engines.products import Operand
 from fp8repro.errors import UserError
 from fp8repro.models.parts import AttentionProduct, MatMul
 from fp8repro.numerics import reference
@@ -250,9 +251,12 @@ def test_a_weight_is_rounded_once_per_update() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     inject(model, replace(FP8, exempt=()))
     seen: list[int] = []
-    with model.fp8_context.observe(
-        lambda layer, product, ops: seen.append(id(ops[1].codes)) if product == "forward" else None
-    ):
+
+    def weight(layer: str, product: str, operands: tuple[Operand, ...]) -> None:
+        if product == "forward":
+            seen.append(id(operands[1].codes))
+
+    with model.fp8_context.observe(weight):  # type: ignore[union-attr,operator]
         for micro_step in range(3):
             model.fp8_context.begin(0, micro_step)  # type: ignore[union-attr,operator]
             model(torch.ones(2, 4))

@@ -145,5 +145,12 @@ def _check(p: Parameter) -> tuple[int, int, int]:
 
 def _layout(t: Tensor, order: str) -> tuple[int, int, int] | None:
     """`turned_matrices` of a tensor whose elements are counted in an order."""
-    in_order = counted(t, order)
-    return (1, 0, t.numel()) if in_order.is_contiguous() else turned_matrices(tuple(in_order.shape), in_order.stride())
+    return _place(t.shape, t.stride(), order)
+
+
+@functools.lru_cache(maxsize=4096)
+def _place(shape: torch.Size, strides: tuple[int, ...], order: str) -> tuple[int, int, int] | None:
+    in_order = counted(torch.empty_strided(shape, strides, device="meta"), order)
+    if in_order.is_contiguous():
+        return 1, 0, in_order.numel()
+    return turned_matrices(tuple(in_order.shape), in_order.stride())
