@@ -29,7 +29,6 @@ LAYERS = (
 MUTUAL = {("engines", "kernels")}
 
 
-
 def modules() -> dict[str, Path]:
     """Every module of the installed package and its file; what the package itself offers is on top of all."""
     found = {}

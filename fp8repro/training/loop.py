@@ -27,8 +27,8 @@ from fp8repro.training.record import GUESSING, NONFINITE_EVALUATION, RunFolder
 from fp8repro.training.run import Run, build, resume, summary
 from fp8repro.training.signals import Interrupted, StopRequest, exit_code
 from fp8repro.training.soundness import all_finite, no_better_than_guessing, warnings, what_was_not_finite
-from fp8repro.training.train_step import StepResult, train_step
 from fp8repro.training.tasks.task import Poll, autocast
+from fp8repro.training.train_step import StepResult, train_step
 
 
 def train(config: RunConfig) -> dict[str, Any]:

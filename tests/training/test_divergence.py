@@ -18,8 +18,8 @@ from fp8repro.training import train
 from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint
 from fp8repro.training.distributed import World
 from fp8repro.training.run import build
-from fp8repro.training.train_step import train_step
 from fp8repro.training.tasks import classification
+from fp8repro.training.train_step import train_step
 
 # Steps 0 to 3, a checkpoint, steps 4 and 5, three that are skipped, and the rest.
 POISONED = range(6, 9)

@@ -20,8 +20,8 @@ from fp8repro.training.diagnosis import diagnose
 from fp8repro.training.distributed import World
 from fp8repro.training.optimizer import decay_groups, l2_loss
 from fp8repro.training.run import build
-from fp8repro.training.train_step import accumulate_gradients, train_step
 from fp8repro.training.tasks import classification
+from fp8repro.training.train_step import accumulate_gradients, train_step
 
 
 @pytest.fixture(autouse=True)
