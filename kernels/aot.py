@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fp8repro.kernels.conv2d import device as convolutions
-from fp8repro.kernels.conv2d import device_tma as bulk_convolutions
+from fp8repro.kernels.conv2d import device_tma as tma_convolutions
 from fp8repro.kernels.matmul import device as products
 from fp8repro.kernels.matmul.launch import promoted_by_steps
 from fp8repro.kernels.norm import device as normalizations
@@ -40,21 +40,25 @@ from fp8repro.tabular import markdown
 
 @dataclass
 class Case:
-    """One kernel with the types of its arguments and the values of its compile-time ones."""
+    """One kernel with the types of its arguments and the values of its compile-time ones.
+
+    Of an argument that is a tuple the type is a tuple of types. One element has the name "argument.field" (or
+    "argument.0"), among constants and among those that are aligned, where "argument" stands for all of them.
+    """
 
     name: str
     kernel: Any
-    types: dict[str, str]
+    types: dict[str, Any]
     constants: dict[str, Any]
     warps: int = 4
     stages: int = 3
     minimum: int = 80  # least compute capability
     group: str = "quantize"
     aligned: tuple[str, ...] = field(default=())  # integer arguments that are multiples of 16
-    values: int = 0  # how many a program rounds, where that is all it does
+    values: int = 0  # how many a program of a quantizer rounds
 
 
-WORDS = dict.fromkeys(rounding.RANDOM_WORDS, "i32")
+WORDS = dict.fromkeys(codec.RANDOM_WORDS, "i32")
 STREAM_IN_MEMORY = {"stream0": "*i32", "stream1": "*i32"}
 
 
@@ -63,7 +67,7 @@ def _quantize_cases(capability: tuple[int, int]) -> Iterator[Case]:
     nothing = ("values_ptr", "codes_ptr", "stats_ptr")
 
     def options(format: FloatFormat, mode: str) -> dict[str, Any]:
-        return quantize.rounding_options(Rounding(format, mode), capability)
+        return {"ENCODING": codec.encoding(Rounding(format, mode), capability)}
 
     def flat_case(
         name: str, format: FloatFormat, mode: str, types: dict[str, str] = flat, whole: bool = True, **more: Any
@@ -103,6 +107,13 @@ def _quantize_cases(capability: tuple[int, int]) -> Iterator[Case]:
         yield Case(name, rounding.round_transpose, types, constants, aligned=aligned, values=rows * width)
 
 
+def _integers(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    """32-bit integers, and tuples of them, for all arguments of a product's kernel that are no constants."""
+    positions = convolutions.Positions(*["i32"] * len(convolutions.Positions._fields))
+    groups = {"positions": positions, "a_strides": ("i32",) * 3, "b_strides": ("i32",) * 3}
+    return {name: groups.get(name, "i32") for name in kernel.arg_names if name not in constants}
+
+
 def _product_cases(capability: tuple[int, int]) -> Iterator[Case]:
     """Products as `configs.choose` picks their tiles; an E5M2 epilogue takes the small one.
 
@@ -112,15 +123,13 @@ def _product_cases(capability: tuple[int, int]) -> Iterator[Case]:
     table = configs.TILES[generation]
     large, little = (t for t in table if t.halves == 1)
     promoted = configs.accumulation("promoted", capability)
-    words = rounding.RANDOM_WORDS
-    plain = quantize.rounding_options(IDENTITY, capability)
-    rounded = quantize.rounding_options(Rounding(E5M2, "stochastic"), capability)
-    sizes = ("M", "N", "K", "chunk", "a_batch", "a_row", "a_column", "b_batch", "b_row", "b_column")
-    integers = dict.fromkeys((*sizes, *words, "batches"), "i32")
+    plain = {"ENCODING": codec.encoding(IDENTITY, capability)}
+    rounded = {"ENCODING": codec.encoding(Rounding(E5M2, "stochastic"), capability)}
     pointers = {"a_ptr": "*fp8e5", "b_ptr": "*fp8e5", "c_ptr": "*fp32", "inverse_scale": "fp32"}
+    aligned = ("M", "N", "K", "chunk", "a_strides", "b_strides")
 
-    def product(name: str, tile: configs.Tile, accumulate: int, unit: tuple[str, str], **changes: str) -> Case:
-        types = {**pointers, **integers, **changes}
+    def product(name: str, tile: configs.Tile, accumulate: int, layout: str, **changes: str) -> Case:
+        types = {**pointers, **changes}
         options = rounded if types["c_ptr"] == "*u8" or "values" in name else plain
         constants: dict[str, Any] = {
             **options,
@@ -128,48 +137,40 @@ def _product_cases(capability: tuple[int, int]) -> Iterator[Case]:
             "SPLITS": 1,
             "GROUP": 8,
             "EVEN_K": True,
-            "BULK": False,
+            "TMA": False,
             "WHOLE_GROUPS": True,
         }
-        constants |= {
-            "bias_ptr": None,
-            "overflow_ptr": None,
-            "BM": tile.m,
-            "BN": tile.n,
-            "BK": tile.k,
-            "HALVES": tile.halves,
-        }
-        for argument in unit:
-            constants[argument] = types.pop(argument) and 1
-        minimum = 89 if "e4m3" in name else 80
-        kernel = products.multiply
-        return Case(name, kernel, types, constants, tile.warps, tile.stages, minimum, "product", sizes)
+        constants |= {"bias_ptr": None, "BM": tile.m, "BN": tile.n, "BK": tile.k, "HALVES": tile.halves}
+        # "N": row-major; "T": transposed.
+        constants |= {"a_strides.2" if layout[0] == "N" else "a_strides.1": 1}
+        constants |= {"b_strides.2" if layout[1] == "N" else "b_strides.1": 1}
+        kernel, minimum = products.multiply, 89 if "e4m3" in name else 80
+        types = _integers(kernel, constants) | types
+        return Case(name, kernel, types, constants, tile.warps, tile.stages, minimum, "product", aligned)
 
-    nt, nn, tn = ("a_column", "b_row"), ("a_column", "b_column"), ("a_row", "b_column")
     if table[0].halves == 2:
-        for layout, unit in (("NT", nt), ("NN", nn), ("TN", tn)):
-            yield product(f"matmul e5m2 x e5m2 {layout} two halves", table[0], promoted, unit)
-    yield product("matmul e5m2 x e5m2 NT", large, promoted, nt)
-    yield product("matmul e5m2 x e5m2 NT small", little, promoted, nt)
-    yield product("matmul e5m2 x e5m2 NN", large, promoted, nn)
-    yield product("matmul e5m2 x e5m2 TN", large, promoted, tn)
-    yield product("matmul e4m3 x e5m2 NT", large, promoted, nt, a_ptr="*fp8e4nv")
-    yield product("matmul e4m3 x e4m3 NT", large, promoted, nt, a_ptr="*fp8e4nv", b_ptr="*fp8e4nv")
-    yield product("matmul e5m2 x e5m2 NT -> e5m2 stochastic", little, promoted, nt, c_ptr="*u8")
-    yield product("matmul e5m2 x e5m2 NT -> values stochastic", little, promoted, nt)
-    yield product("matmul e5m2 x e5m2 NT -> values, stream in memory", little, promoted, nt, **STREAM_IN_MEMORY)
-    yield product("matmul e5m2 x e5m2 NT fp16_mma", large, FP16_MMA.value, nt)
-    yield product("matmul e5m2 x e5m2 NT unpromoted", large, UNPROMOTED.value, nt)
+        for layout in ("NT", "NN", "TN"):
+            yield product(f"matmul e5m2 x e5m2 {layout} two halves", table[0], promoted, layout)
+    yield product("matmul e5m2 x e5m2 NT", large, promoted, "NT")
+    yield product("matmul e5m2 x e5m2 NT small", little, promoted, "NT")
+    yield product("matmul e5m2 x e5m2 NN", large, promoted, "NN")
+    yield product("matmul e5m2 x e5m2 TN", large, promoted, "TN")
+    yield product("matmul e4m3 x e5m2 NT", large, promoted, "NT", a_ptr="*fp8e4nv")
+    yield product("matmul e4m3 x e4m3 NT", large, promoted, "NT", a_ptr="*fp8e4nv", b_ptr="*fp8e4nv")
+    yield product("matmul e5m2 x e5m2 NT -> e5m2 stochastic", little, promoted, "NT", c_ptr="*u8")
+    yield product("matmul e5m2 x e5m2 NT -> values stochastic", little, promoted, "NT")
+    yield product("matmul e5m2 x e5m2 NT -> values, stream in memory", little, promoted, "NT", **STREAM_IN_MEMORY)
+    yield product("matmul e5m2 x e5m2 NT fp16_mma", large, FP16_MMA.value, "NT")
+    yield product("matmul e5m2 x e5m2 NT unpromoted", large, UNPROMOTED.value, "NT")
 
     def convolution(name: str, kernel: Any, tile: configs.Tile, pointers: dict[str, str], result: str) -> Case:
         constants: dict[str, Any] = {"ACCUMULATE": promoted, "BM": tile.m, "BN": tile.n, "BK": tile.k}
-        if kernel is convolutions.gather_product:
+        if kernel is convolutions.implicit_gemm:
             options = rounded if result == "*u8" or "values" in name else plain
-            constants |= {**options, "GROUP": 8, "WHOLE_GROUPS": True, "bias_ptr": None, "overflow_ptr": None}
+            constants |= {**options, "GROUP": 8, "WHOLE_GROUPS": True, "bias_ptr": None}
         else:
             constants["SPLITS"] = 8
-        types = {name: "i32" for name in kernel.arg_names if name not in constants}
-        types |= {**pointers, "inverse_scale": "fp32"}
+        types = {**_integers(kernel, constants), **pointers, "inverse_scale": "fp32"}
         aligned = ("channels", "outputs", "weight_row")
         return Case(name, kernel, types, constants, tile.warps, tile.stages, 80, "product", aligned)
 
@@ -177,81 +178,73 @@ def _product_cases(capability: tuple[int, int]) -> Iterator[Case]:
     variants = (("", large, "*fp32"), (" small", little, "*fp32"), (" -> e5m2", little, "*u8"))
     for label, tile, result in (*variants, (" -> values", little, "*fp32")):
         name = f"conv2d forward and error{label}"
-        yield convolution(name, convolutions.gather_product, tile, {**gathered, "y_ptr": result}, result)
+        yield convolution(name, convolutions.implicit_gemm, tile, {**gathered, "y_ptr": result}, result)
     summed = {"error_ptr": "*fp8e5", "x_ptr": "*fp8e5", "partial_ptr": "*fp32"}
     for label, tile in (("", large), (" small", little)):
-        yield convolution(f"conv2d weight gradient{label}", convolutions.weight_gradient, tile, summed, "*fp32")
-    if generation in configs.BULK_TILES:
-        yield from _bulk_cases(generation, promoted, plain)
+        yield convolution(f"conv2d weight gradient{label}", convolutions.wgrad, tile, summed, "*fp32")
+    if generation in configs.TMA_TILES:
+        yield from _tma_cases(generation, promoted, plain)
 
 
-def _bulk_cases(generation: str, promoted: int, plain: dict[str, Any]) -> Iterator[Case]:
-    """Products by the bulk copy engine, in every tile; results are FP32."""
+def _tma_cases(generation: str, promoted: int, plain: dict[str, Any]) -> Iterator[Case]:
+    """Products whose operands TMA loads, in every tile; results are FP32."""
 
     def case(
         name: str, kernel: Any, blocks: dict[str, list[int]], result: str, tile: configs.Tile, constants: dict[str, Any]
     ) -> Case:
-        types = {argument: "i32" for argument in kernel.arg_names if argument not in constants}
+        types = _integers(kernel, constants)
         types |= {argument: f"tensordesc<fp8e5{block}>" for argument, block in blocks.items()}
         types |= {result: "*fp32", "inverse_scale": "fp32"}
         aligned = ("channels", "outputs", "M", "N", "K")
         return Case(name, kernel, types, constants, tile.warps, tile.stages, 90, "product", aligned)
 
-    nothing = {"bias_ptr": None, "overflow_ptr": None}
-    for tile in configs.BULK_TILES[generation]:
+    nothing = {"bias_ptr": None}
+    for tile in configs.TMA_TILES[generation]:
         m, n, k = tile.m, tile.n, tile.k
         constants = {**nothing, **plain, "ACCUMULATE": promoted, "SPLITS": 1, "BM": m, "BN": n, "BK": k, "HALVES": 1}
-        constants |= {"GROUP": 8, "EVEN_K": True, "BULK": True, "WHOLE_GROUPS": True}
+        constants |= {"GROUP": 8, "EVEN_K": True, "TMA": True, "WHOLE_GROUPS": True}
         blocks = {"a_ptr": [1, m, k], "b_ptr": [1, n, k]}
-        yield case(f"matmul e5m2 x e5m2, bulk copies, {m} x {n}", products.multiply, blocks, "c_ptr", tile, constants)
-    gather = bulk_convolutions.bulk_gather_product
-    for tile in configs.BULK_CONVOLUTION_TILES[generation]:
+        yield case(f"matmul e5m2 x e5m2, TMA, {m} x {n}", products.multiply, blocks, "c_ptr", tile, constants)
+    gather = tma_convolutions.implicit_gemm_tma
+    for tile in configs.TMA_CONVOLUTION_TILES[generation]:
         m, n, k = tile.m, tile.n, tile.k
         boxes = {"IMAGES": m // 16, "ROWS": 4, "COLUMNS": 4}
         code = promoted_by_steps(promoted)
         constants = {**nothing, **plain, **boxes, "ACCUMULATE": code, "STEP": 1, "BN": n, "BK": k, "WHOLE_GROUPS": True}
         blocks = {"x_desc": [m // 16, 4, 1, 4, k], "weight_desc": [n, 1, k]}
-        name = f"conv2d forward and error, bulk copies, {m} x {n}"
+        name = f"conv2d forward and error, TMA, {m} x {n}"
         yield case(name, gather, blocks, "y_ptr", tile, constants)
         yield case(f"{name}, stride 2", gather, blocks, "y_ptr", tile, constants | {"STEP": 2})
     tile = configs.Tile(128, 64, 64, 4, 3)
     boxes = {"IMAGES": 4, "ROWS": 4, "COLUMNS": 4}
     constants = {**boxes, "ACCUMULATE": FP16_MMA.value, "STEP": 1, "BM": tile.m, "BN": tile.n}
     blocks = {"error_desc": [4, 4, 4, tile.m], "x_desc": [4, 4, 1, 4, tile.n]}
-    gradient = bulk_convolutions.bulk_weight_gradient
-    yield case("conv2d weight gradient, bulk copies, fp16_mma", gradient, blocks, "partial_ptr", tile, constants)
+    gradient = tma_convolutions.wgrad_tma
+    yield case("conv2d weight gradient, TMA, fp16_mma", gradient, blocks, "partial_ptr", tile, constants)
 
 
 def _update_cases(capability: tuple[int, int]) -> Iterator[Case]:
     pointers = {"table": "*i64", "chunks": "*i64", "control_ptr": "*fp64"}
-    scalars = ("inverse_scale", "lr", "weight_decay", "momentum", "beta2", "eps", "correction1", "correction2")
-    types = {**pointers, **dict.fromkeys(scalars, "fp32"), "seed0": "i32", "seed1": "i32"}
+    numbers = updates.Numbers(*["fp32"] * len(updates.Numbers._fields))
+    types = {**pointers, "inverse_scale": "fp32", "numbers": numbers, "seed0": "i32", "seed1": "i32"}
     constants: dict[str, Any] = {"NESTEROV": False, "HAS_MOMENTUM": True, "FIRST": False, "MASTER_TYPE": tl.float16}
-    constants |= {"MASTER_EB": 5, "MASTER_MB": 10, "MASTER_ROUNDING": 1, "MASTER_SATURATE": False}
-    constants |= {"MASTER_SUBNORMAL_NEAREST": False, "HAS_UPDATED": True, "HAS_WEIGHT": True}
-    constants |= {"WEIGHT_EB": 5, "WEIGHT_MB": 2}
-    constants |= {
-        "WEIGHT_INF": True,
-        "WEIGHT_ROUNDING": codec.rounding_code(E5M2, "nearest", capability),
-        "WEIGHT_SATURATE": False,
-    }
-    constants |= {"WEIGHT_SUBNORMAL_NEAREST": False, "ALIGNED": True, "BLOCK": update.BLOCK}
+    constants |= {"MASTER_ENCODING": codec.encoding(Rounding(FP16, "stochastic"), capability)}
+    constants |= {"WEIGHT_ENCODING": codec.encoding(Rounding(E5M2), capability)}
+    constants |= {"HAS_UPDATED": True, "ALIGNED": True, "BLOCK": update.BLOCK}
     for rule, name in enumerate(("sgd", "adam", "adamw")):
         for permuted in (False, True):
-            specific = {"RULE": rule, "FP8_GRADIENT": name == "sgd", "PERMUTED": permuted}
+            specific = {"RULE": rule, "PERMUTED": permuted}
             layout = " permuted" if permuted else ""
             yield Case(f"update {name}{layout}", updates.update, types, constants | specific, group="update")
     types = {"table": "*i64", "chunks": "*i64", "partial_ptr": "*fp64", "inverse_scale": "fp32"}
-    constants = {"FP8_GRADIENT": False, "ALIGNED": True, "BLOCK": update.BLOCK}
+    constants = {"ALIGNED": True, "BLOCK": update.BLOCK}
     yield Case("gradient norms", updates.gradient_norms, types, constants, group="update")
 
 
 def _norm_cases(capability: tuple[int, int]) -> Iterator[Case]:
     """As a recipe launches them: FP32 in and out, rounded results beside; backward reads the kept FP8 input."""
-    rounded = quantize.rounding_options(Rounding(E5M2), capability)
-    plain = quantize.rounding_options(IDENTITY, capability)
-    kept = {"KEPT_EB": 5, "KEPT_MB": 2, "KEPT_INF": True, "KEPT_ROUNDING": rounded["ROUNDING"]}
-    codes = ("y_ptr", "flags_ptr", "kept_ptr")
+    rounded = codec.encoding(Rounding(E5M2), capability)
+    codes = ("codes_ptr", "flags_ptr", "kept_ptr")
 
     def norm(name: str, kernel: Any, fp8: tuple[str, ...] = (), **constants: Any) -> Case:
         types = {}
@@ -263,26 +256,13 @@ def _norm_cases(capability: tuple[int, int]) -> Iterator[Case]:
         return Case(name, kernel, types, constants, group="norm", aligned=("channels", "count", "width"))
 
     apply, block = normalizations.batch_apply, norms.FLAT_BLOCK
-    fp8_only = {"values_ptr": None, "kept_ptr": None}
     x = ("x_ptr",)
     yield norm("batch norm statistics", normalizations.channel_statistics, ROWS=32, BLOCK=64)
-    yield norm("batch norm apply", apply, **rounded, **kept, RELU=True, BLOCK=block, WIDE=False)
-    everything = ("x_ptr", "residual_ptr")
-    yield norm(
-        "batch norm apply, fp8 in and out",
-        apply,
-        everything,
-        **fp8_only,
-        **rounded,
-        **kept,
-        RELU=True,
-        BLOCK=block,
-        WIDE=False,
-    )
+    yield norm("batch norm apply", apply, ENCODING=rounded, KEPT=rounded, RELU=True, BLOCK=block, WIDE=False)
     yield norm("batch norm gradient sums", normalizations.batch_gradient_sums, x, WHOLE_BYTES=True, ROWS=32, BLOCK=64)
-    yield norm("batch norm gradient", normalizations.batch_gradient_apply, x, **plain, BLOCK=block, WIDE=False)
-    yield norm("layer norm", normalizations.layer_forward, **rounded, ROWS=2, BLOCK=1024)
-    yield norm("layer norm gradient", normalizations.layer_backward, **plain, ROWS=2, BLOCK=1024)
+    yield norm("batch norm gradient", normalizations.batch_gradient_apply, x, BLOCK=block, WIDE=False)
+    yield norm("layer norm", normalizations.layer_forward, ENCODING=rounded, ROWS=2, BLOCK=1024)
+    yield norm("layer norm gradient", normalizations.layer_backward, ROWS=2, BLOCK=1024)
 
 
 def cases(capability: int) -> Iterator[Case]:
@@ -292,6 +272,31 @@ def cases(capability: int) -> Iterator[Case]:
     yield from _product_cases(version)
     yield from _update_cases(version)
     yield from _norm_cases(version)
+
+
+def _arguments(case: Case) -> tuple[dict[str, Any], dict[Any, Any], dict[tuple[int, ...], list[list[Any]]]]:
+    """Types, constants and alignments as the compiler wants them: by position, and position in a tuple."""
+    types: dict[str, Any] = {}
+    constants: dict[Any, Any] = {name: value for name, value in case.constants.items() if "." not in name}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def add(path: tuple[int, ...], name: str, kind: str) -> str:
+        if len(path) > 1 and name in case.constants:
+            constants[path] = case.constants[name]
+            return "constexpr"
+        if kind.startswith("*") or name in case.aligned or name.split(".")[0] in case.aligned:
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind
+
+    for position, name in enumerate(case.kernel.arg_names):
+        kind = case.types.get(name, "constexpr")
+        if isinstance(kind, str):
+            types[name] = add((position,), name, kind)
+            continue
+        fields = getattr(kind, "_fields", range(len(kind)))
+        kinds = [add((position, i), f"{name}.{field}", kind[i]) for i, field in enumerate(fields)]
+        types[name] = type(kind)(*kinds) if hasattr(kind, "_fields") else tuple(kinds)
+    return types, constants, attributes
 
 
 def compile_case(case: Case, capability: int) -> dict[str, Any]:
@@ -305,13 +310,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     """
     if capability < case.minimum:
         raise ValueError(f"{case.name}: got sm_{capability}, expected sm_{case.minimum} or later")
-    names = case.kernel.arg_names
-    signature = {name: case.types.get(name, "constexpr") for name in names}
-    attributes = {}
-    for position, name in enumerate(names):
-        if signature[name].startswith("*") or name in case.aligned:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(case.kernel, signature, case.constants, attributes)
+    source = ASTSource(case.kernel, *_arguments(case))
     options = {"num_warps": case.warps, "num_stages": case.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
@@ -323,7 +322,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
             subprocess.run([tool, option, cubin.name], check=True, capture_output=True, text=True).stdout
             for option in ("--dump-resource-usage", "--dump-sass")
         )
-    # The frame that ptxas reports is spills alone: no kernel here has arrays in local memory.
+    # No kernel has arrays in local memory, so the stack frame is spills.
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))  # type: ignore[union-attr]
     return {
         "name": case.name,
@@ -332,7 +331,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
         "registers": registers,
         "spilled": stack,
         "shared": compiled.metadata.shared,
-        # What pads the code to whole lines is never executed.
+        # Padding at the end is never executed.
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!\s|NOP)", code, re.MULTILINE)) - 1,
         "values_a_thread": case.values // (32 * case.warps),
         "satfinite": len(re.findall(r"cvt[.\w]*satfinite", ptx)),

@@ -18,6 +18,7 @@ from fp8repro.kernels import ops
 from fp8repro.kernels.conv2d import launch as convolution
 from fp8repro.kernels.matmul import launch as product
 from fp8repro.kernels.matmul.launch import FP8_DTYPES, Epilogue
+from fp8repro.kernels.shared.configs import Target
 from fp8repro.kernels.shared.launch import INTERPRETED
 from fp8repro.numerics.formats import FloatFormat
 from fp8repro.numerics.rounding import RandomBits, Rounding
@@ -48,27 +49,32 @@ class TritonBackend:
     Attributes:
         accumulate: "promoted" or "fp16_mma" (see `Recipe.accumulate`).
         how, bits: how results are rounded, or None.
+        target: the GPU to plan for; None: the one that holds the operands, which operators always take.
     """
 
     name = "triton"
 
     def __init__(
-        self, accumulate: str = "promoted", how: Rounding | None = None, bits: RandomBits = RandomBits()
+        self,
+        accumulate: str = "promoted",
+        how: Rounding | None = None,
+        bits: RandomBits = RandomBits(),
+        target: Target | None = None,
     ) -> None:
         """Nothing is launched or compiled yet."""
-        self.accumulate, self.how, self.bits = accumulate, how, bits
+        self.accumulate, self.how, self.bits, self.target = accumulate, how, bits, target
         self.emulated = EmulateBackend()
 
     def rounding(self, how: Rounding, bits: RandomBits) -> TritonBackend:
         """See `products.Backend`."""
-        return TritonBackend(self.accumulate, how, bits)
+        return TritonBackend(self.accumulate, how, bits, self.target)
 
     def value_dtype(self, fmt: FloatFormat) -> torch.dtype | None:
         """None: codes are enough; FP32 for formats that the kernels cannot read."""
         return None if fmt.dtype not in (None, torch.float32) else torch.float32
 
     def turns(self, fmt: FloatFormat) -> bool:
-        """True in FP8, whose instructions take both operands with the summed dimension contiguous."""
+        """True in FP8, whose instructions want the summed dimension contiguous in both operands."""
         return fmt.is_fp8
 
     def linear(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
@@ -90,9 +96,9 @@ class TritonBackend:
         """See `products.Backend`."""
         if not _native(error, x):
             return self._rounded(self.emulated.linear_gradient(error, x))
-        turned = error.codes.flatten(0, -2).t() if error.turned is None else error.turned
+        transposed = error.codes.flatten(0, -2).t() if error.turned is None else error.turned
         codes = x.codes.flatten(0, -2) if x.turned is None else x.turned.t()
-        return self._matmul(turned, codes, None, _inverse_scale(error, x))
+        return self._matmul(transposed, codes, None, _inverse_scale(error, x))
 
     def conv2d(self, x: Operand, weight: Operand, bias: Tensor | None, geometry: Conv2dGeometry) -> Tensor:
         """See `products.Backend`."""
@@ -125,7 +131,7 @@ class TritonBackend:
         if not _native(error, x, geometry):
             return self._rounded(self.emulated.conv2d_gradient(error, x, geometry, like))
         shape, scale = list(like.shape), _inverse_scale(error, x)
-        # Summed over the whole batch, in parts: nothing is complete within a kernel.
+        # Sums over the batch come in parts, so no kernel holds a complete value to round.
         if self._plain(error.codes, x.codes):
             options = self._plain_options(scale)
             result = convolution.conv2d_gradient(error.codes, x.codes, tuple(shape), geometry, **options)
@@ -161,7 +167,7 @@ class TritonBackend:
         return untraced(*operands) or (self.how is not None and isinstance(self.bits.stream, StreamSlot))
 
     def _plain_options(self, inverse_scale: float) -> dict[str, Any]:
-        return {"inverse_scale": inverse_scale, "accumulate": self.accumulate}
+        return {"inverse_scale": inverse_scale, "accumulate": self.accumulate, "target": self.target}
 
     def _epilogue(self) -> Epilogue | None:
         """How a plain function is to round its result."""

@@ -1,8 +1,8 @@
 """Products as torch operators, so that torch.compile, CUDA graphs and the profiler understand them.
 
-Products have no derivatives here: what the gradient of a product of rounded tensors is, with which roundings and random
-bits, only the recipe says (functional.py). Where nobody traces, kernels are called without their operators
-(`guards.untraced`). The quantizer's operators are those of all engines (quantizer.py).
+Products have no derivatives here: how the error of a product is rounded, and with which random bits, is known to
+precision/functional.py alone. Where nothing is traced, kernels are called without their operators (`guards.untraced`).
+The operators `quantize` and `round_into`, of all engines, are in engines/quantizer.py.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def transpose_engine(
     round_transpose(x, spell(how), signed64(bits.seed), signed64(bits.stream), codes, transposed, stats)
 
 
-# What leaves a product's result as it is.
+# The rounding that changes nothing, as operators take it.
 AS_IT_IS = spell(IDENTITY)
 
 

@@ -30,7 +30,7 @@ class Parameter:
 
     Attributes:
         master: FP16, or FP32 holding values of the master's format; contiguous or channels_last.
-        grad: FP32 or E5M2 gradient of the scaled loss.
+        grad: FP32 gradient of the scaled loss.
         state: FP32: momentum (SGD) or first and second moment (Adam); empty for SGD without momentum.
         master_stream: 64-bit stream of the master's random bits.
         weight: FP8 tensor that receives the next step's weight, or None.

@@ -1,4 +1,4 @@
-"""Triton kernels of convolutions whose operands the bulk copy engine (TMA, sm_90) brings; no im2col copy.
+"""Triton kernels of convolutions whose operands TMA loads (from sm_90 on); no im2col copy.
 
 A descriptor's block is a box of pixels of some images times channels. Pixels outside an image arrive as zeros, which
 is what padding means, so no thread computes an address or a mask of an operand.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp8repro.kernels.quantize.device import RANDOM_WORDS
+from fp8repro.kernels.shared.codec import RANDOM_WORDS, RandomWords
 from fp8repro.kernels.shared.tiles import groups_of_row, multiply_add, store_rounded
 
 FARTHEST = tl.constexpr(1024)  # padding, in steps, that positions may lie in
@@ -34,49 +34,23 @@ def _load_pixels(
     return box.reshape(PIXELS, BLOCK)
 
 
-@triton.jit(
-    do_not_specialize=[*RANDOM_WORDS, "inverse_scale", "tap_h", "tap_w", "first_h", "first_w", "start_h", "start_w"]
-)
-def bulk_gather_product(
+@triton.jit(do_not_specialize=[*RANDOM_WORDS, "inverse_scale"])
+def implicit_gemm_tma(
     x_desc,
     weight_desc,
     bias_ptr,
     y_ptr,
-    overflow_ptr,
     inverse_scale,
     batch,
     channels,
     outputs,
-    grid_h,
-    grid_w,
-    y_height,
-    y_width,
-    start_h,
-    start_w,
-    stride_h,
-    stride_w,
-    first_h,
-    first_w,
-    taps_h,
-    taps_w,
-    apart_h,
-    apart_w,
-    tap_h,
-    tap_w,
-    tap_step_h,
-    tap_step_w,
+    positions,
     weight_width,
     seed0,
     seed1,
     stream0,
     stream1,
-    MAX: tl.constexpr,
-    EB: tl.constexpr,
-    MB: tl.constexpr,
-    INF: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
+    ENCODING: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     STEP: tl.constexpr,
     IMAGES: tl.constexpr,
@@ -86,10 +60,14 @@ def bulk_gather_product(
     BK: tl.constexpr,
     WHOLE_GROUPS: tl.constexpr,
 ):
-    """`convolutions.gather_product` over boxes of IMAGES x ROWS x COLUMNS pixels; names are those there.
+    """`implicit_gemm` over boxes of IMAGES x ROWS x COLUMNS pixels; names are those there.
 
     weight_desc is of [outputs, taps, channels].
     """
+    words = RandomWords(seed0, seed1, stream0, stream1)
+    at = positions
+    grid_h = at.grid_h
+    grid_w = at.grid_w
     BM: tl.constexpr = IMAGES * ROWS * COLUMNS
     across = tl.cdiv(grid_w, COLUMNS)
     down = tl.cdiv(grid_h, ROWS)
@@ -104,73 +82,48 @@ def bulk_gather_product(
         row0 = box // across % down * ROWS
         image0 = box // across // down * IMAGES
         accumulator = tl.zeros((BM, BN), dtype=tl.float32)
-        for step in range(0, taps_h * taps_w * blocks):
+        for step in range(0, at.taps_h * at.taps_w * blocks):
             channel = step % blocks * BK
-            u = step // blocks // taps_w
-            v = step // blocks % taps_w
-            row = row0 * STEP + first_h + u * apart_h
-            column = column0 * STEP + first_w + v * apart_w
+            u = step // blocks // at.taps_w
+            v = step // blocks % at.taps_w
+            row = row0 * STEP + at.first_h + u * at.apart_h
+            column = column0 * STEP + at.first_w + v * at.apart_w
             x = _load_pixels(x_desc, image0, row, column, channel, channels, STEP, BM, BK)
-            tap = (tap_h + u * tap_step_h) * weight_width + tap_w + v * tap_step_w
+            tap = (at.tap_h + u * at.tap_step_h) * weight_width + at.tap_w + v * at.tap_step_w
             weight = weight_desc.load([n0, tap, channel]).reshape(BN, BK)
             accumulator = multiply_add(x, weight.T, accumulator, ACCUMULATE)
 
-        result = accumulator * inverse_scale
+        y = accumulator * inverse_scale
         n = n0 + tl.arange(0, BN)
         if bias_ptr is not None:
-            result += tl.load(bias_ptr + n, mask=n < outputs, other=0.0)[None, :]
+            y += tl.load(bias_ptr + n, mask=n < outputs, other=0.0)[None, :]
         pixel = tl.arange(0, BM)
         image = image0 + pixel // (ROWS * COLUMNS)
         i = row0 + pixel // COLUMNS % ROWS
         j = column0 + pixel % COLUMNS
         mask = ((image < batch) & (i < grid_h) & (j < grid_w))[:, None] & (n < outputs)[None, :]
-        y_row = (start_h + i * stride_h)[:, None]
-        y_column = (start_w + j * stride_w)[:, None]
+        y_row = (at.start_h + i * at.stride_h)[:, None]
+        y_column = (at.start_w + j * at.stride_w)[:, None]
         # Random bits count elements as they lie: [batch, height, width, outputs].
-        pixel_row = ((image.to(tl.int64)[:, None] * y_height + y_row) * y_width + y_column) * outputs
+        pixel_row = ((image.to(tl.int64)[:, None] * at.size_h + y_row) * at.size_w + y_column) * outputs
         place = pixel_row + n[None, :]
         groups = None
         if WHOLE_GROUPS:
             groups = groups_of_row(pixel_row, n0, BN)
-        store_rounded(
-            y_ptr + place,
-            result,
-            place,
-            groups,
-            mask,
-            overflow_ptr,
-            seed0,
-            seed1,
-            stream0,
-            stream1,
-            MAX,
-            EB,
-            MB,
-            INF,
-            ROUNDING,
-            SATURATE,
-            SUBNORMAL_NEAREST,
-        )
+        store_rounded(y_ptr + place, y, place, groups, mask, words, ENCODING)
 
 
 @triton.jit(do_not_specialize=["inverse_scale"])
-def bulk_weight_gradient(
+def wgrad_tma(
     error_desc,
     x_desc,
     partial_ptr,
-    inverse_scale,
     batch,
-    grid_h,
-    grid_w,
     chunk,
     channels,
     outputs,
-    height,
-    width,
-    first_h,
-    first_w,
-    apart_h,
-    apart_w,
+    positions,
+    inverse_scale,
     ACCUMULATE: tl.constexpr,
     STEP: tl.constexpr,
     IMAGES: tl.constexpr,
@@ -181,11 +134,14 @@ def bulk_weight_gradient(
 ):
     """partial[split, outputs, height, width, channels] sums `chunk` boxes of output pixels; a program does one tile.
 
-    error_desc is of [batch, grid_h, grid_w, outputs].
+    error_desc is of [batch, grid_h, grid_w, outputs]; `positions`: see `wgrad`.
     """
+    at = positions
+    height = at.taps_h
+    width = at.taps_w
     BK: tl.constexpr = IMAGES * ROWS * COLUMNS
-    across = tl.cdiv(grid_w, COLUMNS)
-    down = tl.cdiv(grid_h, ROWS)
+    across = tl.cdiv(at.grid_w, COLUMNS)
+    down = tl.cdiv(at.grid_h, ROWS)
     boxes = tl.cdiv(batch, IMAGES) * down * across
     tiles_m = tl.cdiv(outputs, BM)
     blocks = tl.cdiv(channels, BN)
@@ -194,8 +150,8 @@ def bulk_weight_gradient(
     channel0 = work // tiles_m % blocks * BN
     tap = work // tiles_m // blocks % (height * width)
     split = work // tiles_m // blocks // (height * width)
-    away_h = tap // width * apart_h + first_h
-    away_w = tap % width * apart_w + first_w
+    away_h = tap // width * at.apart_h + at.first_h
+    away_w = tap % width * at.apart_w + at.first_w
     accumulator = tl.zeros((BM, BN), dtype=tl.float32)
     for box in range(split * chunk, tl.minimum(split * chunk + chunk, boxes)):
         column = box % across * COLUMNS

@@ -1,10 +1,13 @@
 """Two-dimensional convolution products of FP8 (or 16-bit) operands: forward, error (dgrad), weight gradient (wgrad).
 
-Works on channels_last memory; other layouts are copied first, as bytes. Must never round an operand.
+Checks arguments, plans, launches. Works on channels_last memory; other layouts are copied first, as bytes. Must never
+round an operand.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from math import gcd
 from typing import Any
 
@@ -13,8 +16,8 @@ import triton
 from torch import Tensor
 
 from fp8repro.engines.products import Conv2dGeometry
-from fp8repro.kernels.conv2d.device import gather_product, weight_gradient
-from fp8repro.kernels.conv2d.device_tma import FARTHEST, bulk_gather_product, bulk_weight_gradient
+from fp8repro.kernels.conv2d.device import Axis, Positions, implicit_gemm, wgrad
+from fp8repro.kernels.conv2d.device_tma import FARTHEST, implicit_gemm_tma, wgrad_tma
 from fp8repro.kernels.matmul.launch import (
     Epilogue,
     accumulation_of,
@@ -23,7 +26,6 @@ from fp8repro.kernels.matmul.launch import (
     matmul,
     promoted_by_steps,
     raw_result,
-    summed_step,
 )
 from fp8repro.kernels.quantize.launch import PER_CALL
 from fp8repro.kernels.shared import configs
@@ -42,7 +44,7 @@ def conv2d(
     inverse_scale: float = 1.0,
     accumulate: str = "promoted",
     epilogue: Epilogue | None = None,
-    bulk: bool | None = None,
+    target: configs.Target | None = None,
 ) -> Tensor:
     """Forward product.
 
@@ -51,7 +53,7 @@ def conv2d(
         weight: [O, C, R, S].
         bias: FP32 [O].
         geometry: stride, padding, dilation; one group.
-        inverse_scale, accumulate, epilogue, bulk: see `matmul`.
+        inverse_scale, accumulate, epilogue, target: see `matmul`.
 
     Returns:
         [B, O, P, Q], channels_last.
@@ -59,15 +61,15 @@ def conv2d(
     Raises:
         ValueError: an argument does not fit; nothing was launched.
     """
-    epilogue = epilogue or Epilogue()
+    epilogue, target = epilogue or Epilogue(), target or configs.target_of(x.device)
     check_operands(x, weight, "x", "weight")
     _check_geometry(x, weight, geometry)
     check_bias(bias, weight.shape[0], x.device)
     if _pointwise(weight, geometry):
-        return _pixel_product(x, weight.flatten(1).t(), bias, inverse_scale, accumulate, epilogue, bulk)
-    axes = [_forward_axis(geometry, axis, x.shape[2 + axis], weight.shape[2 + axis]) for axis in (0, 1)]
+        return _pixel_product(x, weight.flatten(1).t(), bias, inverse_scale, accumulate, epilogue, target)
+    axes = _forward_axes(geometry, x.shape, weight.shape)
     shape = output_size(x.shape, weight.shape, geometry)
-    return _gather(x, weight, bias, shape, [axes], inverse_scale, accumulate, epilogue, bulk)
+    return _gather(x, weight, bias, shape, (axes,), inverse_scale, accumulate, epilogue, target)
 
 
 def conv2d_error(
@@ -79,27 +81,28 @@ def conv2d_error(
     inverse_scale: float = 1.0,
     accumulate: str = "promoted",
     epilogue: Epilogue | None = None,
-    bulk: bool | None = None,
+    target: configs.Target | None = None,
 ) -> Tensor:
     """Error product: error [B, O, P, Q], weight [O, C, R, S] -> [B, C, H, W], channels_last.
 
-    A strided convolution is split by the remainder of the input position, so that no tap is multiplied by zero.
+    A strided convolution takes a launch for each remainder of the input position by the stride, so that no tap is
+    multiplied by zero.
 
     Raises:
         ValueError: an argument does not fit; nothing was launched.
     """
-    epilogue = epilogue or Epilogue()
+    epilogue, target = epilogue or Epilogue(), target or configs.target_of(error.device)
     check_operands(error, weight, "error", "weight")
     shape = torch.Size(input_shape)
     _check_geometry(torch.empty(shape, device="meta"), weight, geometry)
     _check_shape("error", error, output_size(shape, weight.shape, geometry))
     if _pointwise(weight, geometry):
-        return _pixel_product(error, weight.flatten(1), None, inverse_scale, accumulate, epilogue, bulk)
-    # Sums over output channels, which become the contiguous ones: a copy of the weight's bytes.
-    turned = weight.transpose(0, 1)
+        return _pixel_product(error, weight.flatten(1), None, inverse_scale, accumulate, epilogue, target)
+    # Sums run over output channels, which `_gather` makes contiguous by a copy of the weight's bytes.
+    transposed = weight.transpose(0, 1)
     rows, columns = (_error_axes(geometry, axis, input_shape[2 + axis], weight.shape[2 + axis]) for axis in (0, 1))
-    phases = [[row, column] for row in rows for column in columns]
-    return _gather(error, turned, None, tuple(input_shape), phases, inverse_scale, accumulate, epilogue, bulk)
+    phases = tuple((row, column) for row in rows for column in columns)
+    return _gather(error, transposed, None, tuple(input_shape), phases, inverse_scale, accumulate, epilogue, target)
 
 
 def conv2d_gradient(
@@ -111,12 +114,12 @@ def conv2d_gradient(
     inverse_scale: float = 1.0,
     accumulate: str = "promoted",
     splits: int | None = None,
-    bulk: bool | None = None,
+    target: configs.Target | None = None,
 ) -> Tensor:
     """Weight-gradient product: error [B, O, P, Q], x [B, C, H, W] -> FP32 [O, C, R, S], channels_last; deterministic.
 
-    FP8 instructions want the summed pixels contiguous, which no layout of images gives: with `bulk` the operands
-    become FP16 (exact) in front of FP16 instructions, all of whose sums are FP32.
+    FP8 instructions want the summed pixels contiguous, which no layout of images gives: where TMA loads them, the
+    operands become FP16 (exact) in front of FP16 instructions, all of whose sums are FP32.
 
     Raises:
         ValueError: an argument does not fit; nothing was launched.
@@ -131,39 +134,31 @@ def conv2d_gradient(
     columns = height * width * channels
     if outputs * columns == 0 or pixels == 0 or x.numel() == 0:
         return torch.zeros(weight_shape, device=x.device).to(memory_format=torch.channels_last)
-    arguments = (error, x, weight_shape, expected, geometry, inverse_scale, splits)
-    if configs.bulk_available(x.device) if bulk is None else bulk:
-        result = _bulk_gradient(*arguments)
-        if result is not None:
-            return result
-    tile, chosen, programs = configs.choose(x.device, outputs, columns, pixels, 1, splittable=True, halves=False)
+    target = target or configs.target_of(x.device)
+    axes = _forward_axes(geometry, x.shape, shape)
+    errors, source = _channels_last(error), _channels_last(x)
+    viewed = _tma_view(source, (axes,)) if target.tma and fits(errors) else None
+    if viewed is not None:
+        return _wgrad_tma(errors, viewed, weight_shape, axes, inverse_scale, splits, target)
+    tile, chosen, programs = configs.choose(target, outputs, columns, pixels, 1, splittable=True, halves=False)
     splits = chosen if splits is None else splits
-    step = summed_step(tile, x)
+    step = configs.summed_step(target, tile, x.element_size())
     chunk = cdiv(cdiv(pixels, splits), step) * step
     partial = torch.empty((splits, outputs, height, width, channels), dtype=torch.float32, device=x.device)
-    g = geometry
     launch(
-        weight_gradient,
+        wgrad,
         (min(programs, splits * cdiv(outputs, tile.m) * cdiv(columns, tile.n)),),
         x.device,
-        _channels_last(error),
-        _channels_last(x),
+        errors,
+        source,
         partial,
-        inverse_scale,
         pixels,
         chunk,
-        expected[2],
-        expected[3],
-        x.shape[2],
-        x.shape[3],
+        *x.shape[2:],
         channels,
         outputs,
-        height,
-        width,
-        *g.stride,
-        -g.padding[0],
-        -g.padding[1],
-        *g.dilation,
+        Positions.of(*axes),
+        inverse_scale,
         ACCUMULATE=accumulation_of(x, accumulate),
         SPLITS=splits,
         BM=tile.m,
@@ -172,7 +167,7 @@ def conv2d_gradient(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return (partial[0] if splits == 1 else partial.sum(0)).permute(0, 3, 1, 2)
+    return _summed(partial)
 
 
 def output_size(x: torch.Size, weight: torch.Size, geometry: Conv2dGeometry) -> tuple[int, int, int, int]:
@@ -184,13 +179,14 @@ def output_size(x: torch.Size, weight: torch.Size, geometry: Conv2dGeometry) -> 
     return x[0], weight[0], sizes[0], sizes[1]
 
 
-# Along one axis: (grid, start, stride, step, first, taps, apart, tap, tap_step), the names of `gather_product`.
-Axis = tuple[int, int, int, int, int, int, int, int, int]
-
-
-def _forward_axis(g: Conv2dGeometry, axis: int, size: int, kernel: int) -> Axis:
-    grid = (size + 2 * g.padding[axis] - g.dilation[axis] * (kernel - 1) - 1) // g.stride[axis] + 1
-    return grid, 0, 1, g.stride[axis], -g.padding[axis], kernel, g.dilation[axis], 0, 1
+def _forward_axes(g: Conv2dGeometry, x: tuple[int, ...], weight: tuple[int, ...]) -> tuple[Axis, Axis]:
+    """Rows and columns of the forward product of an input and a weight of those shapes."""
+    grids = output_size(torch.Size(x), torch.Size(weight), g)[2:]
+    rows, columns = (
+        Axis(grids[a], grids[a], 0, 1, g.stride[a], -g.padding[a], weight[2 + a], g.dilation[a], tap=0, tap_step=1)
+        for a in (0, 1)
+    )
+    return rows, columns
 
 
 def _error_axes(g: Conv2dGeometry, axis: int, size: int, kernel: int) -> list[Axis]:
@@ -203,8 +199,78 @@ def _error_axes(g: Conv2dGeometry, axis: int, size: int, kernel: int) -> list[Ax
         tap = taps[0] if taps else 0
         first = (phase + padding - tap * dilation) // stride
         grid = (size - phase + stride - 1) // stride
-        axes.append((grid, phase, stride, 1, first, len(taps), -tap_step * dilation // stride, tap, tap_step))
+        axes.append(Axis(grid, size, phase, stride, 1, first, len(taps), -tap_step * dilation // stride, tap, tap_step))
     return axes
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """How one launch of a convolution goes: of all pixels, or those of one remainder of a strided error's positions.
+
+    Attributes:
+        positions: which pixels and taps meet.
+        tile: the kernel's configuration.
+        step: what one step sums: with boxes so many channels of a tap, else elements of taps and channels.
+        programs: size of the grid.
+        box: images, rows and columns of a tile's pixels, where TMA loads them.
+    """
+
+    positions: Positions
+    tile: configs.Tile
+    step: int
+    programs: int
+    box: tuple[int, int, int] | None
+
+
+@lru_cache(maxsize=1024)
+def plan_phases(
+    target: configs.Target,
+    phases: tuple[tuple[Axis, Axis], ...],
+    batch: int,
+    channels: int,
+    outputs: int,
+    element_size: int,
+    tma: bool,
+    storing: configs.Storing,
+) -> tuple[tuple[PhasePlan, ...], bool]:
+    """Plan a launch for each phase; together they fill the result.
+
+    Args:
+        target: the GPU.
+        phases: rows and columns of each.
+        batch, channels, outputs: sizes of the source and the result.
+        element_size: bytes of an operand's element.
+        tma: the operands can be loaded by TMA.
+        storing: how the result is stored.
+
+    Returns:
+        The plans, and whether the result is stored in FP32 and rounded in a pass of its own.
+    """
+    plans = []
+    for rows, columns in phases:
+        pixels = batch * rows.grid * columns.grid
+        tile, _, resident = configs.choose(
+            target,
+            pixels,
+            outputs,
+            rows.taps * columns.taps * channels,
+            1,
+            splittable=False,
+            halves=False,
+            small=storing.codes and (not tma or storing.stochastic),
+            tma=configs.TMA_CONVOLUTION_TILES if tma else None,
+        )
+        sides, blocks = None, cdiv(pixels, tile.m)
+        step = configs.summed_step(target, tile, element_size)
+        if tma:
+            # A power of two, at least what an instruction sums.
+            step = max(32, min(tile.k // element_size, triton.next_power_of_2(channels)))
+            sides = box(batch, rows.grid, columns.grid, tile.m)
+            blocks = cdiv(batch, sides[0]) * cdiv(rows.grid, sides[1]) * cdiv(columns.grid, sides[2])
+        programs = min(resident, blocks * cdiv(outputs, tile.n))
+        plans.append(PhasePlan(Positions.of(rows, columns), tile, step, programs, sides))
+    room = all(configs.takes_epilogue(target, plan.tile, 1, storing.stochastic) for plan in plans)
+    return tuple(plans), storing.rounded and not storing.codes and not room
 
 
 def _gather(
@@ -212,82 +278,68 @@ def _gather(
     weight: Tensor,
     bias: Tensor | None,
     shape: tuple[int, ...],
-    phases: list[list[Axis]],
+    phases: tuple[tuple[Axis, Axis], ...],
     inverse_scale: float,
     accumulate: str,
     epilogue: Epilogue,
-    bulk: bool | None,
+    target: configs.Target,
 ) -> Tensor:
-    """A launch for each phase, which is a pair of axes; together they fill a result of that shape."""
+    """The result of that shape of all phases."""
     result = _empty_channels_last(epilogue, shape, x.device)
     if result.numel() == 0:
         return result
     source, rows_of_weight = _channels_last(x), _channels_last(weight)
-    if bulk is None:
-        bulk = configs.bulk_available(x.device)
-    viewed = None
-    if bulk and fits(rows_of_weight.flatten(1, 2)):
-        # The axes' fourth and fifth numbers are the step and the first position.
-        steps, first = zip(*((axis[3], axis[4]) for axes in phases for axis in axes), strict=True)
-        viewed = _bulk_view(source, steps, first)
+    taps_of_weight = rows_of_weight.flatten(1, 2)
+    viewed = _tma_view(source, phases) if target.tma and fits(taps_of_weight) else None
     outputs, channels, height, width = weight.shape
-    pixels = [shape[0] * rows[0] * columns[0] for rows, columns in phases]
-    small = not (epilogue.plain or epilogue.values) and (viewed is None or epilogue.how.is_stochastic)
-    table = None if viewed is None else configs.BULK_CONVOLUTION_TILES
-    # The axes' sixth number is the count of taps.
-    summed = [rows[5] * columns[5] * channels for rows, columns in phases]
-    choices = [
-        configs.choose(x.device, count, outputs, k, 1, splittable=False, halves=False, small=small, bulk=table)
-        for count, k in zip(pixels, summed, strict=True)
-    ]
-    room = all(configs.takes_epilogue(x.device, tile, 1, epilogue.how.rounding) for tile, _, _ in choices)
-    apart = epilogue.values and not epilogue.plain and not room
+    sizes = (shape[0], channels, outputs, x.element_size())
+    plans, apart = plan_phases(target, phases, *sizes, viewed is not None, epilogue.storing())
     stored = Epilogue() if apart else epilogue
-    for axes, count, (tile, _, programs) in zip(phases, pixels, choices, strict=True):
-        by_name: list[tuple[int, ...]] = list(zip(*axes, strict=True))
-        grid, start, stride, step, first, taps, apart_by, tap, tap_step = by_name
-        shared: tuple[Any, ...] = (bias, raw_result(result), stored.overflows, inverse_scale)
-        options: dict[str, Any] = {**stored.options(x.device), "WHOLE_GROUPS": outputs % PER_CALL == 0}
-        options |= {"BN": tile.n, "num_warps": tile.warps, "num_stages": tile.stages}
-        if viewed is not None:
-            block = _channel_block(tile, x)
-            images, rows, columns = box(shape[0], *grid, tile.m)
-            taps_of_weight = rows_of_weight.flatten(1, 2)
-            boxes = cdiv(shape[0], images) * cdiv(grid[0], rows) * cdiv(grid[1], columns)
+    accumulation = accumulation_of(x, accumulate)
+    for plan in plans:
+        tile = plan.tile
+        shared = (bias, raw_result(result), inverse_scale, shape[0])
+        options: dict[str, Any] = {"WHOLE_GROUPS": outputs % PER_CALL == 0, "BN": tile.n, "BK": plan.step}
+        options |= {"ENCODING": stored.encoding(x.device), "num_warps": tile.warps, "num_stages": tile.stages}
+        if viewed is not None and plan.box is not None:
+            images, rows, columns = plan.box
             launch(
-                bulk_gather_product,
-                (min(programs, boxes * cdiv(outputs, tile.n)),),
+                implicit_gemm_tma,
+                (plan.programs,),
                 x.device,
-                describe(viewed, (images, rows, 1, columns, block)),
-                describe(taps_of_weight, (tile.n, 1, block)),
+                describe(viewed, (images, rows, 1, columns, plan.step)),
+                describe(taps_of_weight, (tile.n, 1, plan.step)),
                 *shared,
-                *(shape[0], channels, outputs, *grid, shape[2], shape[3]),
-                *(*start, *stride, *first, *taps, *apart_by, *tap, *tap_step, width),
+                channels,
+                outputs,
+                plan.positions,
+                width,
                 *stored.words(),
                 **options,
-                ACCUMULATE=promoted_by_steps(accumulation_of(x, accumulate)),
-                STEP=step[0],
+                ACCUMULATE=promoted_by_steps(accumulation),
+                STEP=plan.positions.step_h,
                 IMAGES=images,
                 ROWS=rows,
                 COLUMNS=columns,
-                BK=block,
             )
             continue
         launch(
-            gather_product,
-            (min(programs, cdiv(count, tile.m) * cdiv(outputs, tile.n)),),
+            implicit_gemm,
+            (plan.programs,),
             x.device,
             source,
             rows_of_weight,
             *shared,
-            *(shape[0], x.shape[2], x.shape[3], channels, outputs),
-            *(*grid, shape[2], shape[3], *start, *stride, *step, *first, *taps, *apart_by, *tap, *tap_step),
-            *(width, height * width * channels),
+            *x.shape[2:],
+            channels,
+            outputs,
+            plan.positions,
+            width,
+            height * width * channels,
             *stored.words(),
             **options,
-            ACCUMULATE=accumulation_of(x, accumulate),
+            ACCUMULATE=accumulation,
             BM=tile.m,
-            BK=summed_step(tile, x),
             GROUP=configs.GROUP,
         )
     if apart:
@@ -307,7 +359,7 @@ def _pixel_product(
     inverse_scale: float,
     accumulate: str,
     epilogue: Epilogue,
-    bulk: bool | None,
+    target: configs.Target,
 ) -> Tensor:
     """x [B, C, H, W] times weight [C, O], pixel by pixel."""
     y = matmul(
@@ -317,54 +369,38 @@ def _pixel_product(
         inverse_scale=inverse_scale,
         accumulate=accumulate,
         epilogue=epilogue,
-        bulk=bulk,
+        target=target,
     )
     return y.view(x.shape[0], *x.shape[2:], y.shape[1]).permute(0, 3, 1, 2)
 
 
-def _bulk_view(source: Tensor, steps: tuple[int, ...], first: tuple[int, ...]) -> Tensor | None:
-    """The source image as boxes of pixels are read from it; None where the bulk copy engine cannot read it.
-
-    Args:
-        source: [B, H, W, C].
-        steps: pixels between those that neighbours of a box read, along each axis.
-        first: position of the first of them; negative in the padding.
-    """
-    step, channels = steps[0], source.shape[3]
-    if set(steps) != {step}:
+def _tma_view(source: Tensor, phases: tuple[tuple[Axis, Axis], ...]) -> Tensor | None:
+    """The source [B, H, W, C] as TMA loads boxes of pixels of it; None where it cannot."""
+    axes = [axis for pair in phases for axis in pair]
+    step, channels = axes[0].step, source.shape[3]
+    if any(axis.step != step for axis in axes):
         return None
-    # With pixels apart, a block of channels that is not whole would go on in the pixel beside.
+    # With a step over 1, a block of channels must end with its pixel: the next one follows in the same dimension.
     whole = channels % min(CHANNELS, triton.next_power_of_2(channels)) == 0
-    if step > 1 and (not whole or min(first) < -step * FARTHEST.value):
+    if step > 1 and (not whole or min(axis.first for axis in axes) < -step * FARTHEST.value):
         return None
     viewed = pixel_view(source, step)
     return viewed if viewed is not None and fits(viewed) else None
 
 
-def _channel_block(tile: configs.Tile, operand: Tensor) -> int:
-    """Channels in one step of a bulk tile: a power of two, at least what an instruction sums."""
-    return max(32, min(tile.k // operand.element_size(), triton.next_power_of_2(operand.shape[1])))
-
-
-def _bulk_gradient(
-    error: Tensor,
-    x: Tensor,
+def _wgrad_tma(
+    errors: Tensor,
+    source: Tensor,
     weight_shape: tuple[int, ...],
-    output: tuple[int, int, int, int],
-    g: Conv2dGeometry,
+    axes: tuple[Axis, Axis],
     inverse_scale: float,
     splits: int | None,
-) -> Tensor | None:
-    """`conv2d_gradient` by the bulk copy engine; None where it cannot."""
+    target: configs.Target,
+) -> Tensor:
+    """`conv2d_gradient` of errors [B, P, Q, O] and what `_tma_view` gave."""
     outputs, channels, height, width = weight_shape
-    source, errors = _channels_last(x), _channels_last(error)
-    if not fits(errors):
-        return None
-    viewed = _bulk_view(source, g.stride, (-g.padding[0], -g.padding[1]))
-    if viewed is None:
-        return None
-    batch, _, grid_h, grid_w = output
-    tile, programs = configs.gradient_tile(x.device, outputs, channels, height * width)
+    batch, grid_h, grid_w, _ = errors.shape
+    tile, programs = configs.wgrad_tile(target, outputs, channels, height * width)
     images, rows, columns = box(batch, grid_h, grid_w, tile.k)
     boxes = cdiv(batch, images) * cdiv(grid_h, rows) * cdiv(grid_w, columns)
     tiles = height * width * cdiv(outputs, tile.m) * cdiv(channels, tile.n)
@@ -373,19 +409,19 @@ def _bulk_gradient(
         splits = max(1, min(cdiv(programs, tiles), boxes // 8))
     chunk = cdiv(boxes, splits)
     splits = cdiv(boxes, chunk)
-    partial = torch.empty((splits, outputs, height, width, channels), dtype=torch.float32, device=x.device)
+    partial = torch.empty((splits, outputs, height, width, channels), dtype=torch.float32, device=errors.device)
     launch(
-        bulk_weight_gradient,
+        wgrad_tma,
         (tiles * splits,),
-        x.device,
+        errors.device,
         describe(errors, (images, rows, columns, tile.m)),
-        describe(viewed, (images, rows, 1, columns, tile.n)),
+        describe(source, (images, rows, 1, columns, tile.n)),
         partial,
+        *(batch, chunk, channels, outputs),
+        Positions.of(*axes),
         inverse_scale,
-        *(batch, grid_h, grid_w, chunk, channels, outputs, height, width),
-        *(-g.padding[0], -g.padding[1], *g.dilation),
-        ACCUMULATE=accumulation_of(x, "fp16_mma"),
-        STEP=g.stride[0],
+        ACCUMULATE=accumulation_of(errors, "fp16_mma"),
+        STEP=axes[0].step,
         IMAGES=images,
         ROWS=rows,
         COLUMNS=columns,
@@ -394,7 +430,12 @@ def _bulk_gradient(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return (partial[0] if splits == 1 else partial.sum(0)).permute(0, 3, 1, 2)
+    return _summed(partial)
+
+
+def _summed(partial: Tensor) -> Tensor:
+    """[splits, O, R, S, C] summed, as [O, C, R, S]."""
+    return (partial[0] if partial.shape[0] == 1 else partial.sum(0)).permute(0, 3, 1, 2)
 
 
 def _empty_channels_last(epilogue: Epilogue, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp8repro.kernels.quantize.device import RANDOM_WORDS
+from fp8repro.kernels.shared.codec import RANDOM_WORDS, RandomWords
 from fp8repro.kernels.shared.tiles import groups_of_row, multiply_add, store_rounded
 
 
@@ -15,30 +15,19 @@ def multiply(
     b_ptr,
     bias_ptr,
     c_ptr,
-    overflow_ptr,
     inverse_scale,
     batches,
     M,
     N,
     K,
     chunk,
-    a_batch,
-    a_row,
-    a_column,
-    b_batch,
-    b_row,
-    b_column,
+    a_strides,
+    b_strides,
     seed0,
     seed1,
     stream0,
     stream1,
-    MAX: tl.constexpr,
-    EB: tl.constexpr,
-    MB: tl.constexpr,
-    INF: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
+    ENCODING: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     SPLITS: tl.constexpr,
     BM: tl.constexpr,
@@ -47,17 +36,20 @@ def multiply(
     HALVES: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BULK: tl.constexpr,
+    TMA: tl.constexpr,
     WHOLE_GROUPS: tl.constexpr,
 ):
     """c[batch, split, M, N] = a @ b * inverse_scale + bias, where a split sums `chunk` of K; c is contiguous.
 
-    BULK: a_ptr and b_ptr are descriptors of [batch, M, K] and [batch, N, K] whose blocks the bulk copy engine brings,
-    with zeros beyond the ends; strides and EVEN_K are not read. WHOLE_GROUPS: N is a multiple of 8.
+    TMA: a_ptr and b_ptr are descriptors of [batch, M, K] and [batch, N, K], whose blocks hold zeros beyond the ends;
+    strides and EVEN_K are not read. WHOLE_GROUPS: N is a multiple of 8.
 
     With two HALVES a program computes two tiles side by side from the same rows of a. That halves the traffic of a,
     and promoted sums need registers for one tile at a time, where one tile of twice the width would spill.
     """
+    words = RandomWords(seed0, seed1, stream0, stream1)
+    a_batch, a_row, a_column = a_strides
+    b_batch, b_row, b_column = b_strides
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN * HALVES)
     tiles = tiles_m * tiles_n
@@ -76,7 +68,7 @@ def multiply(
         n = tile_n * (BN * HALVES) + tl.arange(0, BN)
         k = tl.arange(0, BK)
         length = tl.minimum(chunk, K - start)
-        if not BULK:
+        if not TMA:
             # Rows beyond the end are read from the start instead and not stored: no mask in the loop.
             a_rows = a_ptr + batch * a_batch + (m % M).to(tl.int64)[:, None] * a_row
             b_plane = b_ptr + batch * b_batch
@@ -90,7 +82,7 @@ def multiply(
         if HALVES == 2:
             accumulator2 = tl.zeros((BM, BN), dtype=tl.float32)
         for step in range(0, tl.cdiv(length, BK)):
-            if BULK:
+            if TMA:
                 at = start + step * BK
                 a_tile = a_ptr.load([plane // SPLITS, tile_m * BM, at]).reshape(BM, BK)
                 b_tile = b_ptr.load([plane // SPLITS, tile_n * (BN * HALVES), at]).reshape(BN, BK).T
@@ -103,13 +95,13 @@ def multiply(
                 b_tile = tl.load(b, mask=k[:, None] < left, other=0.0)
             accumulator = multiply_add(a_tile, b_tile, accumulator, ACCUMULATE)
             if HALVES == 2:
-                if BULK:
+                if TMA:
                     b_tile = b_ptr.load([plane // SPLITS, tile_n * (BN * HALVES) + BN, at]).reshape(BN, BK).T
                 else:
                     b_tile = tl.load(b2) if EVEN_K else tl.load(b2, mask=k[:, None] < left, other=0.0)
                     b2 += BK * b_row
                 accumulator2 = multiply_add(a_tile, b_tile, accumulator2, ACCUMULATE)
-            if not BULK:
+            if not TMA:
                 a += BK * a_column
                 b += BK * b_row
 
@@ -123,37 +115,21 @@ def multiply(
             if WHOLE_GROUPS:
                 groups = groups_of_row(row, tile_n * (BN * HALVES) + half * BN, BN)
             mask = (m[:, None] < M) & (n[None, :] < N)
-            if BULK:
+            if TMA:
                 # 64 bits up to the tile's first row; 32 bits from there on save registers.
                 rows = c_ptr + (plane.to(tl.int64) * M + tile_m * BM) * N
                 place = rows + (tl.arange(0, BM)[:, None] * N + n[None, :])
             else:
                 place = c_ptr + index
-            store_rounded(
-                place,
-                result,
-                index,
-                groups,
-                mask,
-                overflow_ptr,
-                seed0,
-                seed1,
-                stream0,
-                stream1,
-                MAX,
-                EB,
-                MB,
-                INF,
-                ROUNDING,
-                SATURATE,
-                SUBNORMAL_NEAREST,
-            )
+            store_rounded(place, result, index, groups, mask, words, ENCODING)
             n += BN
 
 
 @triton.jit
-def turn(x_ptr, y_ptr, rows, columns, x_batch, x_row, y_batch, y_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def transpose(x_ptr, y_ptr, rows, columns, x_strides, y_strides, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """y[batch, columns, rows] = x[batch, rows, columns] transposed, of bytes; last dimensions are contiguous."""
+    x_batch, x_row = x_strides
+    y_batch, y_row = y_strides
     across = tl.cdiv(columns, COLUMNS)
     down = tl.cdiv(rows, ROWS)
     tile = tl.program_id(0)

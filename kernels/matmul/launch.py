@@ -1,19 +1,21 @@
 """Matrix products of FP8 (or 16-bit) operands in any layout, with FP32 accumulation and an optional rounding epilogue.
 
-Checks arguments and picks tiles (products.py holds the kernel). Must never round an operand.
+Checks arguments, plans, launches. Must never round an operand.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp8repro.kernels.matmul.device import multiply, turn
-from fp8repro.kernels.quantize.launch import PER_CALL, random_words, raw_codes, round_into, rounding_options
+from fp8repro.kernels.matmul.device import multiply, transpose
+from fp8repro.kernels.quantize.launch import PER_CALL, random_words, raw_codes, round_into
 from fp8repro.kernels.shared import configs
+from fp8repro.kernels.shared.codec import Encoding, encoding
 from fp8repro.kernels.shared.launch import INTERPRETED, capability, cdiv, check_device, launch
 from fp8repro.kernels.shared.tiles import PROMOTED_FMA
 from fp8repro.kernels.shared.tma import ALIGNMENT, describe, fits
@@ -31,14 +33,12 @@ class Epilogue:
     Attributes:
         how, bits: see `quantizer.round_into`; elements are counted in the result's row-major order, those of images
             channels last.
-        overflows: int32 tensor of one value that finite results beyond the format's largest value are added to.
         values: store FP32 values of the format, not its codes. Such results are rounded on the way where that costs
             no registers that the product needs, else in a pass of their own; the bytes are the same.
     """
 
     how: Rounding = IDENTITY
     bits: RandomBits = RandomBits()
-    overflows: Tensor | None = None
     values: bool = False
 
     @property
@@ -46,9 +46,13 @@ class Epilogue:
         """True when nothing is rounded."""
         return self.how.is_identity
 
-    def options(self, device: torch.device) -> dict[str, Any]:
-        """Compile-time arguments."""
-        return rounding_options(self.how, capability(device))
+    def encoding(self, device: torch.device) -> Encoding:
+        """The compile-time argument that says how a kernel rounds."""
+        return encoding(self.how, capability(device))
+
+    def storing(self) -> configs.Storing:
+        """What plans depend on."""
+        return configs.Storing(not self.plain, not (self.plain or self.values), self.how.is_stochastic)
 
     def words(self) -> tuple[Any, ...]:
         """The key and stream words of the random bits."""
@@ -65,15 +69,88 @@ class Epilogue:
 
     def round(self, result: Tensor) -> None:
         """Round a product's FP32 result in a pass of its own."""
-        stats = None if self.overflows is None else torch.zeros(4, dtype=torch.float64, device=result.device)
-        round_into(result, self.how, self.bits, result, None, stats)
-        if self.overflows is not None and stats is not None:
-            self.overflows.add_(stats[2].to(torch.int32))
+        round_into(result, self.how, self.bits, result, None, None)
 
 
 def raw_result(t: Tensor) -> Tensor:
     """What a kernel takes for its result: FP32, or the integers of the codes."""
     return t if t.dtype == torch.float32 else raw_codes(t)
+
+
+@dataclass(frozen=True)
+class ProductPlan:
+    """How one product is launched.
+
+    Attributes:
+        tile: the kernel's configuration.
+        step: elements of K that one step sums.
+        splits, chunk: parts of K that are summed apart, and their length.
+        programs: size of the grid.
+        tma: TMA loads the operands.
+        rounded_apart: the result is stored in FP32 and rounded in a pass of its own.
+    """
+
+    tile: configs.Tile
+    step: int
+    splits: int
+    chunk: int
+    programs: int
+    tma: bool
+    rounded_apart: bool
+
+
+@lru_cache(maxsize=4096)
+def plan_product(
+    target: configs.Target,
+    sizes: tuple[int, int, int, int],
+    element_size: int,
+    tma: bool,
+    storing: configs.Storing,
+    splits: int | None = None,
+    tile: configs.Tile | None = None,
+) -> ProductPlan:
+    """Plan the product [batches, M, K] @ [batches, K, N].
+
+    Args:
+        target: the GPU.
+        sizes: batches, M, N, K.
+        element_size: bytes of an operand's element.
+        tma: the operands can be loaded by TMA.
+        storing: how the result is stored.
+        splits, tile: see `matmul`.
+
+    Raises:
+        ValueError: parts of K for a result that is stored as codes.
+    """
+    batches, m, n, k = sizes
+    chosen, chosen_splits, resident = configs.choose(
+        target,
+        m,
+        n,
+        k,
+        batches,
+        splittable=not storing.codes,
+        halves=True,
+        small=storing.codes and (not tma or storing.stochastic),
+        tma=configs.TMA_TILES if tma else None,
+    )
+    tile = tile or chosen
+    splits = chosen_splits if splits is None else splits
+    if splits > 1 and storing.codes:
+        raise ValueError(f"splits: got {splits}, expected 1 with a rounded result")
+    step = configs.summed_step(target, tile, element_size)
+    work = batches * splits * cdiv(m, tile.m) * cdiv(n, tile.n * tile.halves)
+    return ProductPlan(
+        tile,
+        step,
+        splits,
+        chunk=cdiv(cdiv(k, splits), step) * step if splits > 1 else k,
+        programs=min(work, resident),
+        tma=tma,
+        rounded_apart=storing.rounded
+        and not storing.codes
+        and not configs.takes_epilogue(target, tile, splits, storing.stochastic),
+    )
 
 
 def matmul(
@@ -86,7 +163,7 @@ def matmul(
     epilogue: Epilogue | None = None,
     splits: int | None = None,
     tile: configs.Tile | None = None,
-    bulk: bool | None = None,
+    target: configs.Target | None = None,
 ) -> Tensor:
     """The product a @ b * inverse_scale + bias, accumulated in FP32 (paper, section 3).
 
@@ -97,13 +174,11 @@ def matmul(
         bias: FP32 [N].
         inverse_scale: power of two that undoes the operands' scales.
         accumulate: "promoted" (FP8 instructions, partial sums of 128 added in FP32), "fp16_mma" (FP16 instructions, all
-            sums in FP32), or, for measurements, "unpromoted", "promoted_64",
-            "promoted_32".
+            sums in FP32), or, for measurements, "unpromoted", "promoted_64", "promoted_32".
         epilogue: how the result is stored; FP32 by default.
         splits: parts of K that are summed apart, in a fixed order; None chooses.
         tile: the kernel's configuration; None takes the table's.
-        bulk: the GPU's bulk copy engine brings the operands, of which FP8 ones are turned first where K is not
-            contiguous; None: where it can.
+        target: the GPU to plan for; None: the one that holds `a`.
 
     Returns:
         [..., M, N], contiguous.
@@ -112,6 +187,7 @@ def matmul(
         ValueError: an argument's device, dtype or shape does not fit; nothing was launched.
     """
     epilogue = epilogue or Epilogue()
+    target = target or configs.target_of(a.device)
     check_operands(a, b, "a", "b")
     if a.dim() < 2 or a.dim() != b.dim() or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
         raise ValueError(
@@ -120,109 +196,95 @@ def matmul(
     check_bias(bias, b.shape[-1], a.device)
     lead = a.shape[:-2]
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
-    # Leading dimensions that do not merge into one cost a copy of the bytes.
-    a3 = a.reshape(-1, m, k) if a.numel() else a.new_empty(lead.numel(), m, k)
-    b3 = b.reshape(-1, k, n) if b.numel() else b.new_empty(lead.numel(), k, n)
     result = epilogue.empty((*lead, m, n), a.device)
     if result.numel() == 0:
         return result
-    batches = a3.shape[0]
-    fp32 = epilogue.plain or epilogue.values
-    if bulk is None:
-        bulk = configs.bulk_available(a.device)
-    described = _described(a3, b3) if bulk and k > 0 else None
-    small = not fp32 and (described is None or epilogue.how.is_stochastic)
-    chosen, chosen_splits, programs = configs.choose(
-        a.device,
-        m,
-        n,
-        k,
-        batches,
-        splittable=fp32,
-        halves=True,
-        small=small,
-        bulk=configs.BULK_TILES if described else None,
-    )
-    tile = tile or chosen
-    splits = chosen_splits if splits is None else splits
-    room = configs.takes_epilogue(a.device, tile, splits, epilogue.how.rounding)
-    apart = epilogue.values and not epilogue.plain and not room
-    stored = Epilogue() if apart else epilogue
-    if splits > 1 and not fp32:
-        raise ValueError(f"splits: got {splits}, expected 1 with a rounded result")
-    step = summed_step(tile, a)
-    chunk = cdiv(cdiv(k, splits), step) * step if splits > 1 else k
-    target = result if splits == 1 else torch.empty((batches, splits, m, n), dtype=torch.float32, device=a.device)
-    work = batches * splits * cdiv(m, tile.m) * cdiv(n, tile.n * tile.halves)
-    operands: tuple[Any, Any] = (a3, b3)
-    if described is not None:
-        operands = describe(described[0], (1, tile.m, step)), describe(described[1], (1, tile.n, step))
+    # Leading dimensions that do not merge into one cost a copy of the bytes.
+    a = a.reshape(-1, m, k) if k else a.new_empty(lead.numel(), m, 0)
+    b = b.reshape(-1, k, n) if k else b.new_empty(lead.numel(), 0, n)
+    loaded = tma_operands(a, b) if target.tma and k > 0 else None
+    sizes = (a.shape[0], m, n, k)
+    plan = plan_product(target, sizes, a.element_size(), loaded is not None, epilogue.storing(), splits, tile)
+    stored = Epilogue() if plan.rounded_apart else epilogue
+    if plan.splits == 1:
+        _launch(plan, loaded or (a, b), sizes, bias, result, inverse_scale, accumulate, stored)
+    else:
+        parts = torch.empty((a.shape[0], plan.splits, m, n), dtype=torch.float32, device=a.device)
+        _launch(plan, loaded or (a, b), sizes, None, parts, inverse_scale, accumulate, stored)
+        torch.sum(parts, 1, out=result.view(-1, m, n))
+        if bias is not None:
+            result += bias
+    if plan.rounded_apart:
+        epilogue.round(result)
+    return result
+
+
+def _launch(
+    plan: ProductPlan,
+    operands: tuple[Tensor, Tensor],
+    sizes: tuple[int, int, int, int],
+    bias: Tensor | None,
+    result: Tensor,
+    inverse_scale: float,
+    accumulate: str,
+    epilogue: Epilogue,
+) -> None:
+    a, b = operands
+    tile, step = plan.tile, plan.step
+    blocks = ((1, tile.m, step), (1, tile.n, step))
     launch(
         multiply,
-        (min(work, programs),),
+        (plan.programs,),
         a.device,
-        *operands,
-        bias if splits == 1 else None,
-        raw_result(target),
-        stored.overflows,
+        *(describe(t, block) if plan.tma else t for t, block in zip(operands, blocks, strict=True)),
+        bias,
+        raw_result(result),
         inverse_scale,
-        batches,
-        m,
-        n,
-        k,
-        chunk,
-        *(a3.stride() if described is None else (0, 0, 0)),
-        *(b3.stride() if described is None else (0, 0, 0)),
-        *stored.words(),
-        **stored.options(a.device),
+        *sizes,
+        plan.chunk,
+        (0, 0, 0) if plan.tma else a.stride(),
+        (0, 0, 0) if plan.tma else b.stride(),
+        *epilogue.words(),
+        ENCODING=epilogue.encoding(a.device),
         ACCUMULATE=accumulation_of(a, accumulate, step),
-        SPLITS=splits,
+        SPLITS=plan.splits,
         BM=tile.m,
         BN=tile.n,
         BK=step,
         HALVES=tile.halves,
         GROUP=configs.GROUP,
-        EVEN_K=described is not None or (k % step == 0 and chunk % step == 0),
-        BULK=described is not None,
-        WHOLE_GROUPS=n % PER_CALL == 0,
+        EVEN_K=plan.tma or (sizes[3] % step == 0 and plan.chunk % step == 0),
+        TMA=plan.tma,
+        WHOLE_GROUPS=sizes[2] % PER_CALL == 0,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if splits > 1:
-        torch.sum(target, 1, out=result.view(batches, m, n))
-        if bias is not None:
-            result += bias
-    if apart:
-        epilogue.round(result)
-    return result
 
 
-def summed_step(tile: configs.Tile, operand: Tensor) -> int:
-    """Elements of the summed dimension in one step of a tile."""
-    return tile.k if operand.element_size() == 1 or INTERPRETED else tile.k // 2
+def tma_operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
+    """[batch, M, K] and [batch, N, K] that TMA can load; None where it cannot.
 
-
-def _described(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
-    """[batch, M, K] and [batch, N, K] that descriptors can stand for; None where the bulk copy engine cannot help."""
+    FP8 operands in which K is not contiguous are transposed first.
+    """
     operands = []
     for t in (a, b.transpose(1, 2)):
         if not fits(t) and t.element_size() == 1:
-            # FP8 instructions want K contiguous; a pass over the bytes costs far less than turning every tile.
-            t = turned(t.transpose(1, 2) if t.stride(1) == 1 else t.transpose(1, 2).contiguous())
+            # FP8 instructions want K contiguous; a pass over the bytes costs far less than transposing every tile.
+            t = transposed(t.transpose(1, 2) if t.stride(1) == 1 else t.transpose(1, 2).contiguous())
         if not fits(t):
             return None
         operands.append(t)
     return operands[0], operands[1]
 
 
-def turned(x: Tensor) -> Tensor:
+def transposed(x: Tensor) -> Tensor:
     """[batch, rows, columns] of bytes, columns contiguous -> [batch, columns, rows], with rows as far apart as fits."""
     batch, rows, columns = x.shape
     pitch = cdiv(rows, ALIGNMENT) * ALIGNMENT
     y = torch.empty((batch, columns, pitch), dtype=x.dtype, device=x.device)[:, :, :rows]
     grid = (batch * cdiv(rows, 64) * cdiv(columns, 64),)
-    arguments = (raw_codes(x), raw_codes(y), rows, columns, x.stride(0), x.stride(1), y.stride(0), y.stride(1))
-    launch(turn, grid, x.device, *arguments, ROWS=64, COLUMNS=64)
+    arguments = (raw_codes(x), raw_codes(y), rows, columns, x.stride()[:2], y.stride()[:2])
+    launch(transpose, grid, x.device, *arguments, ROWS=64, COLUMNS=64)
     return y
 
 

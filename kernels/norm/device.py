@@ -1,4 +1,4 @@
-"""Triton kernels of batch and layer normalization that read and write 8-bit tensors.
+"""Triton kernels of batch and layer normalization; inputs may be FP8, and codes of results are stored beside them.
 
 Statistics and normalization are FP32; sums are combined in a fixed order, never by atomics.
 """
@@ -8,9 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp8repro.kernels.quantize.device import RANDOM_WORDS
 from fp8repro.kernels.shared import codec
-from fp8repro.kernels.shared.tiles import store_rounded, to_fp32
+from fp8repro.kernels.shared.tiles import to_fp32
 
 
 @triton.jit
@@ -20,9 +19,9 @@ def channel_statistics(x_ptr, partial_ptr, rows, channels, chunk, ROWS: tl.const
     start = tl.program_id(1).to(tl.int64) * chunk
     end = tl.minimum(start + chunk, rows)
     inside = channel < channels
-    # Deviations from any value near the mean keep the difference of squares accurate.
+    # Shifted by one of the values, which is near the mean: the sum of squares loses no digits.
     origin = to_fp32(tl.load(x_ptr + start * channels + channel, mask=inside, other=0.0))
-    # A sum for each place of the tile, so that threads exchange sums once, not at every tile.
+    # Elementwise over tiles, so that threads exchange sums once, not at every tile.
     totals = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     squares_of = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for first in range(start, end, ROWS):
@@ -49,83 +48,58 @@ def _flat(BLOCK: tl.constexpr, WIDE: tl.constexpr):
     return program * BLOCK + tl.arange(0, BLOCK)
 
 
-@triton.jit(do_not_specialize=RANDOM_WORDS)
+@triton.jit
+def _store_codes(pointers, x, mask, ENCODING: tl.constexpr):
+    """Store the codes of a rounding without random bits."""
+    code = codec.encode(x, None, ENCODING)
+    tl.store(pointers, code.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def batch_apply(
     x_ptr,
     mean_ptr,
-    inverse_ptr,
+    rstd_ptr,
     weight_ptr,
     bias_ptr,
     residual_ptr,
     y_ptr,
-    values_ptr,
+    codes_ptr,
     kept_ptr,
     flags_ptr,
     count,
     channels,
-    seed0,
-    seed1,
-    stream0,
-    stream1,
-    MAX: tl.constexpr,
-    EB: tl.constexpr,
-    MB: tl.constexpr,
-    INF: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
-    KEPT_EB: tl.constexpr,
-    KEPT_MB: tl.constexpr,
-    KEPT_INF: tl.constexpr,
-    KEPT_ROUNDING: tl.constexpr,
+    ENCODING: tl.constexpr,
+    KEPT: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """y = rounded(relu(normalized x + residual)), and one bit an element that says where the ReLU let it pass.
+    """y = relu(normalized x + residual), and one bit an element that says where the ReLU let it pass.
 
-    Also, where pointers are given: the FP32 values before that rounding, and the codes of x in a format that holds it.
+    Also, where pointers are given: the codes of y rounded to ENCODING, and those of x in KEPT, which holds its values.
     """
     offset = _flat(BLOCK, WIDE)
     mask = offset < count
     channel = offset % channels
     x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
     if kept_ptr is not None:
-        code = codec.encode(x, offset, KEPT_EB, KEPT_MB, KEPT_INF, KEPT_ROUNDING, False, False)
-        tl.store(kept_ptr + offset, code.to(kept_ptr.dtype.element_ty), mask=mask)
-    scale = tl.load(inverse_ptr + channel, mask=mask, other=0.0) * tl.load(weight_ptr + channel, mask=mask, other=0.0)
+        _store_codes(kept_ptr + offset, x, mask, KEPT)
+    scale = tl.load(rstd_ptr + channel, mask=mask, other=0.0) * tl.load(weight_ptr + channel, mask=mask, other=0.0)
     y = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * scale
     y += tl.load(bias_ptr + channel, mask=mask, other=0.0)
     if residual_ptr is not None:
         y += to_fp32(tl.load(residual_ptr + offset, mask=mask, other=0.0))
     if RELU:
         passed = (y > 0) & mask
-        # NaN must pass: a diverged run shall be seen.
+        # NaN passes, so that a diverged run is seen.
         y = tl.where(y <= 0, 0.0, y)
         bits = tl.reshape(passed.to(tl.int32), [BLOCK // 8, 8]) << tl.arange(0, 8)[None, :]
         byte = _flat(BLOCK // 8, WIDE)
         tl.store(flags_ptr + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < count)
-    if values_ptr is not None:
-        tl.store(values_ptr + offset, y, mask=mask)
-    store_rounded(
-        y_ptr + offset,
-        y,
-        offset.to(tl.int64),
-        None,
-        mask,
-        None,
-        seed0,
-        seed1,
-        stream0,
-        stream1,
-        MAX,
-        EB,
-        MB,
-        INF,
-        ROUNDING,
-        SATURATE,
-        SUBNORMAL_NEAREST,
-    )
+    tl.store(y_ptr + offset, y, mask=mask)
+    if codes_ptr is not None:
+        _store_codes(codes_ptr + offset, y, mask, ENCODING)
 
 
 @triton.jit
@@ -143,7 +117,7 @@ def batch_gradient_sums(
     flags_ptr,
     x_ptr,
     mean_ptr,
-    inverse_ptr,
+    rstd_ptr,
     partial_ptr,
     rows,
     channels,
@@ -158,7 +132,7 @@ def batch_gradient_sums(
     end = tl.minimum(start + chunk, rows)
     inside = channel < channels
     mean = tl.load(mean_ptr + channel, mask=inside, other=0.0)[None, :]
-    inverse = tl.load(inverse_ptr + channel, mask=inside, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + channel, mask=inside, other=0.0)[None, :]
     totals = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     products = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for first in range(start, end, ROWS):
@@ -166,7 +140,7 @@ def batch_gradient_sums(
         mask = (row < end) & inside[None, :]
         offset = row * channels + channel[None, :]
         if flags_ptr is not None and WHOLE_BYTES:
-            # One load for the bits of eight channels, where each element loading its own would take most of the time.
+            # One load for the bits of eight channels: a load for each element would take most of the time.
             gradient = to_fp32(tl.load(grad_ptr + offset, mask=mask, other=0.0))
             eighth = tl.program_id(0) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
             place = row * (channels // 8) + eighth[None, :]
@@ -177,7 +151,7 @@ def batch_gradient_sums(
             gradient = _masked_gradient(grad_ptr, flags_ptr, offset, mask)
         x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
         totals += gradient
-        products += tl.where(mask, gradient * ((x - mean) * inverse), 0.0)
+        products += tl.where(mask, gradient * ((x - mean) * rstd), 0.0)
     total = tl.sum(totals, 0)
     product = tl.sum(products, 0)
     place = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * channels + channel
@@ -185,13 +159,13 @@ def batch_gradient_sums(
     tl.store(place + channels, product, mask=inside)
 
 
-@triton.jit(do_not_specialize=RANDOM_WORDS)
+@triton.jit
 def batch_gradient_apply(
     grad_ptr,
     flags_ptr,
     x_ptr,
     mean_ptr,
-    inverse_ptr,
+    rstd_ptr,
     weight_ptr,
     sums_ptr,
     grad_x_ptr,
@@ -199,84 +173,45 @@ def batch_gradient_apply(
     count,
     channels,
     inverse_rows,
-    seed0,
-    seed1,
-    stream0,
-    stream1,
-    MAX: tl.constexpr,
-    EB: tl.constexpr,
-    MB: tl.constexpr,
-    INF: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Gradients of the input (rounded) and of the residual (FP32) from the sums of `batch_gradient_sums`."""
+    """Gradients of the input and of the residual from the sums of `batch_gradient_sums`."""
     offset = _flat(BLOCK, WIDE)
     mask = offset < count
     channel = offset % channels
     gradient = _masked_gradient(grad_ptr, flags_ptr, offset, mask)
     if grad_residual_ptr is not None:
         tl.store(grad_residual_ptr + offset, gradient, mask=mask)
-    inverse = tl.load(inverse_ptr + channel, mask=mask, other=0.0)
+    rstd = tl.load(rstd_ptr + channel, mask=mask, other=0.0)
     x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
-    normalized = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * inverse
+    normalized = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * rstd
     total = tl.load(sums_ptr + channel, mask=mask, other=0.0)
     product = tl.load(sums_ptr + channels + channel, mask=mask, other=0.0)
     centred = gradient - (total + normalized * product) * inverse_rows
-    result = centred * (inverse * tl.load(weight_ptr + channel, mask=mask, other=0.0))
-    store_rounded(
-        grad_x_ptr + offset,
-        result,
-        offset.to(tl.int64),
-        None,
-        mask,
-        None,
-        seed0,
-        seed1,
-        stream0,
-        stream1,
-        MAX,
-        EB,
-        MB,
-        INF,
-        ROUNDING,
-        SATURATE,
-        SUBNORMAL_NEAREST,
-    )
+    result = centred * (rstd * tl.load(weight_ptr + channel, mask=mask, other=0.0))
+    tl.store(grad_x_ptr + offset, result, mask=mask)
 
 
-@triton.jit(do_not_specialize=RANDOM_WORDS)
+@triton.jit
 def layer_forward(
     x_ptr,
     weight_ptr,
     bias_ptr,
     y_ptr,
-    values_ptr,
+    codes_ptr,
     mean_ptr,
-    inverse_ptr,
+    rstd_ptr,
     rows,
     width,
     eps,
-    seed0,
-    seed1,
-    stream0,
-    stream1,
-    MAX: tl.constexpr,
-    EB: tl.constexpr,
-    MB: tl.constexpr,
-    INF: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
+    ENCODING: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Normalize ROWS whole rows of [rows, width], round them, and keep mean and inverse deviation of each.
+    """Normalize ROWS whole rows of [rows, width], and keep mean and rstd of each.
 
-    The FP32 values before that rounding are stored too where a pointer is given.
+    Where a pointer is given, the codes of the result rounded to ENCODING are stored too.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
@@ -286,60 +221,31 @@ def layer_forward(
     x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
     mean = tl.sum(x, 1) / width
     away = tl.where(mask, x - mean[:, None], 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(away * away, 1) / width + eps)
+    rstd = 1.0 / tl.sqrt(tl.sum(away * away, 1) / width + eps)
     tl.store(mean_ptr + row, mean, mask=row < rows)
-    tl.store(inverse_ptr + row, inverse, mask=row < rows)
-    y = away * inverse[:, None] * tl.load(weight_ptr + column, mask=inside, other=0.0)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    y = away * rstd[:, None] * tl.load(weight_ptr + column, mask=inside, other=0.0)
     y += tl.load(bias_ptr + column, mask=inside, other=0.0)
-    if values_ptr is not None:
-        tl.store(values_ptr + offset, y, mask=mask)
-    store_rounded(
-        y_ptr + offset,
-        y,
-        offset,
-        None,
-        mask,
-        None,
-        seed0,
-        seed1,
-        stream0,
-        stream1,
-        MAX,
-        EB,
-        MB,
-        INF,
-        ROUNDING,
-        SATURATE,
-        SUBNORMAL_NEAREST,
-    )
+    tl.store(y_ptr + offset, y, mask=mask)
+    if codes_ptr is not None:
+        _store_codes(codes_ptr + offset, y, mask, ENCODING)
 
 
-@triton.jit(do_not_specialize=RANDOM_WORDS)
+@triton.jit
 def layer_backward(
     grad_ptr,
     x_ptr,
     weight_ptr,
     mean_ptr,
-    inverse_ptr,
+    rstd_ptr,
     grad_x_ptr,
     partial_ptr,
     rows,
     width,
-    seed0,
-    seed1,
-    stream0,
-    stream1,
-    MAX: tl.constexpr,
-    EB: tl.constexpr,
-    MB: tl.constexpr,
-    INF: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradient of the input, rounded; partial[program, 0 or 1, width] sums those of weight and bias."""
+    """Gradient of the input; partial[program, 0 or 1, width] sums those of weight and bias."""
     column = tl.arange(0, BLOCK)[None, :]
     inside = column < width
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
@@ -351,34 +257,16 @@ def layer_backward(
         offset = row[:, None] * width + column
         gradient = to_fp32(tl.load(grad_ptr + offset, mask=mask, other=0.0))
         x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
-        inverse = tl.load(inverse_ptr + row, mask=row < rows, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
         mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
-        normalized = tl.where(mask, (x - mean) * inverse, 0.0)
+        normalized = tl.where(mask, (x - mean) * rstd, 0.0)
         grad_weight += tl.sum(gradient * normalized, 0)
         grad_bias += tl.sum(gradient, 0)
         weighted = gradient * weight
         total = tl.sum(weighted, 1)[:, None] / width
         product = tl.sum(weighted * normalized, 1)[:, None] / width
-        result = (weighted - total - normalized * product) * inverse
-        store_rounded(
-            grad_x_ptr + offset,
-            result,
-            offset,
-            None,
-            mask,
-            None,
-            seed0,
-            seed1,
-            stream0,
-            stream1,
-            MAX,
-            EB,
-            MB,
-            INF,
-            ROUNDING,
-            SATURATE,
-            SUBNORMAL_NEAREST,
-        )
+        result = (weighted - total - normalized * product) * rstd
+        tl.store(grad_x_ptr + offset, result, mask=mask)
     place = partial_ptr + tl.program_id(0) * 2 * width + tl.arange(0, BLOCK)
     tl.store(place, grad_weight, mask=tl.arange(0, BLOCK) < width)
     tl.store(place + width, grad_bias, mask=tl.arange(0, BLOCK) < width)

@@ -1,6 +1,6 @@
-"""Batch normalization + residual + ReLU + rounding, and layer normalization + rounding, forward and backward.
+"""Batch normalization + residual + ReLU, and layer normalization, forward and backward; codes of results beside them.
 
-Inputs may be 8-bit tensors and results are rounded in the same pass; arithmetic is FP32. Training mode only.
+Inputs may be 8-bit tensors; arithmetic and results are FP32. Training mode only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fp8repro.kernels.matmul.launch import Epilogue, raw_result
+from fp8repro.kernels.matmul.launch import raw_result
 from fp8repro.kernels.norm import device as kernels
 from fp8repro.kernels.shared import codec
 from fp8repro.kernels.shared.launch import INTERPRETED, block_size, capability, cdiv, check_device, launch
@@ -20,7 +20,7 @@ from fp8repro.numerics.rounding import Rounding
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn)
 FLAT_BLOCK = 1024
-NARROW = (1 << 31) - (1 << 17)  # elements whose offsets 32 bits hold, those of the last block's masked end included
+NARROW = (1 << 31) - (1 << 17)  # so many elements have 32-bit offsets, with the masked ones of the last block
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,20 @@ class BatchNormResult:
     """What `batch_norm` gives.
 
     Attributes:
-        y: rounded result, channels_last.
+        y: FP32 [B, C, H, W], channels_last.
         flags: uint8, one bit an element in memory order, set where the ReLU let it pass; None without ReLU.
-        mean: FP32 [C].
-        inverse_deviation: FP32 [C].
+        mean, rstd: FP32 [C]; rstd is 1 / sqrt(variance + eps).
         variance: FP32 [C], biased.
-        values: FP32, the result before rounding, where asked for.
+        codes: of the rounded result, where asked for.
         kept: codes of the input in the format that was asked for.
     """
 
     y: Tensor
     flags: Tensor | None
     mean: Tensor
-    inverse_deviation: Tensor
+    rstd: Tensor
     variance: Tensor
-    values: Tensor | None = None
+    codes: Tensor | None = None
     kept: Tensor | None = None
 
 
@@ -54,11 +53,10 @@ def batch_norm(
     residual: Tensor | None = None,
     relu: bool = False,
     eps: float = 1e-5,
-    epilogue: Epilogue | None = None,
-    values: bool = False,
+    how: Rounding | None = None,
     kept: FloatFormat | None = None,
 ) -> BatchNormResult:
-    """Normalize over batch and pixels, add the residual, clamp, round: two reads of x, one write.
+    """Normalize over batch and pixels, add the residual, clamp: two reads of x, one write.
 
     Args:
         x: [B, C, H, W] of any floating-point dtype; what `batch_norm_backward` wants again, or its `kept` codes.
@@ -67,14 +65,13 @@ def batch_norm(
         residual: like x in shape, of any floating-point dtype.
         relu: clamp at zero.
         eps: added to the variance.
-        epilogue: how the result is stored; FP32 by default.
-        values: give the FP32 result too, before rounding.
+        how: rounding, without random bits, whose codes of the result are written in the same pass.
         kept: format that holds every value of x; its codes are written in the same pass.
 
     Raises:
         ValueError: an argument does not fit, or there is nothing to take statistics of.
     """
-    epilogue = epilogue or Epilogue()
+    _check_rounding(how)
     _check_image(x, "x")
     _check_vectors(x.shape[1], x.device, weight=weight, bias=bias)
     if residual is not None:
@@ -84,12 +81,14 @@ def batch_norm(
     rows = batch * height * width
     partial, counts = _sums(kernels.channel_statistics, (dense,), rows, channels)
     mean, variance = _combine(partial, counts)
-    inverse = (variance + eps).rsqrt()
-    shape = (batch, height, width, channels)
-    y = epilogue.empty(shape, x.device).permute(0, 3, 1, 2)
-    plain = Epilogue().empty(shape, x.device).permute(0, 3, 1, 2) if values else None
-    codes = None if kept is None else Epilogue(Rounding(kept)).empty(shape, x.device).permute(0, 3, 1, 2)
-    kept = kept or FP32
+    rstd = (variance + eps).rsqrt()
+
+    def empty(format: FloatFormat) -> Tensor:
+        return torch.empty((batch, height, width, channels), dtype=format.dtype, device=x.device).permute(0, 3, 1, 2)
+
+    y = empty(FP32)
+    codes = None if how is None else empty(how.format)
+    stored = None if kept is None else empty(kept)
     flags = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device) if relu else None
     block = block_size(FLAT_BLOCK, x.numel())
     launch(
@@ -98,27 +97,23 @@ def batch_norm(
         x.device,
         dense,
         mean,
-        inverse,
+        rstd,
         weight,
         bias,
         None if residual is None else _rows(residual),
-        raw_result(y),
-        plain,
+        y,
         None if codes is None else raw_result(codes),
+        None if stored is None else raw_result(stored),
         flags,
         x.numel(),
         channels,
-        *epilogue.words(),
-        **epilogue.options(x.device),
-        KEPT_EB=kept.exponent_bits,
-        KEPT_MB=kept.mantissa_bits,
-        KEPT_INF=kept.has_infinity,
-        KEPT_ROUNDING=codec.rounding_code(kept, "nearest", capability(x.device)),
+        ENCODING=_encoding(how, x.device),
+        KEPT=_encoding(None if kept is None else Rounding(kept), x.device),
         RELU=relu,
         BLOCK=block,
         WIDE=x.numel() > NARROW,
     )
-    return BatchNormResult(y, flags, mean, inverse, variance, plain, codes)
+    return BatchNormResult(y, flags, mean, rstd, variance, codes, stored)
 
 
 def batch_norm_backward(
@@ -127,35 +122,32 @@ def batch_norm_backward(
     weight: Tensor,
     forward: BatchNormResult,
     *,
-    epilogue: Epilogue | None = None,
     needs_residual: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of input (rounded by the epilogue), weight, bias, and of the residual (FP32).
+    """FP32 gradients of input, weight, bias, and of the residual.
 
     Args:
         grad: gradient of the result, of any floating-point dtype.
         x: the forward pass's input.
         weight: FP32 [C].
         forward: what `batch_norm` gave; its `y` is not read.
-        epilogue: how the input's gradient is stored; FP32 by default.
         needs_residual: give the residual's gradient too.
 
     Raises:
         ValueError: an argument does not fit; nothing was launched.
     """
-    epilogue = epilogue or Epilogue()
     _check_image(x, "x")
     _check_like("grad", grad, x)
     _check_vectors(x.shape[1], x.device, weight=weight)
     batch, channels, height, width = x.shape
     rows = batch * height * width
     dense, dense_grad = _rows(x), _rows(grad)
-    mean, inverse = forward.mean, forward.inverse_deviation
-    tensors = (dense_grad, forward.flags, dense, mean, inverse)
+    mean, rstd = forward.mean, forward.rstd
+    tensors = (dense_grad, forward.flags, dense, mean, rstd)
     partial, _ = _sums(kernels.batch_gradient_sums, tensors, rows, channels, WHOLE_BYTES=channels % 8 == 0)
     sums = partial.sum(0)
-    grad_x = epilogue.empty((batch, height, width, channels), x.device).permute(0, 3, 1, 2)
-    residual = torch.empty_like(grad_x, dtype=torch.float32) if needs_residual else None
+    grad_x = torch.empty((batch, height, width, channels), device=x.device).permute(0, 3, 1, 2)
+    residual = torch.empty_like(grad_x) if needs_residual else None
     block = block_size(FLAT_BLOCK, x.numel())
     launch(
         kernels.batch_gradient_apply,
@@ -164,13 +156,11 @@ def batch_norm_backward(
         *tensors,
         weight,
         sums,
-        raw_result(grad_x),
+        grad_x,
         residual,
         x.numel(),
         channels,
         1 / rows,
-        *epilogue.words(),
-        **epilogue.options(x.device),
         BLOCK=block,
         WIDE=x.numel() > NARROW,
     )
@@ -183,22 +173,22 @@ def layer_norm(
     bias: Tensor,
     *,
     eps: float = 1e-5,
-    epilogue: Epilogue | None = None,
-    values: bool = False,
+    how: Rounding | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Normalize the last dimension and round in the same pass.
+    """Normalize the last dimension of x [..., D].
 
     Returns:
-        Result [..., D], mean and inverse deviation (FP32, one a row); with `values` the FP32 result before rounding.
+        Result (FP32 [..., D]), mean and rstd (FP32, one a row), and the codes that `how`, a rounding without random
+        bits, gives of the result.
 
     Raises:
         ValueError: an argument does not fit; nothing was launched.
     """
-    epilogue = epilogue or Epilogue()
+    _check_rounding(how)
     width, rows = _check_rows(x, weight, bias)
-    y = epilogue.empty(tuple(x.shape), x.device)
-    plain = Epilogue().empty(tuple(x.shape), x.device) if values else None
-    mean, inverse = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    y = torch.empty(x.shape, device=x.device)
+    codes = None if how is None else torch.empty(x.shape, dtype=how.format.dtype, device=x.device)
+    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     height, block = _row_block(rows, width)
     launch(
         kernels.layer_forward,
@@ -207,19 +197,18 @@ def layer_norm(
         x.contiguous(),
         weight,
         bias,
-        raw_result(y),
-        plain,
+        y,
+        None if codes is None else raw_result(codes),
         mean,
-        inverse,
+        rstd,
         rows,
         width,
         eps,
-        *epilogue.words(),
-        **epilogue.options(x.device),
+        ENCODING=_encoding(how, x.device),
         ROWS=height,
         BLOCK=block,
     )
-    return y, mean, inverse, plain
+    return y, mean, rstd, codes
 
 
 def layer_norm_backward(
@@ -227,19 +216,16 @@ def layer_norm_backward(
     x: Tensor,
     weight: Tensor,
     mean: Tensor,
-    inverse_deviation: Tensor,
-    *,
-    epilogue: Epilogue | None = None,
+    rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input (rounded by the epilogue), weight and bias.
+    """FP32 gradients of input, weight and bias.
 
     Raises:
         ValueError: an argument does not fit; nothing was launched.
     """
-    epilogue = epilogue or Epilogue()
     width, rows = _check_rows(x, weight, weight)
     _check_like("grad", grad, x)
-    grad_x = epilogue.empty(tuple(x.shape), x.device)
+    grad_x = torch.empty(x.shape, device=x.device)
     height, block = _row_block(rows, width)
     programs = min(cdiv(rows, height), 4 if INTERPRETED else 512)
     partial = torch.zeros((max(programs, 1), 2, width), dtype=torch.float32, device=x.device)
@@ -251,18 +237,25 @@ def layer_norm_backward(
         x.contiguous(),
         weight,
         mean,
-        inverse_deviation,
-        raw_result(grad_x),
+        rstd,
+        grad_x,
         partial,
         rows,
         width,
-        *epilogue.words(),
-        **epilogue.options(x.device),
         ROWS=height,
         BLOCK=block,
     )
     sums = partial.sum(0)
     return grad_x, sums[0], sums[1]
+
+
+def _encoding(how: Rounding | None, device: torch.device) -> codec.Encoding | None:
+    return None if how is None else codec.encoding(how, capability(device))
+
+
+def _check_rounding(how: Rounding | None) -> None:
+    if how is not None and (how.is_stochastic or how.format.dtype is None):
+        raise ValueError(f"how: got {how}, expected a rounding without random bits to a format with a storage dtype")
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Normalizations as torch operators with their derivatives: FP32 in and out, bytes kept for backward.
 
-What an operator cannot give (an absent output) is a tensor without elements: operators have no optional results.
-Where nobody traces, `normalize_batch` and `normalize_rows` do the same without the operators.
+Operators have no optional results: an absent output is a tensor without elements. Where nothing is traced,
+`normalize_batch` and `normalize_rows` do the same without the operators.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fp8repro.engines.guards import read, untraced
-from fp8repro.kernels.matmul.launch import Epilogue
 from fp8repro.kernels.norm import launch as norm
 from fp8repro.numerics.formats import get_format
 
@@ -46,17 +45,15 @@ def _batch_forward(
         rounding: how the result is wanted rounded too, without random bits (`guards.spell`); "" for not at all.
 
     Returns:
-        Result (FP32, channels_last), its codes, codes of x, ReLU's flags, mean, inverse deviation, biased variance.
+        Result (FP32, channels_last), its codes, codes of x, ReLU's flags, mean, rstd, biased variance.
     """
-    epilogue = Epilogue(read(rounding)) if rounding else None
+    how = read(rounding) if rounding else None
     store = get_format(kept) if kept else None
-    result = norm.batch_norm(
-        x, weight, bias, residual=residual, relu=relu, eps=eps, epilogue=epilogue, values=bool(rounding), kept=store
-    )
-    codes, y = (result.y, result.values) if result.values is not None else (_absent(x), result.y)
+    result = norm.batch_norm(x, weight, bias, residual=residual, relu=relu, eps=eps, how=how, kept=store)
+    codes = _absent(x) if result.codes is None else result.codes
     stored = _absent(x) if result.kept is None else result.kept
     flags = _absent(x) if result.flags is None else result.flags
-    return y, codes, stored, flags, result.mean, result.inverse_deviation, result.variance
+    return result.y, codes, stored, flags, result.mean, result.rstd, result.variance
 
 
 batch_norm = torch.library.custom_op("fp8repro::batch_norm", mutates_args=())(_batch_forward)
@@ -76,33 +73,33 @@ def _(
     codes = _empty_channels_last(x, read(rounding).format.dtype) if rounding else _absent(x)
     stored = _empty_channels_last(x, get_format(kept).dtype) if kept else _absent(x)
     flags = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8) if relu else _absent(x)
-    mean, inverse, variance = (torch.empty_like(weight) for _ in range(3))
-    return _empty_channels_last(x, torch.float32), codes, stored, flags, mean, inverse, variance
+    mean, rstd, variance = (torch.empty_like(weight) for _ in range(3))
+    return _empty_channels_last(x, torch.float32), codes, stored, flags, mean, rstd, variance
 
 
 def _batch_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, flags: Tensor, mean: Tensor, inverse_deviation: Tensor, residual: bool
+    grad: Tensor, x: Tensor, weight: Tensor, flags: Tensor, mean: Tensor, rstd: Tensor, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, weight, bias and (where wanted) residual; x may be what was kept of it."""
-    forward = norm.BatchNormResult(grad, flags if flags.numel() else None, mean, inverse_deviation, mean)
+    forward = norm.BatchNormResult(grad, flags if flags.numel() else None, mean, rstd, mean)
     *others, grad_residual = norm.batch_norm_backward(grad, x, weight, forward, needs_residual=residual)
     return *others, _absent(x, torch.float32) if grad_residual is None else grad_residual  # type: ignore[return-value]
 
 
 @torch.library.custom_op("fp8repro::batch_norm_backward", mutates_args=())
 def batch_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, flags: Tensor, mean: Tensor, inverse_deviation: Tensor, residual: bool
+    grad: Tensor, x: Tensor, weight: Tensor, flags: Tensor, mean: Tensor, rstd: Tensor, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_batch_backward` as an operator."""
-    grad_x, *others, grad_residual = _batch_backward(grad, x, weight, flags, mean, inverse_deviation, residual)
-    # Two rows of one tensor, which results of an operator may not be.
+    grad_x, *others, grad_residual = _batch_backward(grad, x, weight, flags, mean, rstd, residual)
+    # An operator's results may not share memory; these are two rows of one tensor.
     grad_weight, grad_bias = (g.clone() for g in others)
     return grad_x, grad_weight, grad_bias, grad_residual
 
 
 @batch_norm_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, weight: Tensor, flags: Tensor, mean: Tensor, inverse_deviation: Tensor, residual: bool
+    grad: Tensor, x: Tensor, weight: Tensor, flags: Tensor, mean: Tensor, rstd: Tensor, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_residual = _empty_channels_last(x, torch.float32) if residual else _absent(x, torch.float32)
     grad_x = _empty_channels_last(x, torch.float32)
@@ -111,19 +108,19 @@ def _(
 
 def _keep_batch_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, residual, _, _, kept, *_ = inputs
-    _, _, stored, flags, mean, inverse, _ = output
-    # Nothing but the result has a derivative; the other outputs' gradients would be made as zeros.
+    _, _, stored, flags, mean, rstd, _ = output
+    # Only the result has a derivative; without this, zeros would be made as gradients of the other outputs.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(stored if kept else x, weight, flags, mean, inverse)
+    ctx.save_for_backward(stored if kept else x, weight, flags, mean, rstd)
     ctx.has_residual = residual is not None
 
 
 def _batch_norm_gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) -> tuple[Tensor | None, ...]:
-    x, weight, flags, mean, inverse = ctx.saved_tensors
+    x, weight, flags, mean, rstd = ctx.saved_tensors
     # Without a ReLU the residual's gradient is the result's.
     masked = ctx.has_residual and flags.numel() > 0
-    grad_x, grad_weight, grad_bias, turned = backward(grad, x, weight, flags, mean, inverse, masked)
-    grad_residual = (turned if masked else grad) if ctx.has_residual else None
+    grad_x, grad_weight, grad_bias, passed = backward(grad, x, weight, flags, mean, rstd, masked)
+    grad_residual = (passed if masked else grad) if ctx.has_residual else None
     return grad_x, grad_weight, grad_bias, grad_residual, *[None] * 4
 
 
@@ -150,7 +147,7 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def normalize_batch(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """`batch_norm`, as an operator only where somebody traces."""
+    """`batch_norm`, as an operator only under a tracer."""
     output: tuple[Tensor, ...] = (_BatchNorm.apply if untraced(x, *arguments[:3]) else batch_norm)(x, *arguments)
     return output
 
@@ -161,11 +158,11 @@ def _rows_forward(
     """Layer normalization of x [..., D] and its rounding; arguments as those of `batch_norm`.
 
     Returns:
-        Result (FP32), its codes, mean and inverse deviation of each row.
+        Result (FP32), its codes, mean and rstd of each row.
     """
-    epilogue = Epilogue(read(rounding)) if rounding else None
-    y, mean, inverse, values = norm.layer_norm(x, weight, bias, eps=eps, epilogue=epilogue, values=bool(rounding))
-    return (y, _absent(x), mean, inverse) if values is None else (values, y, mean, inverse)
+    how = read(rounding) if rounding else None
+    y, mean, rstd, codes = norm.layer_norm(x, weight, bias, eps=eps, how=how)
+    return y, _absent(x) if codes is None else codes, mean, rstd
 
 
 layer_norm = torch.library.custom_op("fp8repro::layer_norm", mutates_args=())(_rows_forward)
@@ -174,25 +171,23 @@ layer_norm = torch.library.custom_op("fp8repro::layer_norm", mutates_args=())(_r
 @layer_norm.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, rounding: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     codes = x.new_empty(x.shape, dtype=read(rounding).format.dtype) if rounding else _absent(x)
-    mean, inverse = (x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape, dtype=torch.float32), codes, mean, inverse
+    mean, rstd = (x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=torch.float32), codes, mean, rstd
 
 
 @torch.library.custom_op("fp8repro::layer_norm_backward", mutates_args=())
 def layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse_deviation: Tensor
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias."""
-    grad_x, *others = norm.layer_norm_backward(grad, x, weight, mean, inverse_deviation)
-    # Two rows of one tensor, which results of an operator may not be.
+    grad_x, *others = norm.layer_norm_backward(grad, x, weight, mean, rstd)
+    # An operator's results may not share memory; these are two rows of one tensor.
     grad_weight, grad_bias = (g.clone() for g in others)
     return grad_x, grad_weight, grad_bias
 
 
 @layer_norm_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse_deviation: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.float32), torch.empty_like(weight), torch.empty_like(weight)
 
 
@@ -226,6 +221,6 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def normalize_rows(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """`layer_norm`, as an operator only where somebody traces."""
+    """`layer_norm`, as an operator only under a tracer."""
     output: tuple[Tensor, ...] = (_LayerNorm.apply if untraced(x, *arguments[:2]) else layer_norm)(x, *arguments)
     return output

@@ -5,11 +5,13 @@ A table of addresses stands for the tensors, so that a model of many small param
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from fp8repro.kernels.shared import codec
-from fp8repro.kernels.shared.codec import STOCHASTIC
+from fp8repro.kernels.shared.codec import STOCHASTIC, RandomWords
 
 # Columns of the table of tensors (int64).
 GRAD = tl.constexpr(0)
@@ -37,26 +39,14 @@ def _address(row, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexp
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
-@triton.jit
-def _load_gradient(row, offset, mask, FP8_GRADIENT: tl.constexpr, ALIGNED: tl.constexpr):
-    if FP8_GRADIENT:
-        code = tl.load(_address(row, GRAD, tl.uint8, ALIGNED) + offset, mask=mask, other=0)
-        gradient = codec.decode(code.to(tl.uint32), 5, 2, True)
-    else:
-        gradient = tl.load(_address(row, GRAD, tl.float32, ALIGNED) + offset, mask=mask, other=0.0)
-    return gradient
-
-
 @triton.jit(do_not_specialize=["inverse_scale"])
-def gradient_norms(
-    table, chunks, partial_ptr, inverse_scale, FP8_GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
-):
+def gradient_norms(table, chunks, partial_ptr, inverse_scale, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """For each chunk, the sum of squares of the unscaled gradient and the number of its non-finite values."""
     chunk = tl.program_id(0).to(tl.int64)
     row = table + tl.load(chunks + 2 * chunk) * COLUMNS
     offset = tl.load(chunks + 2 * chunk + 1) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < tl.load(row + COUNT)
-    gradient = _load_gradient(row, offset, mask, FP8_GRADIENT, ALIGNED) * inverse_scale
+    gradient = tl.load(_address(row, GRAD, tl.float32, ALIGNED) + offset, mask=mask, other=0.0) * inverse_scale
     finite = tl.abs(gradient) < float("inf")
     # In FP64, which the squares of FP32 values do not overflow.
     exact = gradient.to(tl.float64)
@@ -65,59 +55,60 @@ def gradient_norms(
 
 
 @triton.jit
-def _draws(row, STREAM: tl.constexpr, first, offset, seed0, seed1, PERMUTED: tl.constexpr, BLOCK: tl.constexpr):
+def _draws(row, STREAM: tl.constexpr, first, offset, seed, PERMUTED: tl.constexpr, BLOCK: tl.constexpr):
     """Random draws of a chunk's elements, in the order in which they count."""
     stream = tl.load(row + STREAM)
-    stream0 = (stream & 0xFFFFFFFF).to(tl.uint32)
-    stream1 = (stream >> 32).to(tl.uint32)
+    words = RandomWords(seed[0], seed[1], (stream & 0xFFFFFFFF).to(tl.uint32), (stream >> 32).to(tl.uint32))
     if PERMUTED:
-        # Matrices that lie as [rows, columns] and count as [columns, rows].
+        # Matrices that are [rows, columns] in memory and are counted as [columns, rows].
         rows = tl.load(row + ROWS)
         columns = tl.load(row + PER_ROW)
         inner = offset % (rows * columns)
         index = offset - inner + inner % columns * rows + inner // columns
-        draw = codec.draw_of_index(index, seed0, seed1, stream0, stream1)
+        draw = codec.draw_of_index(index, words)
     else:
         group = first // 8 + tl.arange(0, BLOCK // 8)
-        w0, w1, w2, w3 = codec.words_of_blocks(group, seed0, seed1, stream0, stream1)
+        w0, w1, w2, w3 = codec.words_of_blocks(group, words)
         draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), [BLOCK])
     return draw
 
 
-@triton.jit(do_not_specialize=["inverse_scale", "lr", "correction1", "correction2", "seed0", "seed1"])
+class Numbers(NamedTuple):
+    """An optimizer's numbers at a step, all FP32.
+
+    Attributes:
+        lr, weight_decay, eps: as torch names them.
+        momentum: SGD's momentum, or the first beta.
+        beta2: the second beta.
+        correction1, correction2: 1 - beta^step, for either beta.
+    """
+
+    lr: Any
+    weight_decay: Any
+    momentum: Any
+    beta2: Any
+    eps: Any
+    correction1: Any
+    correction2: Any
+
+
+@triton.jit(do_not_specialize=["inverse_scale", "seed0", "seed1"])
 def update(
     table,
     chunks,
     control_ptr,
     inverse_scale,
-    lr,
-    weight_decay,
-    momentum,
-    beta2,
-    eps,
-    correction1,
-    correction2,
+    numbers,
     seed0,
     seed1,
     RULE: tl.constexpr,
     NESTEROV: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,
     FIRST: tl.constexpr,
-    FP8_GRADIENT: tl.constexpr,
     MASTER_TYPE: tl.constexpr,
-    MASTER_EB: tl.constexpr,
-    MASTER_MB: tl.constexpr,
-    MASTER_ROUNDING: tl.constexpr,
-    MASTER_SATURATE: tl.constexpr,
-    MASTER_SUBNORMAL_NEAREST: tl.constexpr,
+    MASTER_ENCODING: tl.constexpr,
+    WEIGHT_ENCODING: tl.constexpr,
     HAS_UPDATED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    WEIGHT_EB: tl.constexpr,
-    WEIGHT_MB: tl.constexpr,
-    WEIGHT_INF: tl.constexpr,
-    WEIGHT_ROUNDING: tl.constexpr,
-    WEIGHT_SATURATE: tl.constexpr,
-    WEIGHT_SUBNORMAL_NEAREST: tl.constexpr,
     PERMUTED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -126,14 +117,15 @@ def update(
 
     `control` holds the number of non-finite gradient values and the clipping factor; any non-finite one skips all.
     """
+    lr, weight_decay, momentum, beta2, eps, correction1, correction2 = numbers
     if tl.load(control_ptr) == 0:
         chunk = tl.program_id(0).to(tl.int64)
         row = table + tl.load(chunks + 2 * chunk) * COLUMNS
         first = tl.load(chunks + 2 * chunk + 1) * BLOCK
-        # Eight elements a thread, as in `rounding.round_flat`.
+        # Eight elements a thread, as in `quantize.device.round_flat`.
         offset = first + tl.max_contiguous(tl.arange(0, BLOCK), 8)
         mask = offset < tl.load(row + COUNT)
-        gradient = _load_gradient(row, offset, mask, FP8_GRADIENT, ALIGNED) * inverse_scale
+        gradient = tl.load(_address(row, GRAD, tl.float32, ALIGNED) + offset, mask=mask, other=0.0) * inverse_scale
         gradient *= tl.load(control_ptr + 1).to(tl.float32)
 
         master_ptr = _address(row, MASTER, MASTER_TYPE, ALIGNED) + offset
@@ -160,35 +152,17 @@ def update(
 
         if HAS_UPDATED:
             tl.store(_address(row, UPDATED, tl.float32, ALIGNED) + offset, value, mask=mask)
-        if MASTER_MB < 23:
+        if MASTER_ENCODING.mantissa_bits < 23:
             draw = offset
-            if MASTER_ROUNDING == STOCHASTIC:
-                draw = _draws(row, MASTER_STREAM, first, offset, seed0, seed1, PERMUTED, BLOCK)
-            code = codec.encode(
-                value,
-                draw,
-                MASTER_EB,
-                MASTER_MB,
-                True,
-                MASTER_ROUNDING,
-                MASTER_SATURATE,
-                MASTER_SUBNORMAL_NEAREST,
-            )
-            value = codec.decode(code, MASTER_EB, MASTER_MB, True)
+            if MASTER_ENCODING.rounding == STOCHASTIC:
+                draw = _draws(row, MASTER_STREAM, first, offset, (seed0, seed1), PERMUTED, BLOCK)
+            code = codec.encode(value, draw, MASTER_ENCODING)
+            value = codec.decode(code, MASTER_ENCODING)
         # The values lie in the master's set: the conversion is exact.
         tl.store(master_ptr, value.to(MASTER_TYPE), mask=mask)
-        if HAS_WEIGHT:
+        if WEIGHT_ENCODING is not None:
             draw = offset
-            if WEIGHT_ROUNDING == STOCHASTIC:
-                draw = _draws(row, WEIGHT_STREAM, first, offset, seed0, seed1, PERMUTED, BLOCK)
-            code = codec.encode(
-                value,
-                draw,
-                WEIGHT_EB,
-                WEIGHT_MB,
-                WEIGHT_INF,
-                WEIGHT_ROUNDING,
-                WEIGHT_SATURATE,
-                WEIGHT_SUBNORMAL_NEAREST,
-            )
+            if WEIGHT_ENCODING.rounding == STOCHASTIC:
+                draw = _draws(row, WEIGHT_STREAM, first, offset, (seed0, seed1), PERMUTED, BLOCK)
+            code = codec.encode(value, draw, WEIGHT_ENCODING)
             tl.store(_address(row, WEIGHT, tl.uint8, ALIGNED) + offset, code.to(tl.uint8), mask=mask)

@@ -1,8 +1,8 @@
-"""The optimizer step in one pass over memory: FP32 or E5M2 gradient, 16-bit master, FP32 state -> master, FP8 weight.
+"""The optimizer step in one pass over memory: FP32 gradient, 16-bit master, FP32 state -> master, FP8 weight.
 
-Arithmetic is FP32 and follows torch's optimizers; roundings are the recipe's. Never synchronizes with the host: a
-non-finite gradient makes the kernel leave everything as it is. Both kernels are torch operators over one group of
-parameters that a launch can take, so that CUDA graphs, compiled graphs and the profiler know them by name.
+Arithmetic is FP32 and follows torch's optimizers; roundings are the recipe's. Never synchronizes with the host: with a
+non-finite gradient the kernel changes nothing. Both kernels are torch operators, each over a group of parameters that
+one launch takes, so that CUDA graphs, compiled graphs and the profiler know them by name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def gradient_control(parameters: Sequence[Parameter], scale: float = 1.0, clip_n
     ]
     if not partials:
         raise ValueError("parameters: got none, expected at least one")
-    # One order of addition whatever the scheduling.
+    # Summed here, in one order, so that scheduling changes no bit.
     square, bad = torch.cat(partials).sum(0)
     norm = square.sqrt()
     factor = torch.ones_like(norm) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -50,9 +50,8 @@ def gradient_norms(grads: list[Tensor], masters: list[Tensor], scale: float) -> 
     members = [Parameter(master, grad) for master, grad in zip(masters, grads, strict=True)]
     table, chunks = _tables(members)
     partial = torch.empty((len(chunks), 2), dtype=torch.float64, device=table.device)
-    options = {"FP8_GRADIENT": grads[0].dtype != torch.float32, "ALIGNED": _aligned(members)}
     arguments = (table, chunks, partial, 1 / scale)
-    launch(updates.gradient_norms, (len(chunks),), table.device, *arguments, **options, BLOCK=BLOCK)
+    launch(updates.gradient_norms, (len(chunks),), table.device, *arguments, ALIGNED=_aligned(members), BLOCK=BLOCK)
     return partial
 
 
@@ -117,7 +116,7 @@ def update_group(
     seed: int,
     order: str = "row_major",
 ) -> None:
-    """One launch of `update`, for parameters alike in dtypes and kind of layout. No fake: it makes no tensor.
+    """One launch of `update`, for parameters of the same dtypes and kind of layout. No fake: it makes no tensor.
 
     Args:
         grads, masters: one a parameter.
@@ -147,8 +146,6 @@ def update_group(
         for i in range(count)
     ]
     lr, momentum, beta2, eps, weight_decay = numbers
-    to_master, to_weight = read(master_rounding), read(weight_rounding)
-    master, weight = to_master.format, to_weight.format
     table, chunks = _tables(members)
     launch(
         updates.update,
@@ -158,33 +155,17 @@ def update_group(
         chunks,
         control,
         1 / scale,
-        lr,
-        weight_decay,
-        momentum,
-        beta2,
-        eps,
-        1 - momentum**step,
-        1 - beta2**step,
+        updates.Numbers(lr, weight_decay, momentum, beta2, eps, 1 - momentum**step, 1 - beta2**step),
         *signed_words(seed),
         RULE=RULES[rule],
         NESTEROV=nesterov,
         HAS_MOMENTUM=momentum != 0,
         FIRST=step == 1,
-        FP8_GRADIENT=grads[0].dtype != torch.float32,
         MASTER_TYPE=MASTER_TYPES[masters[0].dtype],
-        MASTER_EB=master.exponent_bits,
-        MASTER_MB=master.mantissa_bits,
-        MASTER_ROUNDING=codec.ROUNDING_CODES[to_master.rounding],
-        MASTER_SATURATE=to_master.overflow == "saturate",
-        MASTER_SUBNORMAL_NEAREST=to_master.subnormal_rounding == "nearest",
+        # Without the GPU's own conversion, which may drop a NaN's sign.
+        MASTER_ENCODING=codec.encoding(read(master_rounding), (0, 0)),
+        WEIGHT_ENCODING=codec.encoding(read(weight_rounding), capability(table.device)) if weights else None,
         HAS_UPDATED=bool(updated),
-        HAS_WEIGHT=bool(weights),
-        WEIGHT_EB=weight.exponent_bits,
-        WEIGHT_MB=weight.mantissa_bits,
-        WEIGHT_INF=weight.has_infinity,
-        WEIGHT_ROUNDING=codec.rounding_code(weight, to_weight.rounding, capability(table.device)),
-        WEIGHT_SATURATE=to_weight.overflow == "saturate",
-        WEIGHT_SUBNORMAL_NEAREST=to_weight.subnormal_rounding == "nearest",
         PERMUTED=_permuted(members[0]),
         ALIGNED=_aligned(members),
         BLOCK=BLOCK,
@@ -243,8 +224,8 @@ def _chunks(counts: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.stack([tensor, torch.arange(len(tensor)) - first[tensor]], 1).contiguous().to(device)
 
 
-def _walk(t: Tensor) -> tuple[int, ...]:
-    """Strides of the dimensions that are walked; torch's optimizers give the others other ones."""
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """Strides of dimensions of more than one element; torch's optimizers set the others as they like."""
     return tuple(stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1)
 
 
@@ -257,7 +238,7 @@ def _check(p: Parameter, states: int, weight: Rounding) -> None:
         raise ValueError(f"master: got strides {p.master.stride()}, expected contiguous or channels_last")
     if len(p.state) != states:
         raise ValueError(f"state: got {len(p.state)} tensors, expected {states}")
-    wanted = [("grad", p.grad, (torch.float32, torch.float8_e5m2))]
+    wanted = [("grad", p.grad, (torch.float32,))]
     wanted += [("state", t, (torch.float32,)) for t in p.state]
     if p.updated is not None:
         wanted.append(("updated", p.updated, (torch.float32,)))
@@ -266,7 +247,7 @@ def _check(p: Parameter, states: int, weight: Rounding) -> None:
         if not weight.format.is_fp8:
             raise ValueError(f"weight: got format {weight.format.name}, expected e5m2 or e4m3")
     for name, tensor, dtypes in wanted:
-        like = (tensor.shape, _walk(tensor), tensor.device) == (p.master.shape, _walk(p.master), p.master.device)
+        like = (tensor.shape, _strides(tensor), tensor.device) == (p.master.shape, _strides(p.master), p.master.device)
         if not like or tensor.is_neg() or tensor.dtype not in dtypes:
             given = f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
             place = f"of shape {tuple(p.master.shape)}, strides {p.master.stride()}, on {p.master.device}"

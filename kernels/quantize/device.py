@@ -1,6 +1,6 @@
 """Triton kernels of the quantizer: one pass over memory, statistics included, for each kind of memory layout.
 
-Device code only; quantize.py picks the kernel. Must never round through a float8 cast (see codec.py).
+Device code only; launch.py picks the kernel. Must never round through a float8 cast (see codec.py).
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ import triton
 import triton.language as tl
 
 from fp8repro.kernels.shared import codec
-from fp8repro.kernels.shared.codec import STOCHASTIC
-
-RANDOM_WORDS = ["seed0", "seed1", "stream0", "stream1"]
+from fp8repro.kernels.shared.codec import RANDOM_WORDS, STOCHASTIC, RandomWords
 
 
 @triton.jit
@@ -44,30 +42,25 @@ def round_elements(
     pointers_values,
     pointers_codes,
     mask,
-    EB: tl.constexpr,
-    MB: tl.constexpr,
-    INF: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
+    ENCODING: tl.constexpr,
 ):
     """Round a tile, store what is wanted of it, and return its codes."""
-    code = codec.encode(x, draw, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
+    code = codec.encode(x, draw, ENCODING)
     if pointers_codes is not None:
         tl.store(pointers_codes, code.to(pointers_codes.dtype.element_ty), mask=mask)
     if pointers_values is not None:
-        store_value(pointers_values, codec.decode(code, EB, MB, INF), mask)
+        store_value(pointers_values, codec.decode(code, ENCODING), mask)
     return code
 
 
 @triton.jit
-def statistics_of(x, code, MAX: tl.constexpr, EB: tl.constexpr, MB: tl.constexpr):
+def statistics_of(x, code, ENCODING: tl.constexpr):
     """What each element adds to the statistics: three counts and a magnitude; masked ones must be zero in `x`."""
     magnitude = tl.abs(x)
     finite = magnitude < float("inf")
     nonzero = finite & (magnitude > 0)
-    underflow = nonzero & ((code & ((1 << (EB + MB)) - 1)) == 0)
-    overflow = finite & (magnitude > MAX)
+    underflow = nonzero & ((code & ((1 << (ENCODING.exponent_bits + ENCODING.mantissa_bits)) - 1)) == 0)
+    overflow = finite & (magnitude > ENCODING.max)
     largest = tl.where(finite, magnitude, 0.0)
     return nonzero.to(tl.int32), underflow.to(tl.int32), overflow.to(tl.int32), largest
 
@@ -98,32 +91,27 @@ def round_flat(
     seed1,
     stream0,
     stream1,
-    MAX: tl.constexpr,
-    EB: tl.constexpr,
-    MB: tl.constexpr,
-    INF: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
+    ENCODING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """All tensors contiguous; with a statistics buffer the grid is small and strides over the blocks."""
-    # Eight elements a thread, as many as draw from a Philox block: no bit has to change threads.
+    words = RandomWords(seed0, seed1, stream0, stream1)
+    # Eight elements a thread share one Philox block, so no random bits move between threads.
     local = tl.max_contiguous(tl.arange(0, BLOCK), 8)
     for block in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
         base = tl.cast(block, tl.int64) * BLOCK
         mask = local < tl.minimum(count - base, BLOCK).to(tl.int32)
         x = load_fp32(x_ptr + base + local, mask)
         draw = local
-        if ROUNDING == STOCHASTIC:
+        if ENCODING.rounding == STOCHASTIC:
             group = (base >> 3) + tl.arange(0, BLOCK // 8)
-            w0, w1, w2, w3 = codec.words_of_blocks(group, seed0, seed1, stream0, stream1)
+            w0, w1, w2, w3 = codec.words_of_blocks(group, words)
             draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), [BLOCK])
         values = None if values_ptr is None else values_ptr + base + local
         codes = None if codes_ptr is None else codes_ptr + base + local
-        code = round_elements(x, draw, values, codes, mask, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
+        code = round_elements(x, draw, values, codes, mask, ENCODING)
         if stats_ptr is not None:
-            add_statistics(stats_ptr, statistics_of(x, code, MAX, EB, MB))
+            add_statistics(stats_ptr, statistics_of(x, code, ENCODING))
 
 
 @triton.jit(do_not_specialize=RANDOM_WORDS)
@@ -140,35 +128,30 @@ def round_columns(
     seed1,
     stream0,
     stream1,
-    MAX: tl.constexpr,
-    EB: tl.constexpr,
-    MB: tl.constexpr,
-    INF: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
+    ENCODING: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Logical [outer, columns, rows] with the columns contiguous in memory: transposes, contiguous images that count
-    channels last.
+    """Tensors that count as [outer, columns, rows] and have columns contiguous in memory: transposed matrices, and
+    contiguous images whose elements are counted channels last.
 
     rows % 8 == 0, so a Philox block covers eight rows of one column and each thread uses all its words. It draws
-    for the four neighbouring columns that it loads: no bit has to change threads.
+    for the four neighbouring columns that it loads, so no random bits move between threads.
     """
+    words = RandomWords(seed0, seed1, stream0, stream1)
     outer = tl.program_id(2).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.max_contiguous(tl.arange(0, BLOCK), 4)[None, :]
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[:, None]
     mask = (column < columns) & (group * 8 < rows)
     draw = group
-    if ROUNDING == STOCHASTIC:
+    if ENCODING.rounding == STOCHASTIC:
         step = rows // 8
         first = outer * columns + tl.program_id(0) * BLOCK + 4 * tl.arange(0, BLOCK // 4)[None, :]
         block = first * step + group
-        a0, a1, a2, a3 = codec.words_of_blocks(block, seed0, seed1, stream0, stream1)
-        b0, b1, b2, b3 = codec.words_of_blocks(block + step, seed0, seed1, stream0, stream1)
-        c0, c1, c2, c3 = codec.words_of_blocks(block + 2 * step, seed0, seed1, stream0, stream1)
-        d0, d1, d2, d3 = codec.words_of_blocks(block + 3 * step, seed0, seed1, stream0, stream1)
+        a0, a1, a2, a3 = codec.words_of_blocks(block, words)
+        b0, b1, b2, b3 = codec.words_of_blocks(block + step, words)
+        c0, c1, c2, c3 = codec.words_of_blocks(block + 2 * step, words)
+        d0, d1, d2, d3 = codec.words_of_blocks(block + 3 * step, words)
         w0 = codec.interleave(a0, b0, c0, d0)
         w1 = codec.interleave(a1, b1, c1, d1)
         w2 = codec.interleave(a2, b2, c2, d2)
@@ -176,7 +159,7 @@ def round_columns(
     offset = outer * outer_stride + (group * 8).to(tl.int64) * row_stride + column
     statistics = None
     for lane in tl.static_range(8):
-        if ROUNDING == STOCHASTIC:
+        if ENCODING.rounding == STOCHASTIC:
             if lane // 2 == 0:
                 word = w0
             elif lane // 2 == 1:
@@ -189,9 +172,9 @@ def round_columns(
         x = load_fp32(x_ptr + offset, mask)
         values = None if values_ptr is None else values_ptr + offset
         codes = None if codes_ptr is None else codes_ptr + offset
-        code = round_elements(x, draw, values, codes, mask, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
+        code = round_elements(x, draw, values, codes, mask, ENCODING)
         if stats_ptr is not None:
-            more = statistics_of(x, code, MAX, EB, MB)
+            more = statistics_of(x, code, ENCODING)
             statistics = more if lane == 0 else joined_statistics(statistics, more)
         offset += row_stride
     if stats_ptr is not None:
@@ -222,22 +205,17 @@ def round_strided(
     seed1,
     stream0,
     stream1,
-    MAX: tl.constexpr,
-    EB: tl.constexpr,
-    MB: tl.constexpr,
-    INF: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
+    ENCODING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Any strides of up to four dimensions (sizes [any, n1, n2, n3]), one Philox block an element."""
+    words = RandomWords(seed0, seed1, stream0, stream1)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < count
     x = load_fp32(x_ptr + _offset(index, n1, n2, n3, x_strides[0], x_strides[1], x_strides[2], x_strides[3]), mask)
     draw = index
-    if ROUNDING == STOCHASTIC:
-        draw = codec.draw_of_index(index, seed0, seed1, stream0, stream1)
+    if ENCODING.rounding == STOCHASTIC:
+        draw = codec.draw_of_index(index, words)
     values = None
     if values_ptr is not None:
         s = values_strides
@@ -246,9 +224,9 @@ def round_strided(
     if codes_ptr is not None:
         s = codes_strides
         codes = codes_ptr + _offset(index, n1, n2, n3, s[0], s[1], s[2], s[3])
-    code = round_elements(x, draw, values, codes, mask, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
+    code = round_elements(x, draw, values, codes, mask, ENCODING)
     if stats_ptr is not None:
-        add_statistics(stats_ptr, statistics_of(x, code, MAX, EB, MB))
+        add_statistics(stats_ptr, statistics_of(x, code, ENCODING))
 
 
 @triton.jit(do_not_specialize=RANDOM_WORDS)
@@ -264,13 +242,7 @@ def round_transpose(
     seed1,
     stream0,
     stream1,
-    MAX: tl.constexpr,
-    EB: tl.constexpr,
-    MB: tl.constexpr,
-    INF: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
+    ENCODING: tl.constexpr,
     WHOLE_GROUPS: tl.constexpr,
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -281,6 +253,7 @@ def round_transpose(
     WHOLE_GROUPS: columns % 8 == 0, so a Philox block covers eight neighbours in a row and a thread uses all its words.
     PACKED: how many rows' codes of a column `transposed_ptr` takes as one integer; divides rows.
     """
+    words = RandomWords(seed0, seed1, stream0, stream1)
     row = tl.program_id(0) * ROWS + PACKED * tl.arange(0, ROWS // PACKED)[:, None]
     first_column = tl.program_id(1) * COLUMNS
     column = first_column + tl.arange(0, COLUMNS)[None, :]
@@ -294,17 +267,17 @@ def round_transpose(
     for lane in tl.static_range(PACKED):
         x = load_fp32(x_ptr + offset, mask)
         draw = index
-        if ROUNDING == STOCHASTIC:
+        if ENCODING.rounding == STOCHASTIC:
             if WHOLE_GROUPS:
-                w0, w1, w2, w3 = codec.words_of_blocks(block, seed0, seed1, stream0, stream1)
+                w0, w1, w2, w3 = codec.words_of_blocks(block, words)
                 draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), [ROWS // PACKED, COLUMNS])
             else:
-                draw = codec.draw_of_index(index, seed0, seed1, stream0, stream1)
-        code = codec.encode(x, draw, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
+                draw = codec.draw_of_index(index, words)
+        code = codec.encode(x, draw, ENCODING)
         tl.store(codes_ptr + index, code.to(codes_ptr.dtype.element_ty), mask=mask)
-        packed |= code << (lane * (1 + EB + MB))
+        packed |= code << (lane * (1 + ENCODING.exponent_bits + ENCODING.mantissa_bits))
         if stats_ptr is not None:
-            more = statistics_of(x, code, MAX, EB, MB)
+            more = statistics_of(x, code, ENCODING)
             statistics = more if lane == 0 else joined_statistics(statistics, more)
         offset += x_stride
         index += columns
@@ -312,7 +285,7 @@ def round_transpose(
     word = tl.program_id(0) * (ROWS // PACKED) + tl.arange(0, ROWS // PACKED)[None, :]
     words = rows // PACKED
     place = (batch * columns + tl.trans(column)) * words + word
-    turned = tl.trans(packed).to(transposed_ptr.dtype.element_ty)
-    tl.store(transposed_ptr + place, turned, (tl.trans(column) < columns) & (word < words))
+    transposed = tl.trans(packed).to(transposed_ptr.dtype.element_ty)
+    tl.store(transposed_ptr + place, transposed, (tl.trans(column) < columns) & (word < words))
     if stats_ptr is not None:
         add_statistics(stats_ptr, statistics)

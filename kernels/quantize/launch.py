@@ -1,6 +1,6 @@
 """The Triton quantizer: reference.py's bytes for any shape and strides, with statistics in the same pass.
 
-Checks arguments and picks the kernel (rounding.py). Must never keep generator state.
+Checks arguments and picks the kernel. Must never keep generator state.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fp8repro.numerics.formats import FloatFormat
 from fp8repro.numerics.rounding import RandomBits, Rounding
 
 FLAT_BLOCK = 2048
-TILE_ROWS, TILE_COLUMNS = 32, 128  # of what is written in both layouts
-PER_CALL = 8  # elements that draw from one Philox block
+TILE_ROWS, TILE_COLUMNS = 32, 128  # where codes are written transposed, too
+PER_CALL = 8  # elements that share a Philox block
 MAX_DIMS = 4
 GRID_LIMIT = 65535  # CUDA's, in the two outer directions
 
@@ -48,7 +48,7 @@ def round_into(
     if any(t is not None and t.is_neg() for t in (x, values, codes)):
         _round_copies(x, how, bits, values, codes, stats)
         return
-    options = rounding_options(how, capability(x.device))
+    options = {"ENCODING": codec.encoding(how, capability(x.device))}
     words = random_words(bits)
     outputs = (None if values is None else _raw(values), None if codes is None else raw_codes(codes))
     present = [_raw(x), *(t for t in outputs if t is not None)]
@@ -88,11 +88,11 @@ def round_into(
 def _round_copies(
     x: Tensor, how: Rounding, bits: RandomBits, values: Tensor | None, codes: Tensor | None, stats: Tensor | None
 ) -> None:
-    """Round a copy in logical order, for tensors whose memory no kernel can walk."""
+    """Round a contiguous copy, for tensors whose strides no kernel takes."""
     inner = _dense_like(values), _dense_like(codes)
     round_into(x.resolve_neg().contiguous(), how, bits, *inner, stats)
     for target, copy in zip((values, codes), inner, strict=True):
-        if target is not None:
+        if target is not None and copy is not None:
             target.copy_(copy)
 
 
@@ -129,7 +129,7 @@ def round_transpose(
         out = tuple(torch.empty(shape, dtype=format.dtype, device=x.device) for shape in shapes)  # type: ignore[assignment]
     codes, transposed = out  # type: ignore[misc]
     _check(x, format, None, codes, stats)
-    _check_turned(codes, transposed)
+    _check_transposed(codes, transposed)
     if x.numel() == 0:
         return codes, transposed
     x = x.resolve_neg()
@@ -142,11 +142,11 @@ def round_transpose(
         transposed.copy_(codes.transpose(-1, -2))
         return codes, transposed
     dense = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
-    # The codes of neighbouring rows change threads and are stored as one integer of 32 bits, where rows are whole ones.
+    # Where rows divide, the codes of neighbouring rows are stored as one 32-bit integer.
     packed = 4 // codes.element_size()
-    turned = raw_codes(transposed).view(-1)
-    if rows % packed == 0 and turned.storage_offset() % packed == 0:
-        turned = turned.view(torch.int32)
+    target = raw_codes(transposed).view(-1)
+    if rows % packed == 0 and target.storage_offset() % packed == 0:
+        target = target.view(torch.int32)
     else:
         packed = 1
     launch(
@@ -155,13 +155,13 @@ def round_transpose(
         x.device,
         _raw(dense),
         raw_codes(codes),
-        turned,
+        target,
         stats,
         rows,
         columns,
         dense.stride(-2),
         *random_words(bits),
-        **rounding_options(how, capability(x.device)),
+        ENCODING=codec.encoding(how, capability(x.device)),
         WHOLE_GROUPS=columns % PER_CALL == 0,
         PACKED=packed,
         ROWS=row_block,
@@ -170,7 +170,7 @@ def round_transpose(
     return codes, transposed
 
 
-def _check_turned(codes: Tensor, transposed: Tensor) -> None:
+def _check_transposed(codes: Tensor, transposed: Tensor) -> None:
     expected = (*codes.shape[:-2], codes.shape[-1], codes.shape[-2])
     if transposed.shape != expected or transposed.dtype != codes.dtype or transposed.device != codes.device:
         given = f"{transposed.dtype} of shape {tuple(transposed.shape)} on {transposed.device}"
@@ -183,20 +183,6 @@ def _check_turned(codes: Tensor, transposed: Tensor) -> None:
 def random_words(bits: RandomBits) -> tuple[Any, ...]:
     """The words of seed and stream as kernels take them (`launch.signed_words`)."""
     return (*signed_words(bits.seed), *signed_words(bits.stream))
-
-
-def rounding_options(how: Rounding, capability: tuple[int, int]) -> dict[str, Any]:
-    """The compile-time arguments that say how a kernel rounds; `capability`: see `launch.capability`."""
-    format = how.format
-    return {
-        "MAX": format.max,
-        "EB": format.exponent_bits,
-        "MB": format.mantissa_bits,
-        "INF": format.has_infinity,
-        "ROUNDING": codec.rounding_code(format, how.rounding, capability),
-        "SATURATE": how.overflow == "saturate",
-        "SUBNORMAL_NEAREST": how.subnormal_rounding == "nearest",
-    }
 
 
 def _raw(t: Tensor) -> Tensor:
@@ -234,7 +220,7 @@ def _copy_identity(x: Tensor, values: Tensor | None, codes: Tensor | None, stats
 def _collapse(
     sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...], ordered: bool
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Merge dimensions that every tensor walks without a gap; when order is free, sort them by x's strides first."""
+    """Merge dimensions that are contiguous in every tensor; unless order counts, sort them by x's strides first."""
     dims = [d for d in range(len(sizes)) if sizes[d] != 1]
     if not ordered:
         dims.sort(key=lambda d: -strides[0][d])
@@ -252,7 +238,7 @@ def _collapse(
 
 
 def _as_columns(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tuple[int, int, int, int, int] | None:
-    """(outer, columns, rows, outer stride, row stride) when `_round_columns` can walk the tensors, else None."""
+    """(outer, columns, rows, outer stride, row stride) when `round_columns` takes the tensors, else None."""
     if len(sizes) not in (2, 3) or len(set(strides)) != 1 or strides[0][-2] != 1 or sizes[-1] % PER_CALL:
         return None
     outer, outer_stride = (sizes[0], strides[0][0]) if len(sizes) == 3 else (1, 0)

@@ -1,16 +1,19 @@
 """Device functions that encode and decode low-precision floats, and draw Philox bits.
 
-On bits and by FP32 additions, because the interpreter's cast to a float8 type rounds wrongly; to nearest by the GPU's
-own conversion where it has one, with the overflow that this saturates put right behind it.
-The meaning of every rounding is reference.py's; nothing here may define its own.
+Rounding works on bits and by FP32 additions, because the interpreter's cast to a float8 type is wrong. To nearest, GPUs
+that have the instruction convert themselves; it saturates, which is corrected afterwards.
+reference.py defines every rounding; nothing here may define its own.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from fp8repro.numerics.formats import FloatFormat
+from fp8repro.numerics.rounding import Rounding
 
 NEAREST = tl.constexpr(0)
 STOCHASTIC = tl.constexpr(1)
@@ -25,6 +28,68 @@ def rounding_code(format: FloatFormat, rounding: str, capability: tuple[int, int
     if rounding == "nearest" and format.name in ("e5m2", "e4m3") and capability >= (8, 9):
         return NEAREST_IN_HARDWARE.value
     return ROUNDING_CODES[rounding]
+
+
+class Encoding(NamedTuple):
+    """How kernels round to a format and read its codes: one compile-time argument, `ENCODING`.
+
+    Attributes:
+        max: largest finite value.
+        exponent_bits, mantissa_bits, has_infinity: as in `FloatFormat`.
+        rounding: what `rounding_code` gives.
+        saturate: overflow becomes the largest finite value.
+        subnormal_nearest: magnitudes below the smallest normal value are rounded to nearest, whatever `rounding` says.
+    """
+
+    max: float
+    exponent_bits: int
+    mantissa_bits: int
+    has_infinity: bool
+    rounding: int
+    saturate: bool
+    subnormal_nearest: bool
+
+
+def encoding(how: Rounding, capability: tuple[int, int]) -> Encoding:
+    """What kernels for a GPU of that compute capability ((0, 0): the interpreter) get for a rounding."""
+    format = how.format
+    return Encoding(
+        format.max,
+        format.exponent_bits,
+        format.mantissa_bits,
+        format.has_infinity,
+        rounding_code(format, how.rounding, capability),
+        how.overflow == "saturate",
+        how.subnormal_rounding == "nearest",
+    )
+
+
+class RandomWords(NamedTuple):
+    """Key and stream of Philox, as 32-bit words by value, or those of the stream as pointers to them.
+
+    Kernels make it from four arguments (`RANDOM_WORDS`), not one: Triton (3.6 to 3.8) ignores `do_not_specialize` for
+    elements of a tuple, and would compile a kernel anew for words that are 1 or multiples of 16.
+    """
+
+    seed0: Any
+    seed1: Any
+    stream0: Any
+    stream1: Any
+
+
+RANDOM_WORDS = list(RandomWords._fields)
+
+
+@triton.constexpr_function
+def e5m2() -> Encoding:
+    """E5M2 to nearest, at compile time; kernels cannot read a NamedTuple that is a global variable."""
+    return Encoding(57344.0, 5, 2, True, 0, False, False)
+
+
+@triton.constexpr_function
+def e4m3() -> Encoding:
+    """E4M3 to nearest, at compile time."""
+    return Encoding(448.0, 4, 3, False, 0, False, False)
 
 
 @triton.jit
@@ -61,11 +126,13 @@ def interleave(a, b, c, d):
 
 
 @triton.jit
-def words_of_blocks(block, seed0, seed1, stream0, stream1):
-    """The four random words of each Philox block of a stream; `block` is the int64 element index // 8.
+def words_of_blocks(block, words):
+    """The four random words of each Philox block of `RandomWords`; `block` is the int64 element index // 8.
 
     The stream's words come by value, or as pointers: a replayed CUDA graph finds those of its step in memory.
     """
+    stream0 = words.stream0
+    stream1 = words.stream1
     if stream0.dtype.is_ptr():
         stream0 = tl.load(stream0)
         stream1 = tl.load(stream1)
@@ -74,23 +141,25 @@ def words_of_blocks(block, seed0, seed1, stream0, stream1):
         (block >> 32).to(tl.uint32),
         stream0.to(tl.uint32, bitcast=True),
         stream1.to(tl.uint32, bitcast=True),
-        seed0.to(tl.uint32, bitcast=True),
-        seed1.to(tl.uint32, bitcast=True),
+        words.seed0.to(tl.uint32, bitcast=True),
+        words.seed1.to(tl.uint32, bitcast=True),
     )
 
 
 @triton.jit
-def draw_of_index(index, seed0, seed1, stream0, stream1):
+def draw_of_index(index, words):
     """The random draw of each element of any int64 `index`: eight times the work of whole blocks."""
-    w0, w1, w2, w3 = words_of_blocks(index >> 3, seed0, seed1, stream0, stream1)
+    w0, w1, w2, w3 = words_of_blocks(index >> 3, words)
     lane = index & 7
     word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
     return tl.where((lane & 1) == 0, word << 16, word & 0xFFFF0000)
 
 
 @triton.jit
-def _nearest_in_hardware(x, EXPONENT_BITS: tl.constexpr, SATURATE: tl.constexpr):
+def _nearest_in_hardware(x, ENCODING: tl.constexpr):
     """The codes of E5M2 or E4M3 as uint8. The instruction saturates; the code after the largest is what overflow is."""
+    EXPONENT_BITS: tl.constexpr = ENCODING.exponent_bits
+    SATURATE: tl.constexpr = ENCODING.saturate
     CONVERT: tl.constexpr = "cvt.rn.satfinite.e5m2x2.f32" if EXPONENT_BITS == 5 else "cvt.rn.satfinite.e4m3x2.f32"
     # The least magnitude that rounds past the largest value: halfway to the next, a tie that E4M3 rounds down.
     OVERFLOW: tl.constexpr = "0f7F800000" if SATURATE else "0f47700000" if EXPONENT_BITS == 5 else "0f43E80001"
@@ -122,38 +191,26 @@ def _nearest_in_hardware(x, EXPONENT_BITS: tl.constexpr, SATURATE: tl.constexpr)
 
 
 @triton.jit
-def encode(
-    x,
-    draw,
-    EXPONENT_BITS: tl.constexpr,
-    MANTISSA_BITS: tl.constexpr,
-    HAS_INFINITY: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
-):
+def encode(x, draw, ENCODING: tl.constexpr):
     """Round FP32 values once to a format and return its codes (sign, exponent, significand) as uint32.
 
-    `draw` holds 16 random bits on top of a uint32 for each element; it is not read unless ROUNDING is STOCHASTIC.
+    `draw` holds 16 random bits on top of a uint32 for each element; it is not read unless rounding is stochastic.
     """
-    if ROUNDING == NEAREST_IN_HARDWARE:
-        code = _nearest_in_hardware(x, EXPONENT_BITS, SATURATE).to(tl.uint32)
+    if ENCODING.rounding == NEAREST_IN_HARDWARE:
+        code = _nearest_in_hardware(x, ENCODING).to(tl.uint32)
     else:
-        code = _encode_bits(x, draw, EXPONENT_BITS, MANTISSA_BITS, HAS_INFINITY, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
+        code = _encode_bits(x, draw, ENCODING)
     return code
 
 
 @triton.jit
-def _encode_bits(
-    x,
-    draw,
-    EXPONENT_BITS: tl.constexpr,
-    MANTISSA_BITS: tl.constexpr,
-    HAS_INFINITY: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
-):
+def _encode_bits(x, draw, ENCODING: tl.constexpr):
+    EXPONENT_BITS: tl.constexpr = ENCODING.exponent_bits
+    MANTISSA_BITS: tl.constexpr = ENCODING.mantissa_bits
+    HAS_INFINITY: tl.constexpr = ENCODING.has_infinity
+    ROUNDING: tl.constexpr = ENCODING.rounding
+    SATURATE: tl.constexpr = ENCODING.saturate
+    SUBNORMAL_NEAREST: tl.constexpr = ENCODING.subnormal_nearest
     DROPPED: tl.constexpr = 23 - MANTISSA_BITS
     MIN_EXPONENT: tl.constexpr = 2 - (1 << (EXPONENT_BITS - 1))
     # A code counts the values from zero up, so in every binade it is the FP32 code, shifted, less a constant.
@@ -168,8 +225,8 @@ def _encode_bits(
         else MAX_CODE + 1 + (1 << (MANTISSA_BITS - 1))
     )
 
-    # Where one minimum settles overflow and NaN: magnitudes are cut at the value after the largest, which is what
-    # overflow gives, and a NaN stays what it is: the bits of a magnitude greater than every other.
+    # One minimum then settles overflow and NaN: larger magnitudes become the value after the largest, which overflow
+    # gives anyway, and NaN, whose bits are those of a still larger magnitude, stays NaN.
     BOUNDED: tl.constexpr = EXPONENT_BITS < 8 and not SATURATE and ROUNDING != TOWARD_ZERO
 
     bits = x.to(tl.uint32, bitcast=True)
@@ -224,14 +281,17 @@ def _encode_bits(
                 steps += rest >> (32 - FRACTION)
             small_code = steps >> FRACTION
         code = tl.where(magnitude < SMALLEST_NORMAL, small_code, code)
-    # Masked last, so that what stands above the bits that are stored costs nothing to clear.
+    # One mask, at the end, clears all bits above those that are stored.
     sign = (bits >> (31 - EXPONENT_BITS - MANTISSA_BITS)) & (1 << (EXPONENT_BITS + MANTISSA_BITS))
     return (code | sign) & ((2 << (EXPONENT_BITS + MANTISSA_BITS)) - 1)
 
 
 @triton.jit
-def decode(code, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, HAS_INFINITY: tl.constexpr):
+def decode(code, ENCODING: tl.constexpr):
     """The FP32 values of a format's codes (uint32)."""
+    EXPONENT_BITS: tl.constexpr = ENCODING.exponent_bits
+    MANTISSA_BITS: tl.constexpr = ENCODING.mantissa_bits
+    HAS_INFINITY: tl.constexpr = ENCODING.has_infinity
     DROPPED: tl.constexpr = 23 - MANTISSA_BITS
     MIN_EXPONENT: tl.constexpr = 2 - (1 << (EXPONENT_BITS - 1))
     REBIAS: tl.constexpr = (126 + MIN_EXPONENT) << MANTISSA_BITS
@@ -239,7 +299,7 @@ def decode(code, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, HAS_I
     MAX_CODE: tl.constexpr = (TOP_CODE >> MANTISSA_BITS << MANTISSA_BITS) - 1 if HAS_INFINITY else TOP_CODE - 1
 
     if EXPONENT_BITS == 5 and HAS_INFINITY:
-        # The upper part of an FP16, and that conversion is exact.
+        # The upper bits of an FP16 value, which converts exactly.
         half = (code << (10 - MANTISSA_BITS)).to(tl.uint16).to(tl.float16, bitcast=True)
         value = half.to(tl.float32)
     else:

@@ -1,4 +1,4 @@
-"""The table of tile sizes, per GPU generation. Checked in, small, and not tuned at run time.
+"""Tile sizes for each GPU generation, and which of them a product takes. Checked in, small, not tuned at run time.
 
 No entry spills registers (sm_100: 8 bytes in one or two kernels). Those of sm_90 were measured on an H200
 (results/gpu/nvidia-h200.md); which are the fastest elsewhere is to be measured with `fp8repro bench kernels`.
@@ -7,6 +7,8 @@ No entry spills registers (sm_100: 8 bytes in one or two kernels). Those of sm_9
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,7 +23,7 @@ GROUP = 8  # tile rows that share operands in the L2 cache
 class Tile:
     """Output tile, step along the summed dimension (elements of FP8), warps, pipeline stages.
 
-    `halves` = 2: a matrix product computes two such tiles side by side (see `products.multiply`).
+    `halves` = 2: a matrix product computes two such tiles side by side (see `matmul.device.multiply`).
     `resident`: programs that a multiprocessor runs at a time.
     """
 
@@ -43,9 +45,9 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "sm_120": (Tile(64, 128, 128, 8, 2), Tile(64, 64, 128, 8, 3, resident=2)),
 }
 
-# Where the bulk copy engine brings the operands: no registers for addresses, so that two or three programs of four
-# warps share a multiprocessor, and one multiplies while another adds its partial sums or stores. Measured on an H200.
-BULK_TILES: dict[str, tuple[Tile, ...]] = {
+# Where TMA loads the operands: no registers for addresses, so that two or three programs of four warps share a
+# multiprocessor, and one multiplies while another adds its partial sums or stores. Measured on an H200.
+TMA_TILES: dict[str, tuple[Tile, ...]] = {
     "sm_90": (
         Tile(128, 128, 128, 4, 3, resident=2),
         Tile(64, 128, 128, 4, 3, resident=3),
@@ -54,14 +56,58 @@ BULK_TILES: dict[str, tuple[Tile, ...]] = {
     ),
 }
 
-# Boxes of pixels pass through registers to become a matrix, which leaves none for the sums of a larger tile.
-BULK_CONVOLUTION_TILES: dict[str, tuple[Tile, ...]] = {
+# A box of pixels passes through registers to become a matrix, so a larger tile has no room for its sums.
+TMA_CONVOLUTION_TILES: dict[str, tuple[Tile, ...]] = {
     "sm_90": (
         Tile(64, 128, 128, 4, 3, resident=2),
         Tile(128, 64, 128, 4, 3, resident=2),
         Tile(64, 64, 128, 4, 4, resident=3),
     ),
 }
+
+
+class Storing(NamedTuple):
+    """What a plan depends on in an epilogue.
+
+    Attributes:
+        rounded: the result is rounded.
+        codes: it is stored as codes; else as FP32, which a sum in parts needs.
+        stochastic: it is rounded with random bits.
+    """
+
+    rounded: bool = False
+    codes: bool = False
+    stochastic: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """The GPU that launches are planned for; tests plan for others than the one that runs them.
+
+    Attributes:
+        capability: compute capability; (0, 0): the interpreter.
+        processors: multiprocessors.
+        tma: operands are loaded by TMA where it can (sm_90 and later); else threads compute addresses.
+    """
+
+    capability: tuple[int, int] = (0, 0)
+    processors: int = 1
+    tma: bool = False
+
+    @property
+    def interpreted(self) -> bool:
+        """True for the interpreter, whose cost is per operation, whatever the tile."""
+        return self.capability == (0, 0)
+
+
+@lru_cache(maxsize=64)
+def target_of(device: torch.device) -> Target:
+    """The target that a device is, which takes TMA where tiles for it were measured."""
+    if INTERPRETED:
+        return Target()
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    return Target(capability, properties.multi_processor_count, generation(capability) in TMA_TILES)
 
 
 def generation(capability: tuple[int, int]) -> str:
@@ -90,13 +136,8 @@ def accumulation(accumulate: str, capability: tuple[int, int]) -> int:
     return codes[accumulate]
 
 
-def bulk_available(device: torch.device) -> bool:
-    """True on a GPU whose bulk copy engine has tiles here; where none were measured, threads compute addresses."""
-    return not INTERPRETED and generation(torch.cuda.get_device_capability(device)) in BULK_TILES
-
-
 def choose(
-    device: torch.device,
+    target: Target,
     m: int,
     n: int,
     k: int,
@@ -105,63 +146,65 @@ def choose(
     splittable: bool,
     halves: bool,
     small: bool = False,
-    bulk: dict[str, tuple[Tile, ...]] | None = None,
+    tma: dict[str, tuple[Tile, ...]] | None = None,
 ) -> tuple[Tile, int, int]:
     """Tile, number of splits of the summed dimension, and number of resident programs.
 
     Args:
-        device: whose table to use.
+        target: whose table to use.
         m, n, k, batches: the product's sizes.
         splittable: partial sums over parts of k may be added afterwards (FP32 results only).
         halves: the kernel can compute two tiles side by side.
         small: the epilogue needs registers, so that larger tiles would spill.
-        bulk: the table to use where the bulk copy engine brings the operands.
+        tma: the table to use where TMA loads the operands.
     """
-    if INTERPRETED:
-        # The interpreter's cost is per operation, whatever the tile.
-        sides = (min(512, max(16, triton.next_power_of_2(side))) for side in (m, n, k))
-        return Tile(*sides, 4, 1), 1, 1
-    properties = torch.cuda.get_device_properties(device)
-    processors = properties.multi_processor_count
-    table = (bulk or TILES)[generation((properties.major, properties.minor))]
+    if target.interpreted:
+        rows, columns, step = (min(512, max(16, triton.next_power_of_2(side))) for side in (m, n, k))
+        return Tile(rows, columns, step, 4, 1), 1, 1
+    table = (tma or TILES)[generation(target.capability)]
     little = table[-1]
     fitting = [
-        t for t in table if (t.halves == 1 or halves) and n > t.n // 2 and _tiles(t, m, n, batches) >= processors
+        t for t in table if (t.halves == 1 or halves) and n > t.n // 2 and _tiles(t, m, n, batches) >= target.processors
     ]
     tile = little if small or not fitting else fitting[0]
     splits = 1
     if splittable:
         # Enough programs to fill the GPU, but at least eight steps each: partial sums cost memory traffic.
         programs = _tiles(tile, m, n, batches)
-        while splits < 64 and programs * splits <= processors and k >= splits * 16 * tile.k:
+        while splits < 64 and programs * splits <= target.processors and k >= splits * 16 * tile.k:
             splits *= 2
-    return tile, splits, processors * tile.resident
+    return tile, splits, target.processors * tile.resident
 
 
-def gradient_tile(device: torch.device, outputs: int, channels: int, taps: int) -> tuple[Tile, int]:
-    """Tile of a convolution's bulk weight gradient (`k`: pixels in one step), and programs wanted."""
-    if INTERPRETED:
-        return Tile(*(min(64, max(16, triton.next_power_of_2(side))) for side in (outputs, channels)), 16, 4, 1), 2
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+def wgrad_tile(target: Target, outputs: int, channels: int, taps: int) -> tuple[Tile, int]:
+    """Tile of a convolution's weight gradient by TMA (`k`: pixels in one step), and programs wanted."""
+    if target.interpreted:
+        rows, columns = (min(64, max(16, triton.next_power_of_2(side))) for side in (outputs, channels))
+        return Tile(rows, columns, 16, 4, 1), 2
     m = 128 if outputs > 64 else 64
-    # Several taps read the same pixels again, from the cache: narrow tiles leave room for a third program.
+    # With several taps pixels come from the cache, and narrow tiles leave room for a third program.
     n = 128 if channels > 64 and taps == 1 else 64
     tile = Tile(m, n, 64, 4, 3, resident=2 if n == 128 else 3)
-    return tile, processors * tile.resident
+    return tile, target.processors * tile.resident
 
 
-def takes_epilogue(device: torch.device, tile: Tile, splits: int, rounding: str) -> bool:
+def takes_epilogue(target: Target, tile: Tile, splits: int, stochastic: bool) -> bool:
     """True when a product that was to be stored as it is can be rounded on the way without spilling registers.
 
-    From sm_90 on only the small tiles have registers left. Where the bulk copy engine leaves more, stochastic rounding
-    takes what further resident programs need, and larger tiles spill. A sum in parts is rounded when complete.
+    From sm_90 on only the small tiles have registers left. Where TMA leaves more, stochastic rounding takes what
+    further resident programs need, and larger tiles spill. A sum in parts is rounded when complete.
     """
-    if INTERPRETED or splits > 1:
+    if target.interpreted or splits > 1:
         return splits == 1
-    name = generation(torch.cuda.get_device_capability(device))
-    if any(tile in table.get(name, ()) for table in (BULK_TILES, BULK_CONVOLUTION_TILES)):
-        return rounding != "stochastic"
+    name = generation(target.capability)
+    if any(tile in table.get(name, ()) for table in (TMA_TILES, TMA_CONVOLUTION_TILES)):
+        return not stochastic
     return tile == TILES[name][-1] or name in ("sm_80", "sm_89")
+
+
+def summed_step(target: Target, tile: Tile, element_size: int) -> int:
+    """Elements of the summed dimension in one step of a tile."""
+    return tile.k if element_size == 1 or target.interpreted else tile.k // 2
 
 
 def _tiles(tile: Tile, m: int, n: int, batches: int) -> int:

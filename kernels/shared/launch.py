@@ -1,4 +1,4 @@
-"""How every kernel starts: on its tensors' device, counted by name, on a GPU or in Triton's interpreter.
+"""How every kernel starts: on its tensors' device, on a GPU or in Triton's interpreter.
 
 Holds no numerics and no tuning.
 """
@@ -6,7 +6,8 @@ Holds no numerics and no tuning.
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from fp8repro.numerics.streams import Stream, StreamSlot
 
-LAUNCHES: Counter[str] = Counter()
+# Those of the open blocks of `counted_launches`. Global, because autograd launches kernels from its own threads.
+_COUNTERS: list[Counter[str]] = []
 
 
 @triton.jit
@@ -23,7 +25,8 @@ def _probe() -> None:
     pass
 
 
-# Decided by TRITON_INTERPRET when Triton is imported; a compiled kernel cannot take CPU tensors, and the reverse.
+# Decided by TRITON_INTERPRET when Triton is imported. Compiled kernels take CUDA tensors only, interpreted ones CPU
+# tensors only.
 INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
 
 
@@ -31,10 +34,20 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
     """Start `kernel` over `grid` on `device`; an empty grid starts nothing."""
     if 0 in grid:
         return
-    name = kernel.fn.__name__
-    LAUNCHES[name.lstrip("_")] += 1
+    for counter in _COUNTERS:
+        counter[kernel.fn.__name__] += 1
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **options)
+
+
+@contextmanager
+def counted_launches() -> Iterator[Counter[str]]:
+    """Count the launches within a block by the kernels' names, those of all threads."""
+    _COUNTERS.append(Counter())
+    try:
+        yield _COUNTERS[-1]
+    finally:
+        _COUNTERS.pop()
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -54,7 +67,7 @@ def check_device(name: str, tensor: Tensor) -> None:
 
 
 def signed_words(value: Stream) -> tuple[int, int] | tuple[Tensor, Tensor]:
-    """Low and high 32-bit words of a 64-bit integer, as int32 values, which every launch types alike.
+    """Low and high 32-bit words of a 64-bit integer, as int32 values, so that every launch has the same types.
 
     Of a stream in device memory, the int32 tensors that a kernel takes as pointers.
     """

@@ -14,8 +14,8 @@ from fp8repro.kernels.shared.codec import STOCHASTIC
 # How products accumulate (recipe: `accumulate`).
 FP16_MMA = tl.constexpr(1)  # operands decoded to FP16, FP16 instructions with FP32 accumulation
 UNPROMOTED = tl.constexpr(2)  # native FP8 instructions alone: on sm_90 about 14 bits; for measurements only
-EXACT = tl.constexpr(3)  # operands decoded to FP32: the interpreter's way
-PROMOTED_FMA = tl.constexpr(4)  # PROMOTED where the compiler knows or keeps no promotion
+EXACT = tl.constexpr(3)  # operands decoded to FP32, in the interpreter
+PROMOTED_FMA = tl.constexpr(4)  # PROMOTED where Triton cannot promote
 PROMOTED = tl.constexpr(128)  # native FP8 instructions; on sm_90 partial sums of so many are added in FP32
 # 32 and 64 promote more often; for measurements only.
 
@@ -24,9 +24,9 @@ PROMOTED = tl.constexpr(128)  # native FP8 instructions; on sm_90 partial sums o
 def to_fp32(x):
     """FP8, FP16 or BF16 values as FP32, on bits: the interpreter decodes FP8 infinities and NaNs wrongly."""
     if x.dtype == tl.float8e5:
-        return codec.decode(x.to(tl.uint8, bitcast=True).to(tl.uint32), 5, 2, True)
+        return codec.decode(x.to(tl.uint8, bitcast=True).to(tl.uint32), codec.e5m2())
     if x.dtype == tl.float8e4nv:
-        return codec.decode(x.to(tl.uint8, bitcast=True).to(tl.uint32), 4, 3, False)
+        return codec.decode(x.to(tl.uint8, bitcast=True).to(tl.uint32), codec.e4m3())
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -43,7 +43,7 @@ def multiply_add(a, b, accumulator, ACCUMULATE: tl.constexpr):
     elif ACCUMULATE == FP16_MMA:
         accumulator = tl.dot(a.to(tl.float16), b.to(tl.float16), accumulator)
     elif ACCUMULATE == PROMOTED_FMA:
-        # As an addition the compiler would fold it back into the product's own accumulator.
+        # An addition would be folded back into the product's own accumulator.
         accumulator = tl.fma(tl.dot(a, b), 1.0, accumulator)
     else:
         accumulator = tl.dot(a, b, accumulator, max_num_imprecise_acc=ACCUMULATE)
@@ -69,41 +69,27 @@ def store_rounded(
     index,
     groups,
     mask,
-    overflow_ptr,
-    seed0,
-    seed1,
-    stream0,
-    stream1,
-    MAX: tl.constexpr,
-    EB: tl.constexpr,
-    MB: tl.constexpr,
-    INF: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SATURATE: tl.constexpr,
-    SUBNORMAL_NEAREST: tl.constexpr,
+    words,
+    ENCODING: tl.constexpr,
 ):
-    """Store an FP32 tile as it is (MB == 23), or rounded once to a format; `index` is how its elements count.
-
-    `groups`: `groups_of_row` where eight neighbours draw from one Philox block, else None.
+    """Store an FP32 tile as it is (to FP32), or rounded once to a format; `index` is how its elements count.
 
     Rounded tiles are stored as codes, or as FP32 values where the pointers are FP32.
+
+    `groups`: `groups_of_row` where eight neighbours draw from one Philox block, else None.
     """
-    if MB == 23:
+    if ENCODING.mantissa_bits == 23:
         tl.store(pointers, result, mask=mask)
     else:
         draw = index
-        if ROUNDING == STOCHASTIC:
+        if ENCODING.rounding == STOCHASTIC:
             if groups is None:
-                draw = codec.draw_of_index(index, seed0, seed1, stream0, stream1)
+                draw = codec.draw_of_index(index, words)
             else:
-                w0, w1, w2, w3 = codec.words_of_blocks(groups, seed0, seed1, stream0, stream1)
+                w0, w1, w2, w3 = codec.words_of_blocks(groups, words)
                 draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), result.shape)
-        code = codec.encode(result, draw, EB, MB, INF, ROUNDING, SATURATE, SUBNORMAL_NEAREST)
+        code = codec.encode(result, draw, ENCODING)
         if pointers.dtype.element_ty == tl.float32:
-            tl.store(pointers, codec.decode(code, EB, MB, INF), mask=mask)
+            tl.store(pointers, codec.decode(code, ENCODING), mask=mask)
         else:
             tl.store(pointers, code.to(pointers.dtype.element_ty), mask=mask)
-        if overflow_ptr is not None:
-            magnitude = tl.abs(result)
-            over = mask & (magnitude > MAX) & (magnitude < float("inf"))
-            tl.atomic_add(overflow_ptr, tl.sum(over.to(tl.int32)))

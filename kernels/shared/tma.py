@@ -1,6 +1,6 @@
-"""Which operands the bulk copy engine of sm_90 and later can bring (TMA), their descriptors, and the boxes of pixels.
+"""Which operands TMA (sm_90 and later) can load, their descriptors, and the boxes of pixels.
 
-Holds no kernel. What does not fit takes the kernels that compute addresses; results differ by the order of sums alone.
+Holds no kernel. Other operands take the kernels that compute addresses; results differ by the order of sums alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def describe(t: Tensor, block: Sequence[int]) -> TensorDescriptor:
     size = t.element_size()
     strides = list(t.stride())
     strides[-1] = 1
-    # The stride of a dimension of one is never used, but has to be a valid one.
+    # The stride of a dimension of one element is never used, but must be valid.
     below = cdiv(t.shape[-1] * size, ALIGNMENT) * ALIGNMENT // size
     for d in range(t.dim() - 2, -1, -1):
         if t.shape[d] == 1:
