@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fp8repro.engines.quantizer import quantize
-    from fp8repro.numerics.recipe import Recipe, load_recipe
+    from fp8repro.numerics.recipe import Recipe
     from fp8repro.precision.context import StepContext
     from fp8repro.precision.injection import inject
     from fp8repro.precision.loss_scaling import make_scaler
     from fp8repro.precision.master import MasterWeights
+    from fp8repro.settings.recipes import load_recipe
 
 __version__ = "0.1.0"
 __all__ = ["MasterWeights", "Recipe", "StepContext", "inject", "load_recipe", "make_scaler", "quantize"]
@@ -21,7 +22,7 @@ _HOMES = {
     "Recipe": "numerics.recipe",
     "StepContext": "precision.context",
     "inject": "precision.injection",
-    "load_recipe": "numerics.recipe",
+    "load_recipe": "settings.recipes",
     "make_scaler": "precision.loss_scaling",
     "quantize": "engines.quantizer",
 }

@@ -35,6 +35,7 @@ from fp8repro.kernels.shared.launch import INTERPRETED
 from fp8repro.kernels.shared.tiles import FP16_MMA, UNPROMOTED
 from fp8repro.numerics.formats import E4M3, E5M2, FP16, FloatFormat
 from fp8repro.numerics.rounding import IDENTITY, Rounding
+from fp8repro.tabular import markdown
 
 
 @dataclass
@@ -340,11 +341,8 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     head = ("kernel", "sm", "registers", "spilled bytes", "shared bytes", "tensor-core instructions")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for r in rows:
-        values = (r["name"], r["capability"], r["registers"], r["spilled"], r["shared"], ", ".join(r["products"]))
-        lines.append("| " + " | ".join(map(str, values)) + " |")
-    return "\n".join(lines)
+    keys = ("name", "capability", "registers", "spilled", "shared")
+    return markdown(head, ((*(str(row[key]) for key in keys), ", ".join(row["products"])) for row in rows))
 
 
 def main() -> int:

@@ -40,9 +40,13 @@ def rolling_config(run_dir):
     return replace(config, trainer=replace(config.trainer, on_divergence="rollback", max_skipped_in_a_row=3))
 
 
+# Images of a batch in evaluations of the run that is stopped.
+STOPPED = 179
+
+
 def stopped_config(run_dir):
     """180 validation images on one rank and 179 on the other: two batches and one."""
-    return replace(tiny_config(run_dir, batch_size=480, epochs=1, eval_batch_size=179), resume="auto")
+    return replace(tiny_config(run_dir, batch_size=480, epochs=1, eval_batch_size=STOPPED), resume="auto")
 
 
 def main(run_dir, what):
@@ -72,18 +76,18 @@ def main(run_dir, what):
 
     own_measure = loop.measure
 
-    def measure(task, model, config, world, split, poll):
+    def measure(task, model, recipe, world, split, poll):
         polls = 0
 
         def counted():
             nonlocal polls
             polls += 1
             # One rank gets the signal, after the last batch of its own.
-            if config.run_dir.endswith("-stopped") and codes == [] and (rank, polls) == (1, 2):
+            if task.eval_batch_size == STOPPED and codes == [] and (rank, polls) == (1, 2):
                 os.kill(os.getpid(), signal.SIGUSR1)
             poll()
 
-        return own_measure(task, model, config, world, split, counted)
+        return own_measure(task, model, recipe, world, split, counted)
 
     codes = []
     loop.train_step, loop.measure = step, measure

@@ -44,7 +44,7 @@ def main(run_dir, images, name, at, place):
             send()
         return own_step(run, batches, stop)
 
-    def measure(task, model, config, world, split, poll):
+    def measure(task, model, recipe, world, split, poll):
         polls = 0
 
         def counted():
@@ -54,7 +54,7 @@ def main(run_dir, images, name, at, place):
                 send()
             poll()
 
-        return own_measure(task, model, config, world, split, counted)
+        return own_measure(task, model, recipe, world, split, counted)
 
     loop.train_step, loop.measure = step, measure
     loop.train(resumable_config(run_dir, images))

@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
+from fp8repro.fields import build_dataclass
 from fp8repro.paper.plan import make_plan
 from fp8repro.precision.loss_scaling import make_scaler
-from fp8repro.settings.schema import LossScalingConfig, build_dataclass
+from fp8repro.settings.schema import LossScalingConfig
 
 EPOCHS, STEPS = 8, 160
 SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"

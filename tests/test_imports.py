@@ -27,11 +27,6 @@ LAYERS = (
 # The engines choose Triton's kernels where there is a GPU, inside of functions; the kernels share the engines' guards
 # and the protocol of a product.
 MUTUAL = {("engines", "kernels")}
-# Removed elsewhere at present; both must be empty.
-KNOWN_CIRCLES = {
-    ("fp8repro.numerics.recipe", "fp8repro.settings.schema"),
-}
-KNOWN_ARROWS = {("numerics", "settings")}
 
 
 def modules() -> dict[str, Path]:
@@ -66,9 +61,8 @@ def package(module: str) -> str:
 
 
 def test_no_module_imports_itself_through_others() -> None:
-    graph = {name: {other for other in found if (name, other) not in KNOWN_CIRCLES} for name, found in IMPORTS.items()}
     try:
-        TopologicalSorter(graph).prepare()
+        TopologicalSorter(IMPORTS).prepare()
     except CycleError as error:
         raise AssertionError(f"circle: {' <- '.join(error.args[1])}") from None
 
@@ -77,13 +71,12 @@ def test_packages_import_from_lower_layers_only() -> None:
     level = {name: number for number, layer in enumerate(LAYERS) for name in layer}
     arrows = {(package(a), package(b)) for a, found in IMPORTS.items() for b in found if package(a) != package(b)}
     wrong = {(a, b) for a, b in arrows if level[a] >= level[b]} - MUTUAL
-    assert sorted(wrong - KNOWN_ARROWS) == []
+    assert sorted(wrong) == []
 
 
 def test_what_is_still_allowed_is_still_there() -> None:
     arrows = {(package(a), package(b)) for a, found in IMPORTS.items() for b in found}
-    assert sorted((MUTUAL | KNOWN_ARROWS) - arrows) == []
-    assert sorted(pair for pair in KNOWN_CIRCLES if pair[1] not in IMPORTS.get(pair[0], ())) == []
+    assert sorted(MUTUAL - arrows) == []
 
 
 def test_a_file_name_says_which_file() -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 import fp8repro.training.tasks.classification
-from fp8repro.numerics.recipe import load_recipe
+from fp8repro.settings.recipes import load_recipe
 from fp8repro.settings.schema import (
     DataConfig,
     LossScalingConfig,

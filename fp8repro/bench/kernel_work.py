@@ -239,10 +239,10 @@ def measure_step(bench: Bench) -> None:
     """A training step of ResNet-50 in FP8 beside BF16 autocast, both channels_last: time and peak memory."""
     from torchvision.models import resnet18, resnet50
 
-    from fp8repro.numerics.recipe import load_recipe
     from fp8repro.precision.graphs import GraphedStep
     from fp8repro.precision.injection import inject
     from fp8repro.precision.master import MasterWeights
+    from fp8repro.settings.recipes import load_recipe
 
     small = bench.scale != 1
     batch, side = (2, 32) if small else (256, 224)

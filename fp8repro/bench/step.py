@@ -22,9 +22,9 @@ from fp8repro.models.fairseq_model import fairseq_transformer
 from fp8repro.models.gnmt import gnmt
 from fp8repro.models.resnet import make_resnet
 from fp8repro.models.transformer import transformer
-from fp8repro.numerics.recipe import load_recipe
 from fp8repro.precision.injection import inject
 from fp8repro.precision.master import MasterWeights
+from fp8repro.settings.recipes import load_recipe
 from fp8repro.settings.schema import DecodeConfig
 from fp8repro.training.tasks.decode import beam_search
 

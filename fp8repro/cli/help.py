@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
+from dataclasses import MISSING, Field
+from typing import Any, Literal, get_args, get_origin
 
+import yaml
+
+from fp8repro.fields import plain, settings_of
 from fp8repro.settings.choices import groups
+from fp8repro.settings.schema import RunConfig
 
 GROUPS = ("model", "data", "precision", "loss_scaling", "profile", "optimizer", "schedule", "training", "logger")
 
@@ -21,12 +28,12 @@ options
   --cfg job       print what the settings come to, and train nothing
   -h, --help      this text
 
-settings that most runs need (--cfg job prints all of them)
-  seed=0                      trainer.epochs=30       trainer.batch_size=64
-  data.root=FOLDER            trainer.max_steps=100   trainer.telemetry_every=50
-  run_dir=FOLDER              optimizer.lr=0.1        loss_scaling.scale=1000
-  resume=never|auto|FILE      device=auto|cpu|cuda    backend=auto|emulate|triton
-  overwrite=true              precision.error.rounding=nearest|stochastic
+settings, and what they are where no group sets them (--cfg job prints what they come to)
+"""
+
+PRECISION = """\
+  precision.ROLE.format=e5m2|e4m3|fp16|...   (ROLE: weight, activation, error, gradient, master)
+  precision.ROLE.rounding=nearest|stochastic|toward_zero
 """
 
 EVALUATE = """\
@@ -99,7 +106,22 @@ def overview(verbs: Mapping[str, str]) -> str:
 
 def train_help() -> str:
     """The help of `fp8repro train`."""
-    return "\n".join([TRAIN, *_choices((*GROUPS, "experiment"))])
+    settings = [_setting(name, hint, f) for name, hint, f in settings_of(RunConfig) if f.metadata]
+    return "\n".join([TRAIN + "\n".join(settings), PRECISION, *_choices((*GROUPS, "experiment"))])
+
+
+def _setting(name: str, hint: Any, f: Field[Any]) -> str:
+    value = f.default if f.default_factory is MISSING else f.default_factory()
+    default = "" if value is MISSING else yaml.safe_dump(plain(value), default_flow_style=True).partition("\n")[0]
+    accepted = f"{' | '.join(get_args(hint))}: " if get_origin(hint) is Literal else ""
+    head = f"  {name}={default}"
+    return textwrap.fill(
+        accepted + f.metadata["help"],
+        118,
+        initial_indent=f"{head:<41} ",
+        subsequent_indent=42 * " ",
+        break_on_hyphens=False,
+    )
 
 
 def bench_help(benches: Mapping[str, str]) -> str:

@@ -145,7 +145,9 @@ def train(arguments: list[str]) -> int:
             failures += 1
             _say(error, FAILURE)
             continue
-        _print_main(_outcome(summary, str(config.run_dir)))
+        # Of a run that was finished before, only the first process knows the summary.
+        if summary:
+            _print_main(_outcome(summary, str(config.run_dir)))
     if failures:
         raise RunFailure(f"{failures} of {len(configs)} runs failed")
     return 0

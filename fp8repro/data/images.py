@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,12 +21,12 @@ from fp8repro.data.image_batches import Sample
 from fp8repro.data.keys import derived_seed, seeded_torch
 from fp8repro.data.pixels import read_image
 from fp8repro.errors import UserError
-from fp8repro.models.resnet import LARGEST_SMALL_IMAGE
-from fp8repro.settings.schema import DataConfig, build_dataclass
+from fp8repro.fields import Bound, build_dataclass
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-AUGMENTATIONS = ("auto", "imagenet", "small", "none")
 DIGITS_VAL_FRACTION = 0.2
+# Up to so many pixels, images are shifted instead of cropped at random sizes, and keep their margin in evaluation.
+LARGEST_SHIFTED_IMAGE = 64
 Transform = Callable[[Any], Tensor]
 
 
@@ -56,7 +56,7 @@ class ImageData:
 class DigitsSettings:
     """`shift`: training images are moved by up to so many pixels in each direction."""
 
-    shift: int = 0
+    shift: Annotated[int, Bound("0, 1 or 2 pixels", lambda x: 0 <= x <= 2)] = 0
 
 
 @dataclass(frozen=True)
@@ -71,31 +71,44 @@ class FolderSettings:
     """
 
     val_fraction: float | None = None
-    augmentation: str = "auto"
+    augmentation: Literal["auto", "imagenet", "small", "none"] = "auto"
     flip: bool = True
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
 
-def load_images(config: DataConfig, seed: int) -> ImageData:
+def load_images(
+    name: str,
+    root: str | None = None,
+    image_size: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    seed: int,
+) -> ImageData:
     """Load an image data set by name.
 
     Args:
-        config: names it; `seed` keys its augmentation.
-        seed: of the run.
+        name: "digits", "imagenet" or "image_folder".
+        root: folder of the data; unused by the digits.
+        image_size: side in pixels; None: the data set's own.
+        options: fields of the data set's settings class above.
+        seed: of the run; keys the augmentation.
 
     Raises:
         UserError: an unknown name or option, or data that is missing or malformed.
     """
-    if config.name == "digits":
-        return _load_digits(build_dataclass(DigitsSettings, config.options, "data.options"), config, seed)
-    if config.name in ("imagenet", "image_folder"):
-        settings = build_dataclass(FolderSettings, config.options, "data.options")
-        if settings.augmentation not in AUGMENTATIONS:
-            accepted = ", ".join(AUGMENTATIONS)
-            raise UserError(f"data.options.augmentation: got {settings.augmentation!r}, expected one of {accepted}")
-        return _load_folder(settings, config, seed)
-    raise UserError(f"data.name: got {config.name!r}, expected one of digits, imagenet, image_folder")
+    if name == "digits":
+        if image_size not in (None, 8):
+            raise UserError(f"data.image_size: got {image_size}, expected 8 for the digits")
+        return _load_digits(build_dataclass(DigitsSettings, options or {}, "data.options"), seed)
+    if name in ("imagenet", "image_folder"):
+        if root is None:
+            raise UserError(f"data.root: missing, expected the folder of the {name} data")
+        size = image_size or 224
+        if size < 4:
+            raise UserError(f"data.image_size: got {size}, expected at least 4 pixels")
+        return _load_folder(build_dataclass(FolderSettings, options or {}, "data.options"), Path(root), size, seed)
+    raise UserError(f"data.name: got {name!r}, expected one of digits, imagenet, image_folder")
 
 
 class DigitImages(Dataset[Sample]):
@@ -130,11 +143,7 @@ def shifted(image: Tensor, down: int, right: int) -> Tensor:
     return result
 
 
-def _load_digits(settings: DigitsSettings, config: DataConfig, seed: int) -> ImageData:
-    if config.image_size not in (None, 8):
-        raise UserError(f"data.image_size: got {config.image_size}, expected 8 for the digits")
-    if not 0 <= settings.shift <= 2:
-        raise UserError(f"data.options.shift: got {settings.shift}, expected 0, 1 or 2 pixels")
+def _load_digits(settings: DigitsSettings, seed: int) -> ImageData:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -177,13 +186,8 @@ class FileImages(Dataset[Sample | UserError]):
             return self.transform(image), self.files.labels[index]
 
 
-def _load_folder(settings: FolderSettings, config: DataConfig, seed: int) -> ImageData:
-    if config.root is None:
-        raise UserError(f"data.root: missing, expected the folder of the {config.name} data")
-    size = config.image_size or 224
-    if size < 4:
-        raise UserError(f"data.image_size: got {size}, expected at least 4 pixels")
-    train, val = train_and_val_files(Path(config.root), settings.val_fraction)
+def _load_folder(settings: FolderSettings, root: Path, size: int, seed: int) -> ImageData:
+    train, val = train_and_val_files(root, settings.val_fraction)
     augmented, plain = _train_transform(settings, size), _plain_transform(settings, size)
     digest = hashlib.sha256(os.fsencode("\0".join(train.classes)))
     for files in (train, val):
@@ -208,7 +212,7 @@ def _train_transform(settings: FolderSettings, size: int) -> Transform:
 
     kind = settings.augmentation
     if kind == "auto":
-        kind = "small" if size <= LARGEST_SMALL_IMAGE else "imagenet"
+        kind = "small" if size <= LARGEST_SHIFTED_IMAGE else "imagenet"
     if kind == "none":
         return _plain_transform(settings, size)
     geometry: list[Any] = [T.RandomResizedCrop(size)]
@@ -222,6 +226,6 @@ def _plain_transform(settings: FolderSettings, size: int) -> Transform:
     """Resize and center crop, over 64 pixels with ImageNet's 256 to 224 margin; smaller images are enlarged."""
     from torchvision import transforms as T
 
-    resized = size if size <= LARGEST_SMALL_IMAGE else round(size * 256 / 224)
+    resized = size if size <= LARGEST_SHIFTED_IMAGE else round(size * 256 / 224)
     steps = [T.Resize(resized), T.CenterCrop(size), rgb_tensor, T.Normalize(settings.mean, settings.std)]
     return T.Compose(steps)  # type: ignore[no-any-return]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fp8repro.errors import UserError
+from fp8repro.fields import build_dataclass
 from fp8repro.models.parts import MatMul, RepeatedLinear
-from fp8repro.settings.schema import build_dataclass
 
 
 @dataclass(frozen=True)

@@ -121,20 +121,6 @@ def recipe_from_mapping(values: Mapping[str, Any], setting: str = "precision") -
         raise UserError(f"{setting}.{error}") from None
 
 
-def load_recipe(name: str) -> Recipe:
-    """The recipe `conf/precision/<name>.yaml`.
-
-    Raises:
-        UserError: there is no such recipe.
-    """
-    # Imported here: a user's own training loop that passes a Recipe needs no Hydra.
-    from fp8repro.settings.schema import compose_group
-
-    values = compose_group("precision", name)
-    values.pop("default_loss_scaling", None)
-    return recipe_from_mapping(values)
-
-
 def _role_from_mapping(values: Any, setting: str) -> Rounding:
     if not isinstance(values, Mapping):
         raise UserError(f"{setting}: got {values!r}, expected a mapping such as {{format: e5m2, rounding: nearest}}")

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from fp8repro.errors import UserError
+from fp8repro.settings.lengths import with_units
+from fp8repro.settings.schema import LATER_SETTINGS, NO_EFFECT
 
 SUMMARY, CONFIG, METRICS, ENVIRONMENT = "summary.json", "config.yaml", "metrics.jsonl", "environment.json"
 CHECKPOINTS, TENSORBOARD, LOCK = "checkpoints", "tensorboard", ".lock"
@@ -21,33 +23,6 @@ MAX_BYTES = 1_000_000
 MAX_SETTINGS, MAX_NAME = 2_000, 500
 # A line of metrics: the telemetry of a large model takes some hundred kilobytes.
 MAX_LINE = 4_000_000
-# Settings that runs did not always record, with what they were before.
-LATER_SETTINGS = {"precision.recurrent_gradients": "step", "loss_scaling.min_window": 1}
-# Settings that leave a run's result as it is, as long as it rolled nothing back.
-NO_EFFECT = (
-    "backend",
-    "data.root",
-    "data.workers",
-    "device",
-    "experiment",
-    "graphs",
-    "logger",
-    "overwrite",
-    "profile",
-    "resume",
-    "run_dir",
-    "seed",
-    "trainer.checkpoint_every_minutes",
-    "trainer.checkpoint_every_steps",
-    "trainer.eval_batch_size",
-    "trainer.eval_every_epochs",
-    "trainer.eval_train",
-    "trainer.keep_checkpoints",
-    "trainer.log_every",
-    "trainer.max_rollbacks",
-    "trainer.on_divergence",
-    "trainer.telemetry_every",
-)
 
 
 class Unreadable(UserError):
@@ -119,7 +94,8 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         Unreadable: they are more than any run has.
     """
-    return {key: value for key, value in {**LATER_SETTINGS, **flat(config)}.items() if key not in NO_EFFECT}
+    settings = {**LATER_SETTINGS, **flat(with_units(config))}
+    return {key: value for key, value in settings.items() if key not in NO_EFFECT}
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:

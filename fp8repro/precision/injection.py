@@ -17,7 +17,7 @@ from torch import nn
 from fp8repro.engines.select import select_backend
 from fp8repro.errors import UserError
 from fp8repro.models.parts import MatMul, RepeatedLinear
-from fp8repro.numerics.recipe import AUTO, ROLES, Recipe, load_recipe
+from fp8repro.numerics.recipe import AUTO, ROLES, Recipe
 from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.become import become
 from fp8repro.precision.bypass import watch_first_pass
@@ -32,6 +32,7 @@ from fp8repro.precision.layers import (
     SteadyMultiheadAttention,
 )
 from fp8repro.precision.site import Site
+from fp8repro.settings.recipes import load_recipe
 
 CONVERTED = {
     nn.Linear: FP8Linear,

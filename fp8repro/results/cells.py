@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from fp8repro.errors import UserError
+from fp8repro.fields import build_dataclass
 from fp8repro.paper.run_folder import CONFIG, metrics_rows, read_or_empty
 from fp8repro.precision.loss_scaling import make_scaler
 from fp8repro.results.records import RunRecord, read_failures, read_records, require_same_bits
 from fp8repro.settings.lengths import with_units
-from fp8repro.settings.schema import LossScalingConfig, build_dataclass
+from fp8repro.settings.schema import LossScalingConfig
 
 ERROR = "error"
 

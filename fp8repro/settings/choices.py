@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from typing import Any
+
+from fp8repro.errors import UserError
 
 # From data that comes along to the paper's own.
 PROFILES = ("embedded", "midscale", "paper")
@@ -25,6 +28,27 @@ def groups() -> dict[str, dict[str, str]]:
             if choices:
                 found[folder.name] = dict(sorted(choices.items()))
     return found
+
+
+def compose_group(group: str, name: str) -> dict[str, Any]:
+    """The plain values of `conf/<group>/<name>.yaml`, its own defaults list followed.
+
+    Raises:
+        UserError: the group has no such file.
+    """
+    # Imported here: a training loop of one's own that passes a Recipe needs no Hydra.
+    from hydra import compose, initialize_config_module
+    from hydra.errors import MissingConfigException
+    from omegaconf import OmegaConf
+
+    try:
+        with initialize_config_module("fp8repro.conf", version_base="1.3"):
+            config = compose(config_name=f"{group}/{name}")
+    except MissingConfigException:
+        raise UserError(f"{group}: got {name!r}, expected one of {', '.join(groups()[group])}") from None
+    values = OmegaConf.to_container(config[group], resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 def nearest(given: str, valid: Iterable[str], otherwise: Iterable[str] | None = None) -> str:

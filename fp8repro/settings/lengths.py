@@ -1,28 +1,52 @@
-"""Lengths and moments of a run - a warm-up, a milestone, a window - with one meaning, however a number is written.
+"""Lengths and moments of a run (a warm-up, a milestone, a window): {fraction: 0.12}, {steps: 8000}, {epochs: 30}.
 
-A bare number under 1 is a fraction of the run, a whole one from 1 on counts steps; a unit says what else is meant:
-{fraction: 0.12}, {steps: 8000}, {epochs: 30}. Nothing here may know what a length is for.
+A bare number under 1 is a fraction of the run; a whole number from 1 on counts steps, where that cannot be mistaken.
+Nothing here may know what a length is for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 from fp8repro.errors import UserError
+from fp8repro.fields import plain
 
 UNITS = ("fraction", "steps", "epochs")
-Length = float | Mapping[str, float]
 EXPECTED = "a fraction of the run under 1, a whole number of steps, or {fraction: 0.5}, {steps: 100} or {epochs: 3}"
 
 
-def read_length(value: Any, setting: str) -> Length:
-    """A length from a plain value; bare whole numbers from 1 on become ints, so that 1 and 1.0 are written alike.
+def read_length(value: Any, setting: str) -> float | Mapping[str, float]:
+    """A length from a plain value, in its shortest form: 0.12, 8000, {epochs: 30}. Records hold that form.
 
     Raises:
         UserError: no length.
     """
+    return _shortest(_read(value, setting), bare_steps=True)
+
+
+def read_moment(value: Any, setting: str) -> float | Mapping[str, float]:
+    """As `read_length`, but numbers from 1 on need a unit: steps, epochs and the whole run are equally likely.
+
+    Raises:
+        UserError: no length, or the unit is missing.
+    """
+    length = _read(value, setting)
+    if not isinstance(length, Mapping) and length >= 1:
+        given = f"{{epochs: {length:g}}}, {{steps: {length:g}}}"
+        raise UserError(
+            f"{setting}: got {length:g} without a unit, expected a fraction of the run under 1, or {given} or "
+            "{fraction: 1}"
+        )
+    return _shortest(length, bare_steps=False)
+
+
+Length = Annotated[float | Mapping[str, float], read_length]
+Moment = Annotated[float | Mapping[str, float], read_moment]
+
+
+def _read(value: Any, setting: str) -> float | Mapping[str, float]:
     if isinstance(value, str):
         # YAML 1.1 reads 1e-4 as a text.
         try:
@@ -43,6 +67,12 @@ def read_length(value: Any, setting: str) -> Length:
     if not _finite(value) or value < 0 or (value >= 1 and value != int(value)):
         raise UserError(f"{setting}: got {value!r}, expected {EXPECTED}")
     return int(value) if value >= 1 else value
+
+
+def _shortest(length: float | Mapping[str, float], bare_steps: bool) -> float | Mapping[str, float]:
+    unit, number = _parts(length)
+    bare = number < 1 if unit == "fraction" else unit == "steps" and number >= 1 and bare_steps
+    return number if bare else length
 
 
 def in_steps(length: Length, total_steps: int, epochs: float | None = None) -> float:
@@ -71,20 +101,6 @@ def is_fraction(length: Length) -> bool:
     return _parts(length)[0] == "fraction"
 
 
-def require_unit(length: Length, setting: str) -> None:
-    """Refuse a bare number from 1 on, where steps, epochs and a whole run are equally likely to be meant.
-
-    Raises:
-        UserError: the number has no unit.
-    """
-    if not isinstance(length, Mapping) and length >= 1:
-        given = f"{{epochs: {length:g}}}, {{steps: {length:g}}}"
-        raise UserError(
-            f"{setting}: got {length:g} without a unit, expected a fraction of the run under 1, or {given} or "
-            "{fraction: 1}"
-        )
-
-
 def require_ascending(lengths: Sequence[Length], epochs: float, setting: str) -> None:
     """Refuse moments out of order; steps and fractions of a run of unknown length are not compared.
 
@@ -93,38 +109,39 @@ def require_ascending(lengths: Sequence[Length], epochs: float, setting: str) ->
     """
     for before, after in pairwise(_comparable(length, epochs) for length in lengths):
         if before[0] == after[0] and not before[1] < after[1]:
-            raise UserError(f"{setting}: got {_plain(lengths)}, expected moments in ascending order")
+            raise UserError(f"{setting}: got {plain(lengths)}, expected moments in ascending order")
 
 
 def with_units(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain values of an earlier run with the units that its lengths had when they needed none.
+    """The plain values of a saved run with its lengths in today's form.
 
-    In a schedule 1.0 was the whole run and 1 a step, and milestones over 1 were steps; windows and floors were rounded.
+    Before lengths had units, in a schedule 1.0 was the whole run and 1 a step, and milestones over 1 were steps;
+    windows and the moments of floors were rounded.
     """
     values = dict(config)
     schedule, scaling = values.get("schedule"), values.get("loss_scaling")
     if isinstance(schedule, Mapping):
-        schedule = dict(schedule)
+        schedule = values["schedule"] = dict(schedule)
         for name in ("warmup", "decay_start"):
             if name in schedule:
-                schedule[name] = _earlier(schedule[name], bare_steps=name == "warmup")
+                schedule[name] = _of_schedule(schedule[name], bare_steps=name == "warmup")
         if isinstance(schedule.get("milestones"), list | tuple):
-            schedule["milestones"] = [_earlier(when, bare_steps=False) for when in schedule["milestones"]]
-        values["schedule"] = schedule
+            schedule["milestones"] = [_of_schedule(when, bare_steps=False) for when in schedule["milestones"]]
     if isinstance(scaling, Mapping):
-        scaling = dict(scaling)
+        scaling = values["loss_scaling"] = dict(scaling)
         if "window" in scaling:
-            scaling["window"] = _earlier_rounded(scaling["window"])
+            scaling["window"] = _of_scaling(scaling["window"])
         if isinstance(scaling.get("floors"), list | tuple):
             scaling["floors"] = [
-                [_earlier_rounded(pair[0]), *pair[1:]] if isinstance(pair, list | tuple) and pair else pair
+                [_of_scaling(pair[0]), *pair[1:]] if isinstance(pair, list | tuple) and pair else pair
                 for pair in scaling["floors"]
             ]
-        values["loss_scaling"] = scaling
     return values
 
 
-def _earlier(value: Any, bare_steps: bool) -> Any:
+def _of_schedule(value: Any, bare_steps: bool) -> Any:
+    if isinstance(value, Mapping):
+        return _shortest_or_as_it_is(value, bare_steps)
     if not _finite(value) or value < 1:
         return value
     if isinstance(value, float) and value == 1:
@@ -132,8 +149,18 @@ def _earlier(value: Any, bare_steps: bool) -> Any:
     return value if bare_steps else {"steps": value}
 
 
-def _earlier_rounded(value: Any) -> Any:
+def _of_scaling(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _shortest_or_as_it_is(value, bare_steps=True)
     return round(value) if _finite(value) and value >= 1 else value
+
+
+def _shortest_or_as_it_is(value: Mapping[Any, Any], bare_steps: bool) -> Any:
+    """Saved values are not trusted: what is no length is refused later, where its setting can be named."""
+    try:
+        return _shortest(_read(value, ""), bare_steps)
+    except UserError:
+        return value
 
 
 def _parts(length: Length) -> tuple[str, float]:
@@ -146,10 +173,6 @@ def _parts(length: Length) -> tuple[str, float]:
 def _comparable(length: Length, epochs: float) -> tuple[str, float]:
     unit, number = _parts(length)
     return ("fraction", number / epochs) if unit == "epochs" else (unit, number)
-
-
-def _plain(lengths: Sequence[Length]) -> str:
-    return str([dict(length) if isinstance(length, Mapping) else length for length in lengths])
 
 
 def _finite(value: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -23,29 +24,24 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fp8repro.errors import UserError
-from fp8repro.settings.choices import PROFILES, groups, nearest
+from fp8repro.fields import Effect, settings_of
+from fp8repro.settings.choices import PROFILES, compose_group, groups, nearest
+from fp8repro.settings.lengths import Length, Moment
 from fp8repro.settings.run_name import run_name
+from fp8repro.settings.schema import RunConfig, defaults, settings_with
 
 # Mappings that hold whatever their model or data set takes, so a setting in them need not exist before.
 OPEN_MAPPINGS = ("model.size.", "data.options.", "loss_scaling.")
-# Settings that do not change what a run computes; a run's folder is named after them only where a sweep varies them.
-NO_PART_OF_A_RUN = (
-    "run_dir",
-    "resume",
-    "overwrite",
-    "device",
-    "backend",
-    "graphs",
-    "logger",
-    "profile",
-    "data.root",
-    "data.workers",
-)
 PATHS = ("run_dir", "resume", "data.root")
+# Settings that do not change what a run computes; a run's folder is named after them only where a sweep varies them.
+UNNAMED = settings_with(Effect.PLACE)
+LENGTHS = frozenset(name for name, hint, _ in settings_of(RunConfig) if hint in (Length, Moment))
 # What may be exchanged in an earlier run's configuration, to evaluate its weights otherwise.
 EXCHANGEABLE = ("precision", "data", "loss_scaling")
 # Groups without a choice of their own at first (see conf/config.yaml).
 UNCHOSEN = ("data", "training", "profile", "optimizer", "schedule", "experiment")
+# The first entry of conf/config.yaml's defaults.
+ConfigStore.instance().store(name="settings", node=defaults())
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class Job:
         parts = [str(self.choices[group]) for group in named]
         for override in sorted(self.overrides):
             key = override.lstrip("+~").partition("=")[0]
-            if key not in (*named, "seed") and (key in self.swept or key not in NO_PART_OF_A_RUN):
+            if key not in (*named, "seed") and (key in self.swept or key not in UNNAMED):
                 parts.append(override.lstrip("+"))
         return run_name(parts, self.values["seed"])
 
@@ -97,8 +93,6 @@ def changed(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
     Raises:
         UserError: a setting that the run does not have, or a group that cannot be exchanged afterwards.
     """
-    from fp8repro.settings.schema import compose_group
-
     known, result = groups(), copy.deepcopy(dict(values))
     for override in _parse(overrides):
         key = override.key_or_group
@@ -164,7 +158,7 @@ def _job(overrides: Sequence[str], swept: frozenset[str]) -> Job:
     derived = _derived_choices(choices, first, known)
     choices |= derived
     chosen += [f"{group}={choice}" for group, choice in derived.items()]
-    lines = [_with_open_prefix(override) for override in settings]
+    lines = [line for override in settings for line in _as_hydra_takes_it(override)]
     try:
         config = _compose(chosen + lines)
     except UserError:
@@ -172,6 +166,7 @@ def _job(overrides: Sequence[str], swept: frozenset[str]) -> Job:
         raise
     values = _plain(config)
     values.pop("profile_data")
+    _settle_lengths(values, choices, {override.key_or_group for override in settings})
     return Job(tuple(overrides), {group: choices.get(group) for group in known}, values, swept)
 
 
@@ -216,26 +211,39 @@ def _profile_data(name: str) -> dict[str, list[str]]:
     return data
 
 
-def _with_open_prefix(override: Override) -> str:
-    line = override.input_line
+def _as_hydra_takes_it(override: Override) -> list[str]:
+    line, key = override.input_line, override.key_or_group
     assert line is not None
     # What conf/ leaves to a default of the code is a setting as well.
-    may_be_new = override.key_or_group.startswith(OPEN_MAPPINGS) or override.key_or_group in _schema()
-    return f"++{line}" if may_be_new and not line.startswith(("+", "~")) else line
+    may_be_new = key.startswith(OPEN_MAPPINGS) or key in _names()
+    if not may_be_new or line.startswith(("+", "~")):
+        return [line]
+    # A length replaces a length; Hydra merges mappings.
+    return [*([f"++{key}=null"] if key in LENGTHS else []), f"++{line}"]
+
+
+def _settle_lengths(values: Mapping[str, Any], choices: Mapping[str, str | None], given: Collection[str]) -> None:
+    """Where Hydra merged the lengths of two files to {fraction: 0.1, steps: 4000}, the later one holds: the group's."""
+    for key in LENGTHS - set(given):
+        group, name = key.split(".")
+        length = values[group].get(name)
+        if isinstance(length, Mapping) and len(length) > 1 and (choice := choices[group]):
+            values[group][name] = compose_group(group, choice)[name]
 
 
 @cache
-def _schema() -> frozenset[str]:
-    from fp8repro.settings.schema import setting_names
+def _names() -> frozenset[str]:
+    """Dotted names of the settings that every run has, without those of its model or data set."""
+    from fp8repro.numerics.recipe import Recipe
 
-    return frozenset(setting_names())
+    return frozenset(name for name, _, _ in (*settings_of(RunConfig), *settings_of(Recipe, "precision.")))
 
 
 def _check_keys(settings: Iterable[Override], config: DictConfig, known: Mapping[str, Any]) -> None:
     """Raise UserError for the first setting that the configuration does not have."""
     values = _plain(config)
     values.pop("profile_data")
-    keys, sections = dict.fromkeys([*_keys(values), *sorted(_schema())]), dict.fromkeys([*known, *values])
+    keys, sections = dict.fromkeys([*_keys(values), *sorted(_names())]), dict.fromkeys([*known, *values])
     for override in settings:
         key = override.key_or_group
         if key not in keys and not override.is_add() and not override.is_force_add():

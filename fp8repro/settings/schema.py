@@ -1,131 +1,163 @@
-"""Configuration at the door: a composed Hydra config becomes frozen dataclasses, once; inside there is no DictConfig.
+"""Every setting of a training run, declared once: a dataclass field with its type, default, help and effect.
 
-Every setting of a training run is a field below. Nothing here may decide numerics: see recipe.py.
+From these come the defaults of Hydra's configuration, conversion and error messages, `--cfg job`, `train --help`, and
+which settings a resume or a comparison ignores. Inside of a run there is no DictConfig. Nothing here may decide
+numerics (see numerics/recipe.py) or import torch.
 """
 
 from __future__ import annotations
 
 import math
-import types
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fp8repro.errors import UserError
-from fp8repro.numerics.recipe import Recipe, recipe_from_mapping, recipe_to_mapping
-from fp8repro.settings.lengths import Length, in_steps, read_length, require_ascending, require_unit
+from fp8repro.fields import (
+    Bound,
+    Count,
+    CountOrZero,
+    Effect,
+    Finite,
+    NotNegative,
+    Positive,
+    Share,
+    build_dataclass,
+    plain,
+    setting,
+    settings_of,
+)
+from fp8repro.settings.lengths import Length, Moment, in_steps, require_ascending
 
-TASKS = ("image", "translation")
+if TYPE_CHECKING:
+    from fp8repro.numerics.recipe import Recipe
+else:
+    # Recipes read their own values; their module imports torch, for which help and misspelt settings must not wait.
+    Recipe = Any
+
+UnderOne = Annotated[float, Bound("a number from 0 to under 1", lambda x: 0 <= x < 1)]
+OverOne = Annotated[float, Bound("a number over 1", lambda x: 1 < x < math.inf)]
+Seed = Annotated[int, Bound("a whole number from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]
+# Loss and gradients are FP32: a scale and its inverse must be normal numbers there.
+Scale = Annotated[float, Bound("a number from 2^-126 to 2^126", lambda x: 2.0**-126 <= x <= 2.0**126)]
+
+OUTCOME, CHANCE, RECORD, PLACE = Effect.OUTCOME, Effect.CHANCE, Effect.RECORD, Effect.PLACE
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network. `size` holds the family's own dimensions (empty for the ResNets)."""
+    """Which network."""
 
-    name: str
-    task: str = "image"
-    stem: str = "auto"  # image: auto | imagenet (7x7, stride 2, pooling) | small (3x3, stride 1)
-    size: Mapping[str, Any] = field(default_factory=dict)
+    name: str = setting(MISSING, "architecture")
+    task: Literal["image", "translation"] = setting("image", "what it learns")
+    stem: Literal["auto", "imagenet", "small"] = setting(
+        "auto",
+        "first layers of a ResNet; 7x7, stride 2 and pooling, or 3x3 and stride 1, which auto takes up to 64 pixels",
+    )
+    size: Mapping[str, Any] = setting({}, "of translation models: dimensions that replace the model's own")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which data set, and how its samples become batches. `options` holds the data set's own settings."""
+    """Which data set, and how its samples become batches."""
 
-    name: str
-    root: str | None = None
-    image_size: int | None = None
-    workers: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = setting(MISSING, "data set")
+    root: str | None = setting(None, "folder of the data", PLACE)
+    image_size: Count | None = setting(None, "side of the images in pixels; null: the data set's own")
+    workers: CountOrZero = setting(0, "processes that load images or tokenize text", PLACE)
+    options: Mapping[str, Any] = setting({}, "the data set's own settings")
 
 
 @dataclass(frozen=True)
 class LossScalingConfig:
-    """Loss-scaling policy (paper, section 3.1). Windows and the moments of floors: see `fp8repro.settings.lengths`."""
+    """Loss-scaling policy (paper, section 3.1)."""
 
-    policy: str = "none"  # none | constant | dynamic | enhanced
-    scale: float = 1.0  # constant: the scale; dynamic, enhanced: the initial one
-    factor: float = 2.0
-    window: Length = 2000  # good steps before the scale grows
-    min_window: int = 1  # steps that a window given as a fraction has at least
-    min_scale: float = 1.0
-    max_scale: float = 2.0**24
-    floors: tuple[tuple[Length, float], ...] = ()  # enhanced: (when, floor)
+    policy: Literal["none", "constant", "dynamic", "enhanced"] = setting("none", "how the scale changes")
+    scale: Scale = setting(1.0, "constant: the scale; dynamic, enhanced: the first one")
+    factor: OverOne = setting(2.0, "by which the scale grows and falls")
+    window: Length = setting(2000, "steps without overflow before the scale grows")
+    min_window: Count = setting(1, "steps that a window given as a fraction has at least; each growth may skip one")
+    min_scale: Scale = setting(1.0, "lower limit of the scale")
+    max_scale: Scale = setting(2.0**24, "upper limit of the scale")
+    floors: tuple[tuple[Length, Scale], ...] = setting((), "enhanced: lower limits that rise, as [when, limit]")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Optimizer; `decay_norm_and_bias=False` leaves weight decay off one-dimensional parameters."""
+    """The optimizer."""
 
-    name: str = "sgd"  # sgd | adam | adamw
-    lr: float | None = 0.1  # None: sgd's by batch size and length of the run, see `settle_rate`
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 1e-4
-    decay_norm_and_bias: bool = True
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    name: Literal["sgd", "adam", "adamw"] = setting("sgd", "which optimizer")
+    lr: Positive | None = setting(0.1, "learning rate; null: of sgd, by batch size and length of the run")
+    momentum: NotNegative = setting(0.9, "sgd: momentum")
+    nesterov: bool = setting(False, "sgd: Nesterov's momentum")
+    weight_decay: NotNegative = setting(1e-4, "weight decay")
+    decay_norm_and_bias: bool = setting(True, "false: no weight decay on one-dimensional parameters")
+    betas: tuple[UnderOne, UnderOne] = setting((0.9, 0.999), "adam, adamw: decay rates of the moments")
+    eps: Positive = setting(1e-8, "adam, adamw: added to the root of the second moment")
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate over the run; its lengths and moments: see `fp8repro.settings.lengths`."""
+    """Learning rate over the run."""
 
-    name: str = "cosine"  # constant | cosine | step | inverse_sqrt | gnmt
-    warmup: Length = 0.0
-    warmup_start: float = 0.0  # multiplier of lr at step 0
-    warmup_form: str = "linear"  # linear | exponential
-    milestones: tuple[Length, ...] = ()  # step: when lr *= gamma; from 1 on with a unit
-    gamma: float = 0.1
-    decay_start: Length = 0.666  # gnmt: when the halvings begin; from 1 on with a unit
-    decay_count: int = 4  # gnmt: number of halvings
+    name: Literal["constant", "cosine", "step", "inverse_sqrt", "gnmt"] = setting("cosine", "shape of the schedule")
+    warmup: Length = setting(0.0, "length of the warm-up: {fraction: 0.1}, {steps: 4000} or {epochs: 2}")
+    warmup_start: Share = setting(0.0, "learning rate at step 0, as a share of optimizer.lr")
+    warmup_form: Literal["linear", "exponential"] = setting("linear", "how the warm-up rises")
+    milestones: tuple[Moment, ...] = setting((), "step: when the learning rate is multiplied by gamma")
+    gamma: Share = setting(0.1, "step: see milestones")
+    decay_start: Moment = setting(0.666, "gnmt: when the halvings begin")
+    decay_count: Count = setting(4, "gnmt: number of halvings")
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
     """The loop: length, batches, measurement, checkpoints."""
 
-    epochs: float = 10
-    max_steps: int | None = None  # stop early, schedules unchanged
-    batch_size: int = 64  # images, or target tokens (padding counted), over all ranks and micro-steps
-    micro_steps: int = 1  # accumulate this many batches into one update
-    eval_batch_size: int = 256
-    label_smoothing: float = 0.0
-    smoothing_form: str = "all"  # share of every class, or of all "others" but the target (fairseq)
-    clip_norm: float | None = None
-    channels_last: bool = True
-    sync_batchnorm: bool = False  # normalization statistics over all processes
-    log_every: int = 10
-    eval_every_epochs: int = 1  # 0: only after the last step
-    eval_train: bool = False  # evaluate on the training split too
-    telemetry_every: int = 0
-    checkpoint_every_steps: int | None = None
-    checkpoint_every_minutes: float | None = 10
-    keep_checkpoints: int = 2
-    average_checkpoints: int = 0  # translation: average the weights of the last N epochs for the final score
-    max_skipped_in_a_row: int = 50
-    on_divergence: str = "stop"  # stop | rollback, to the last checkpoint from before it
-    max_rollbacks: int = 3
+    epochs: Positive = setting(10, "passes over the training data")
+    max_steps: Count | None = setting(None, "stop early; schedules stay those of the whole run", OUTCOME)
+    batch_size: Count = setting(64, "images, or target tokens with padding, over all processes and micro-steps")
+    micro_steps: Count = setting(1, "batches whose gradients are summed for one update")
+    eval_batch_size: Count = setting(256, "images or tokens, for each process", RECORD)
+    label_smoothing: Share = setting(0.0, "probability that is spread over the classes")
+    smoothing_form: Literal["all", "others"] = setting(
+        "all", "classes that share it; others: all but the target (fairseq)"
+    )
+    clip_norm: Positive | None = setting(None, "largest norm of the gradient")
+    channels_last: bool = setting(True, "memory format of images")
+    sync_batchnorm: bool = setting(False, "batch statistics over all processes")
+    log_every: Count = setting(10, "steps between logged figures", RECORD)
+    eval_every_epochs: CountOrZero = setting(1, "epochs between evaluations; 0: only after the last step", RECORD)
+    eval_train: bool = setting(False, "evaluate on the training data too", RECORD)
+    telemetry_every: CountOrZero = setting(0, "steps between counts of underflow and overflow; 0: never", RECORD)
+    checkpoint_every_steps: Count | None = setting(None, "steps between checkpoints", RECORD)
+    checkpoint_every_minutes: Positive | None = setting(10, "minutes between checkpoints", RECORD)
+    keep_checkpoints: Count = setting(2, "checkpoints that stay", RECORD)
+    average_checkpoints: CountOrZero = setting(0, "translation: score the mean of the weights of the last N epochs")
+    max_skipped_in_a_row: Count = setting(
+        50, "so many skipped steps in a row are a divergence; so are weights that are not finite", OUTCOME
+    )
+    on_divergence: Literal["stop", "rollback"] = setting(
+        "stop",
+        "rollback: weights, optimizer and loss scale of the last checkpoint before it; the run goes on with the next "
+        "batch, the updates in between are lost",
+        RECORD,
+    )
+    max_rollbacks: Count = setting(3, "the next divergence after so many rollbacks stops the run", RECORD)
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Beam search.
+    """Beam search of translation models."""
 
-    Attributes:
-        beam: hypotheses kept per sentence; 1 is greedy search.
-        length_penalty: "fairseq" (length^alpha) or "wu" (((5 + length) / 6)^alpha, GNMT).
-        alpha: exponent of the length penalty.
-        coverage: weight of GNMT's coverage penalty sum(log(min(attention mass, 1))); needs a model with attention.
-        max_length_a, max_length_b: a translation has at most a * source length + b tokens, EOS counted.
-    """
-
-    beam: int = 4
-    length_penalty: str = "fairseq"
-    alpha: float = 0.6
-    coverage: float = 0.0
-    max_length_a: float = 1.5
-    max_length_b: int = 10
+    beam: Count = setting(4, "hypotheses a sentence; 1: greedy search", OUTCOME)
+    length_penalty: Literal["fairseq", "wu"] = setting(
+        "fairseq", "a score is divided by length^alpha, or by ((5 + length) / 6)^alpha", OUTCOME
+    )
+    alpha: Finite = setting(0.6, "exponent of the length penalty", OUTCOME)
+    coverage: NotNegative = setting(0.0, "weight of GNMT's coverage penalty sum(log(min(attention, 1)))", OUTCOME)
+    max_length_a: NotNegative = setting(1.5, "a translation has at most a * source length + b tokens with EOS", OUTCOME)
+    max_length_b: Count = setting(10, "see max_length_a", OUTCOME)
 
 
 @dataclass(frozen=True)
@@ -140,105 +172,58 @@ class RunConfig:
     schedule: ScheduleConfig = ScheduleConfig()
     trainer: TrainerConfig = TrainerConfig()
     decode: DecodeConfig = DecodeConfig()
-    logger: str = "tensorboard"  # tensorboard | wandb | none
-    profile: str = "embedded"
-    experiment: str | None = None  # the cell of the paper's tables that the run stands for
-    seed: int = 0
-    device: str = "auto"  # auto | cpu | cuda
-    backend: str = "auto"  # auto | emulate | triton
-    graphs: str = "auto"  # auto | off
-    run_dir: str | None = None
-    resume: str = "never"  # never | auto | path of a checkpoint
-    overwrite: bool = False
+    logger: Literal["tensorboard", "wandb", "none"] = setting(
+        "tensorboard", "where curves go, beside metrics.jsonl", PLACE
+    )
+    profile: str = setting("embedded", "size of data and models", PLACE)
+    experiment: str | None = setting(None, "cell of the paper's tables that the run stands for", RECORD)
+    seed: Seed = setting(0, "of weights, order of the data, augmentation, dropout and rounding", CHANCE)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where it runs", PLACE)
+    backend: Literal["auto", "emulate", "triton"] = setting(
+        "auto", "emulate multiplies FP8 values in FP32, triton uses the GPU's FP8 tensor cores", PLACE
+    )
+    graphs: Literal["auto", "off"] = setting(
+        "auto", "auto replays steps as CUDA graphs where possible; same bits", PLACE
+    )
+    run_dir: str | None = setting(None, "folder of the run; null: runs/<what runs>", PLACE)
+    resume: str = setting("never", "never, auto (from the last checkpoint in run_dir), or path of a checkpoint", PLACE)
+    overwrite: bool = setting(False, "delete what is in run_dir first", PLACE)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to a run's config.yaml."""
-        return _plain({**asdict(self), "precision": recipe_to_mapping(self.precision)})
+        from fp8repro.numerics.recipe import recipe_to_mapping
+
+        values: dict[str, Any] = plain({**asdict(self), "precision": recipe_to_mapping(self.precision)})
+        return values
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "model.task": TASKS,
-    "model.stem": ("auto", "imagenet", "small"),
-    "loss_scaling.policy": ("none", "constant", "dynamic", "enhanced"),
-    "optimizer.name": ("sgd", "adam", "adamw"),
-    "schedule.name": ("constant", "cosine", "step", "inverse_sqrt", "gnmt"),
-    "schedule.warmup_form": ("linear", "exponential"),
-    "trainer.smoothing_form": ("all", "others"),
-    "trainer.on_divergence": ("stop", "rollback"),
-    "decode.length_penalty": ("fairseq", "wu"),
-    "logger": ("tensorboard", "wandb", "none"),
-    "device": ("auto", "cpu", "cuda"),
-    "backend": ("auto", "emulate", "triton"),
-    "graphs": ("auto", "off"),
-}
+def settings_with(*effects: Effect) -> frozenset[str]:
+    """Dotted names of the settings that have one of some effects."""
+    return frozenset(name for name, _, f in settings_of(RunConfig) if f.metadata.get("effect") in effects)
 
 
-@dataclass(frozen=True)
-class Bound:
-    """What numbers a setting accepts: in words, and as a test."""
-
-    expected: str
-    fits: Callable[[float], bool]
+# Settings that leave a run's result as it is, as long as it rolled nothing back.
+NO_EFFECT = settings_with(CHANCE, RECORD, PLACE)
+# Settings that saved runs do not always have, with what they were before.
+LATER_SETTINGS = {"precision.recurrent_gradients": "step", "loss_scaling.min_window": 1}
 
 
-POSITIVE = Bound("a number over 0", lambda x: 0 < x < math.inf)
-NOT_NEGATIVE = Bound("a number from 0 on", lambda x: 0 <= x < math.inf)
-SHARE = Bound("a number from 0 to 1", lambda x: 0 <= x <= 1)
-UNDER_ONE = Bound("a number from 0 to under 1", lambda x: 0 <= x < 1)
-FINITE = Bound("a finite number", math.isfinite)
-# Loss and gradients are FP32: a scale and its inverse must be normal numbers there.
-SCALE = Bound("a number from 2^-126 to 2^126", lambda x: 2.0**-126 <= x <= 2.0**126)
-COUNT = Bound("a whole number from 1 to 2^31 - 1", lambda x: 0 < x < 2**31)
-COUNT_OR_ZERO = Bound("a whole number from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31)
-# Every setting that is a number or a list of them, but for lengths (lengths.py), which bound themselves.
-BOUNDS: dict[str, Bound] = {
-    "seed": Bound("a whole number from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63),
-    "data.image_size": COUNT,
-    "data.workers": COUNT_OR_ZERO,
-    "decode.alpha": FINITE,
-    "decode.beam": COUNT,
-    "decode.coverage": NOT_NEGATIVE,
-    "decode.max_length_a": NOT_NEGATIVE,
-    "decode.max_length_b": COUNT,
-    "loss_scaling.factor": Bound("a number over 1", lambda x: 1 < x < math.inf),
-    "loss_scaling.floors": SCALE,
-    "loss_scaling.max_scale": SCALE,
-    "loss_scaling.min_scale": SCALE,
-    "loss_scaling.min_window": COUNT,
-    "loss_scaling.scale": SCALE,
-    "optimizer.betas": UNDER_ONE,
-    "optimizer.eps": POSITIVE,
-    "optimizer.lr": POSITIVE,
-    "optimizer.momentum": NOT_NEGATIVE,
-    "optimizer.weight_decay": NOT_NEGATIVE,
-    "schedule.decay_count": COUNT,
-    "schedule.gamma": SHARE,
-    "schedule.warmup_start": SHARE,
-    "trainer.average_checkpoints": COUNT_OR_ZERO,
-    "trainer.batch_size": COUNT,
-    "trainer.checkpoint_every_minutes": POSITIVE,
-    "trainer.checkpoint_every_steps": COUNT,
-    "trainer.clip_norm": POSITIVE,
-    "trainer.epochs": POSITIVE,
-    "trainer.eval_batch_size": COUNT,
-    "trainer.eval_every_epochs": COUNT_OR_ZERO,
-    "trainer.keep_checkpoints": COUNT,
-    "trainer.label_smoothing": SHARE,
-    "trainer.log_every": COUNT,
-    "trainer.max_rollbacks": COUNT,
-    "trainer.max_skipped_in_a_row": COUNT,
-    "trainer.max_steps": COUNT,
-    "trainer.micro_steps": COUNT,
-    "trainer.telemetry_every": COUNT_OR_ZERO,
-}
+def defaults() -> dict[str, Any]:
+    """Plain values of the sections and settings that no configuration group chooses."""
+    own = {name: f.default for name, f in RunConfig.__dataclass_fields__.items() if f.default is not MISSING}
+    return {
+        name: plain(asdict(value)) if hasattr(value, "__dataclass_fields__") else value for name, value in own.items()
+    }
 
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:
     """Build the configuration of a run from the plain values of a composed config.
 
     Raises:
-        UserError: an unknown setting, a wrong type, or a value that is not accepted.
+        UserError: an unknown setting, or a value that is not accepted.
     """
+    from fp8repro.numerics.recipe import recipe_from_mapping
+
     values = _mapping(values, "configuration")
     precision = _mapping(values.pop("precision", None), "precision")
     # A saved run's config.yaml has the policy resolved already and carries no default.
@@ -255,77 +240,8 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         scaling = default | scaling
     values["loss_scaling"] = scaling
     config: RunConfig = build_dataclass(RunConfig, values, "", precision=recipe)
-    for setting, accepted in CHOICES.items():
-        given = _lookup(config, setting)
-        if given not in accepted:
-            raise UserError(f"{setting}: got {given!r}, expected one of {', '.join(accepted)}")
-    for setting, bound in BOUNDS.items():
-        for given in _numbers(setting, _lookup(config, setting)):
-            if not bound.fits(given):
-                raise UserError(f"{setting}: got {given!r}, expected {bound.expected}")
     _check_together(config)
     return config
-
-
-def _numbers(setting: str, value: Any) -> Sequence[float]:
-    """The numbers of a setting: none where it is absent; of floors, what they are and not when they begin."""
-    if setting == "loss_scaling.floors":
-        return [floor for _, floor in value]
-    return () if value is None else value if isinstance(value, tuple) else (value,)
-
-
-def _check_together(config: RunConfig) -> None:
-    """Raise UserError for settings that are sound one by one and mean nothing together."""
-    schedule, optimizer = config.schedule, config.optimizer
-    for number, when in enumerate(schedule.milestones):
-        require_unit(when, f"schedule.milestones[{number}]")
-    require_unit(schedule.decay_start, "schedule.decay_start")
-    require_ascending(schedule.milestones, config.trainer.epochs, "schedule.milestones")
-    if in_steps(config.loss_scaling.window, 2**31, config.trainer.epochs) == 0:
-        raise UserError(f"loss_scaling.window: got {_plain(config.loss_scaling.window)!r}, expected a length over 0")
-    if schedule.warmup_form == "exponential" and schedule.warmup_start == 0 and schedule.warmup != 0:
-        raise UserError(
-            f"schedule.warmup_start: got {schedule.warmup_start!r} with warmup_form=exponential, expected over 0"
-        )
-    if optimizer.name == "sgd" and optimizer.nesterov and optimizer.momentum == 0:
-        raise UserError(f"optimizer.momentum: got {optimizer.momentum!r} with nesterov=true, expected a number over 0")
-
-
-def compose_group(group: str, name: str) -> dict[str, Any]:
-    """The plain values of `conf/<group>/<name>.yaml`, its own defaults list followed.
-
-    Raises:
-        UserError: the group has no such file.
-    """
-    from hydra import compose, initialize_config_module
-    from hydra.errors import MissingConfigException
-    from omegaconf import OmegaConf
-
-    try:
-        with initialize_config_module("fp8repro.conf", version_base="1.3"):
-            config = compose(config_name=f"{group}/{name}")
-    except MissingConfigException:
-        raise UserError(f"{group}: got {name!r}, expected one of {', '.join(group_options(group))}") from None
-    values = OmegaConf.to_container(config[group], resolve=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
-
-
-def group_options(group: str) -> list[str]:
-    """Names of the files of a configuration group, sorted."""
-    from importlib.resources import files
-
-    folder = files("fp8repro.conf").joinpath(group)
-    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def setting_names(cls: type = RunConfig, prefix: str = "") -> list[str]:
-    """The dotted names of the settings that every run has, in order, without those of its model or data set."""
-    names = []
-    for name, hint in get_type_hints(cls).items():
-        inner = hasattr(hint, "__dataclass_fields__")
-        names += setting_names(hint, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
-    return names
 
 
 def _mapping(value: Any, setting: str) -> dict[str, Any]:
@@ -335,89 +251,15 @@ def _mapping(value: Any, setting: str) -> dict[str, Any]:
     return dict(value or {})
 
 
-def _lookup(config: RunConfig, setting: str) -> Any:
-    value: Any = config
-    for part in setting.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def build_dataclass(cls: type, values: Mapping[str, Any], setting: str, **ready: Any) -> Any:
-    """An instance of a frozen dataclass of settings from plain values.
-
-    Args:
-        cls: a dataclass; its annotations decide what is accepted.
-        values: plain values, nested where the fields are dataclasses themselves.
-        setting: dotted name of `values` in the configuration, for messages.
-        ready: fields built elsewhere.
-
-    Raises:
-        UserError: an unknown or a missing setting, or a value of the wrong type.
-    """
-    hints = get_type_hints(cls)
-    known = [f.name for f in fields(cls)]
-    prefix = f"{setting}." if setting else ""
-    for key in values:
-        if key not in known:
-            raise UserError(f"{prefix}{key}: unknown setting, expected one of {', '.join(known)}")
-    arguments = dict(ready)
-    for f in fields(cls):
-        if f.name in ready:
-            continue
-        if f.name in values:
-            arguments[f.name] = _convert(values[f.name], hints[f.name], f"{prefix}{f.name}")
-        elif f.default is MISSING and f.default_factory is MISSING:
-            raise UserError(f"{prefix}{f.name}: missing, expected a value")
-    return cls(**arguments)
-
-
-def _convert(value: Any, hint: Any, setting: str) -> Any:
-    if hint == Length:
-        return read_length(value, setting)
-    origin, options = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in options:
-            return None
-        (hint,) = (option for option in options if option is not type(None))
-        return _convert(value, hint, setting)
-    if origin is tuple:
-        if isinstance(value, (list, tuple)):
-            inner = options[:1] * len(value) if options[-1] is Ellipsis else options
-            if len(inner) == len(value):
-                return tuple(
-                    _convert(v, i, f"{setting}[{n}]") for n, (v, i) in enumerate(zip(value, inner, strict=True))
-                )
-        count = "" if options[-1] is Ellipsis else f" of {len(options)} values"
-        raise UserError(f"{setting}: got {value!r}, expected a list{count}")
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise UserError(f"{setting}: got {value!r}, expected a mapping")
-        return dict(value)
-    if hasattr(hint, "__dataclass_fields__"):
-        if not isinstance(value, Mapping):
-            raise UserError(f"{setting}: got {value!r}, expected a mapping")
-        return build_dataclass(hint, value, setting)
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if isinstance(value, int) and abs(value) >= 2**1023:
-            raise UserError(f"{setting}: got a whole number of {value.bit_length()} bits, expected a smaller one")
-        return float(value) if isinstance(value, float) else value
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads 1e-4 as a text.
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise UserError(f"{setting}: got {value!r}, expected {names[hint]}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+def _check_together(config: RunConfig) -> None:
+    """Raise UserError for settings that are accepted one by one and mean nothing together."""
+    schedule, optimizer = config.schedule, config.optimizer
+    require_ascending(schedule.milestones, config.trainer.epochs, "schedule.milestones")
+    if in_steps(config.loss_scaling.window, 2**31, config.trainer.epochs) == 0:
+        raise UserError(f"loss_scaling.window: got {plain(config.loss_scaling.window)!r}, expected a length over 0")
+    if schedule.warmup_form == "exponential" and schedule.warmup_start == 0 and schedule.warmup != 0:
+        raise UserError(
+            f"schedule.warmup_start: got {schedule.warmup_start!r} with warmup_form=exponential, expected over 0"
+        )
+    if optimizer.name == "sgd" and optimizer.nesterov and optimizer.momentum == 0:
+        raise UserError(f"optimizer.momentum: got {optimizer.momentum!r} with nesterov=true, expected a number over 0")

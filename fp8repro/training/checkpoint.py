@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fp8repro.errors import RunFailure, UserError
-from fp8repro.paper.run_folder import LATER_SETTINGS, NO_EFFECT
+from fp8repro.fields import Effect
 from fp8repro.settings.lengths import with_units
-from fp8repro.settings.schema import DecodeConfig
+from fp8repro.settings.schema import LATER_SETTINGS, settings_with
 from fp8repro.training.untrusted import Harmful, require_harmless_file, require_plain
 
 FORMAT = 1
@@ -30,15 +29,8 @@ CONTENT: dict[str, type] = {
     "seconds": float,
     "results": dict,
 }
-# A resumed run may have others: they leave the training as it is, or say when it ends and how it is scored.
-FREE_SETTINGS = {
-    *NO_EFFECT,
-    "trainer.max_steps",
-    "trainer.max_skipped_in_a_row",
-    *(f"decode.{field.name}" for field in fields(DecodeConfig)),
-    # Part of task.data too; checkpoints did not always name them.
-    "task.class_names",
-} - {"seed"}
+# A resumed run may have others. `task.class_names` is part of task.data too; checkpoints did not always have it.
+FREE_SETTINGS = settings_with(Effect.RECORD, Effect.PLACE, Effect.OUTCOME) | {"task.class_names"}
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fp8repro.errors import UserError
+from fp8repro.numerics.recipe import Recipe
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.injection import fixed_weights, inject
 from fp8repro.settings.schema import RunConfig, run_config
@@ -21,7 +22,7 @@ from fp8repro.training.tasks.task import Poll, Task, autocast, no_poll
 
 @torch.no_grad()
 def measure(
-    task: Task[Any], model: nn.Module, config: RunConfig, world: World, split: str = "val", poll: Poll = no_poll
+    task: Task[Any], model: nn.Module, recipe: Recipe, world: World, split: str = "val", poll: Poll = no_poll
 ) -> dict[str, float]:
     """Figures of a model on a split; the model's mode is the same afterwards."""
     training = model.training
@@ -29,7 +30,7 @@ def measure(
     # Telemetry counts training steps only.
     model.fp8_context.telemetry.active = False  # type: ignore[union-attr]
     try:
-        with autocast(config, world.device), fixed_weights(model):
+        with autocast(recipe, world.device), fixed_weights(model):
             return task.evaluate(model, split, poll)
     finally:
         model.train(training)
@@ -59,7 +60,7 @@ def evaluate(path: str | Path, config: RunConfig, split: str = "val") -> dict[st
     load_weights(model, weights, str(path))
     model.to(world.device)
     inject(model, config.precision, StepContext(config.seed), config.backend)
-    return measure(task, model, config, world, split)
+    return measure(task, model, config.precision, world, split)
 
 
 def checkpoint_config(path: str | Path) -> RunConfig:

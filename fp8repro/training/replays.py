@@ -5,13 +5,15 @@ A replay gives the bits of the pass that the loop would make itself, so nothing 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fp8repro.data.image_batches import ImageBatch
+from fp8repro.numerics.recipe import Recipe
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.graphs import GraphedStep, why_not_graphed
-from fp8repro.settings.schema import RunConfig
 from fp8repro.training.distributed import World
 from fp8repro.training.tasks.task import Task
 
@@ -26,9 +28,9 @@ class Replays:
         why_not: why none is, in one line; None where some may be.
     """
 
-    def __init__(self, config: RunConfig, world: World, task: Task[ImageBatch], model: nn.Module) -> None:
-        """Nothing is captured yet; `model` is the converted one."""
-        self.why_not = _why_never(config, world, model)
+    def __init__(self, graphs: str, recipe: Recipe, world: World, task: Task[ImageBatch], model: nn.Module) -> None:
+        """Nothing is captured yet; `graphs` is the setting "auto" or "off", `model` the converted one."""
+        self.why_not = _why_never(graphs, recipe, world, task, model)
         self._task, self._model, self._device = task, model, world.device
         self._graphs: dict[torch.Size, GraphedStep] = {}
         self._most = MOST_SHAPES
@@ -84,13 +86,13 @@ class Replays:
         return self._task.loss(self._model, ImageBatch(images, labels))
 
 
-def _why_never(config: RunConfig, world: World, model: nn.Module) -> str | None:
-    if config.graphs == "off":
+def _why_never(graphs: str, recipe: Recipe, world: World, task: Task[Any], model: nn.Module) -> str | None:
+    if graphs == "off":
         return "graphs=off"
-    if config.model.task != "image":
+    if not task.fixed_shapes:
         return "batches of sentences differ in shape"
     if world.size > 1:
         return "several processes"
-    if config.precision.autocast != "none":
+    if recipe.autocast != "none":
         return "autocast"
     return why_not_graphed(model)

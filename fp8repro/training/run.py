@@ -156,7 +156,7 @@ def build(config: RunConfig, world: World) -> Run:
     masters = MasterWeights(model, optimizer, config.precision, context, narrow=True)
     scaler = make_scaler(config.loss_scaling, total_steps, config.trainer.epochs)
     statistics = NormalizationStatistics(model)
-    replays = Replays(config, world, task, model)
+    replays = Replays(config.graphs, config.precision, world, task, model)
     return Run(
         config, world, task, model, context, report, masters, scaler, statistics, replays, steps_per_epoch, total_steps
     )  # fmt: skip

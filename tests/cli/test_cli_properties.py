@@ -145,8 +145,8 @@ def test_a_length_takes_a_unit_on_the_command_line() -> None:
     lengths = ["schedule.name=step", "schedule.warmup={steps: 5}", "schedule.milestones=[{epochs: 3}, {epochs: 6}]"]
     lengths += ["loss_scaling=enhanced", "loss_scaling.window={steps: 7}", "loss_scaling.floors=[[{epochs: 1}, 8192]]"]
     config = run_config(jobs(lengths, sweep=False)[0].values)
-    assert (config.schedule.warmup, config.schedule.milestones) == ({"steps": 5}, ({"epochs": 3}, {"epochs": 6}))
-    assert (config.loss_scaling.window, config.loss_scaling.floors) == ({"steps": 7}, (({"epochs": 1}, 8192),))
+    assert (config.schedule.warmup, config.schedule.milestones) == (5, ({"epochs": 3}, {"epochs": 6}))
+    assert (config.loss_scaling.window, config.loss_scaling.floors) == (7, (({"epochs": 1}, 8192),))
     scaler = make_scaler(config.loss_scaling, 120, config.trainer.epochs)
     assert (scaler.window, scaler.floors[1:]) == (7, ((10, 8192),))
 

@@ -17,7 +17,6 @@ from fp8repro.data.image_batches import ImageBatch, TrainImages, load_batches
 from fp8repro.data.images import load_images, shifted
 from fp8repro.errors import RunFailure, UserError
 from fp8repro.models.resnet import make_resnet
-from fp8repro.settings.schema import DataConfig
 
 
 class Numbers(Dataset):
@@ -48,7 +47,7 @@ def labels(batches):
 
 
 def test_digits_split_is_fixed_stratified_and_normalized():
-    data = load_images(DataConfig("digits"), seed=3)
+    data = load_images("digits", seed=3)
     train = torch.stack([data.train[0, i][0] for i in range(len(data.train))])
     assert (len(data.train), len(data.val)) == (1438, 359)
     assert train.shape == (1438, 1, 8, 8)
@@ -61,7 +60,7 @@ def test_digits_split_is_fixed_stratified_and_normalized():
     # No image is in both, and none is lost.
     pixels = {data.val[0, i][0].numpy().tobytes() for i in range(359)} & {image.numpy().tobytes() for image in train}
     assert not pixels
-    again = load_images(DataConfig("digits"), seed=4)
+    again = load_images("digits", seed=4)
     assert torch.equal(again.val[0, 7][0], data.val[0, 7][0])
 
 
@@ -80,8 +79,7 @@ def test_shift_moves_by_whole_pixels():
 
 
 def test_digit_augmentation_is_keyed_by_seed_epoch_and_sample():
-    config = DataConfig("digits", options={"shift": 1})
-    data, same, other = (load_images(config, seed) for seed in (1, 1, 2))
+    data, same, other = (load_images("digits", options={"shift": 1}, seed=seed) for seed in (1, 1, 2))
     first = [data.train[0, i][0] for i in range(200)]
     assert all(torch.equal(a, same.train[0, i][0]) for i, a in enumerate(first))
     changed = [not torch.equal(a, data.train[1, i][0]) for i, a in enumerate(first)]
@@ -94,8 +92,7 @@ def test_digit_augmentation_is_keyed_by_seed_epoch_and_sample():
 @pytest.mark.parametrize(("size", "augmentation"), [(32, "auto"), (224, "auto"), (24, "none")])
 def test_folder_samples_do_not_depend_on_workers(tmp_path, size, augmentation):
     write_folder(tmp_path)
-    config = DataConfig("image_folder", str(tmp_path), size, options={"augmentation": augmentation})
-    data = load_images(config, seed=5)
+    data = load_images("image_folder", str(tmp_path), size, options={"augmentation": augmentation}, seed=5)
     keys = [[(3, 0), (3, 4)], [(3, 7), (3, 1)], [(4, 0)]]
     state = torch.random.get_rng_state()
     alone = list(load_batches(data.train, keys))
@@ -113,7 +110,7 @@ def test_imagenet_transforms_are_torchvisions_reference(tmp_path):
     from torchvision.transforms._presets import ImageClassification
 
     write_folder(tmp_path, size=(300, 260), count=2)
-    data = load_images(DataConfig("imagenet", str(tmp_path)), seed=0)
+    data = load_images("imagenet", str(tmp_path), seed=0)
     reference = ImageClassification(crop_size=224, antialias=True)
     path = data.val.files.paths[0]
     assert torch.allclose(data.val[0, 0][0], reference(Image.open(path)), atol=1e-5)
@@ -123,8 +120,7 @@ def test_imagenet_transforms_are_torchvisions_reference(tmp_path):
 
 def test_one_folder_is_split(tmp_path):
     write_folder(tmp_path, splits=(".",), count=10)
-    config = DataConfig("image_folder", str(tmp_path), 16, options={"val_fraction": 0.3})
-    data = load_images(config, seed=0)
+    data = load_images("image_folder", str(tmp_path), 16, options={"val_fraction": 0.3}, seed=0)
     assert (len(data.train), len(data.val)) == (14, 6)
     assert not set(data.train.files.paths) & set(data.val.files.paths)
     assert sorted(data.val.files.labels) == [0] * 3 + [1] * 3
@@ -138,8 +134,7 @@ def test_any_file_name_will_do(tmp_path):
     odd = os.fsencode(root / "val" / "dog") + b"/\xff\n.PNG"
     os.rename(root / "val" / "dog" / "0.png", odd)
     (root / "train" / "dog" / "notes.txt").write_text("no image")
-    config = DataConfig("image_folder", str(root), 16)
-    data = load_images(config, seed=0)
+    data = load_images("image_folder", str(root), 16, seed=0)
     assert (len(data.train), len(data.val)) == (12, 12)
     with open(odd, "wb"):
         pass
@@ -158,7 +153,7 @@ def test_links_to_folders_are_followed_as_torchvision_does(tmp_path):
     for split in ("train", "val"):
         (root / split / "dog" / "more").symlink_to(elsewhere)
         (root / split / "cat" / "dogs too").symlink_to(root / split / "dog")
-    data = load_images(DataConfig("image_folder", str(root), 16), seed=0)
+    data = load_images("image_folder", str(root), 16, seed=0)
     oracle = ImageFolder(str(root / "train"))
     assert data.classes == oracle.classes == ["Cat", "cat", "dog"]
     assert sorted(zip(data.train.files.paths, data.train.files.labels, strict=True)) == sorted(oracle.samples)
@@ -176,7 +171,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UserError, match=r"^data\.root: folder '.*train/dog' cannot be read \(Permission denied\)$"):
-        load_images(DataConfig("image_folder", str(tmp_path), 16), seed=0)
+        load_images("image_folder", str(tmp_path), 16, seed=0)
 
 
 def test_a_folder_that_is_reached_twice_counts_once(tmp_path):
@@ -189,8 +184,7 @@ def test_a_folder_that_is_reached_twice_counts_once(tmp_path):
     (tmp_path / "cat" / "also within").symlink_to(within)
     (tmp_path / "no class").symlink_to(tmp_path / "no class")
     (tmp_path / "dog" / "twin").symlink_to(tmp_path / "dog")
-    config = DataConfig("image_folder", str(tmp_path), 16, options={"val_fraction": 0.5})
-    data = load_images(config, seed=0)
+    data = load_images("image_folder", str(tmp_path), 16, options={"val_fraction": 0.5}, seed=0)
     files = [os.path.realpath(path) for split in (data.train, data.val) for path in split.files.paths]
     assert len(files) == len(set(files)) == 11 + 10
 
@@ -213,12 +207,12 @@ def test_stratified_split_keeps_every_share(sizes, fraction):
 
 def test_faults_of_folders_are_named(tmp_path):
     def load(root=tmp_path, **options):
-        return load_images(DataConfig("image_folder", str(root), 16, options=options), seed=0)
+        return load_images("image_folder", str(root), 16, options=options, seed=0)
 
     with pytest.raises(UserError, match=r"data\.root: .*nowhere.* is no folder"):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"data\.root: missing"):
-        load_images(DataConfig("imagenet"), seed=0)
+        load_images("imagenet", seed=0)
     with pytest.raises(UserError, match=r"no train/ folder"):
         load()
     write_folder(tmp_path)
@@ -235,7 +229,7 @@ def test_faults_of_folders_are_named(tmp_path):
     with pytest.raises(UserError, match=r"val_fraction: got 1.5"):
         load(val_fraction=1.5)
     with pytest.raises(UserError, match=r"data\.name: got 'mnist'"):
-        load_images(DataConfig("mnist"), seed=0)
+        load_images("mnist", seed=0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -244,7 +238,7 @@ def test_corrupt_image_is_named(tmp_path, workers, content):
     write_folder(tmp_path)
     bad = tmp_path / "train" / "dog" / "3.png"
     bad.write_bytes(bad.read_bytes()[:300] if content == "truncated" else content)
-    data = load_images(DataConfig("image_folder", str(tmp_path), 16), seed=0)
+    data = load_images("image_folder", str(tmp_path), 16, seed=0)
     keys = [[(0, i), (0, i + 1)] for i in range(0, 12, 2)]
     with pytest.raises(UserError, match=r"^data\.root: image '.*train/dog/3\.png' cannot be read \(.*\)$") as caught:
         list(load_batches(data.train, keys, workers))

@@ -12,7 +12,6 @@ from torchvision.datasets.folder import default_loader
 from fp8repro.data.images import load_images
 from fp8repro.data.pixels import read_image
 from fp8repro.errors import UserError
-from fp8repro.settings.schema import DataConfig
 
 GENERATOR = np.random.default_rng(0)
 RGBA = GENERATOR.integers(0, 256, (9, 7, 4), dtype=np.uint8)
@@ -133,7 +132,7 @@ def test_samples_of_16_bits_are_those_of_8_bits_and_finer(tmp_path, augmentation
             (tmp_path / name / split / "a").mkdir(parents=True)
             Image.fromarray(values).save(tmp_path / name / split / "a" / "0.png")
         options = {"augmentation": augmentation, "mean": [0.0, 0.1, 0.2], "std": [1.0, 0.5, 0.25]}
-        datasets.append(load_images(DataConfig("image_folder", str(tmp_path / name), 16, options=options), seed=1))
+        datasets.append(load_images("image_folder", str(tmp_path / name), 16, options=options, seed=1))
     for part in ("train", "val"):
         eight, sixteen = (getattr(data, part)[2, 0][0] for data in datasets)
         assert sixteen.shape == (3, 16, 16)
@@ -153,7 +152,7 @@ def test_images_of_any_size_fill_the_crop(tmp_path, crop, augmentation):
             pixels = np.full((height, width, 3), (255, 0, 51), np.uint8)
             Image.fromarray(pixels).save(tmp_path / split / "a" / f"{number}.png")
     options = {"augmentation": augmentation, "mean": [0.0] * 3, "std": [1.0] * 3}
-    data = load_images(DataConfig("image_folder", str(tmp_path), crop, options=options), seed=0)
+    data = load_images("image_folder", str(tmp_path), crop, options=options, seed=0)
     for index in range(len(sizes)):
         plain, augmented = data.val[0, index][0], data.train[0, index][0]
         # Enlarged, never padded.

@@ -13,12 +13,12 @@ from fp8repro.engines.cpu import build
 from fp8repro.engines.cpu import update as engine
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import BF16, FP16
-from fp8repro.numerics.recipe import load_recipe
 from fp8repro.numerics.rounding import ORDERS, RandomBits, Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_step import Parameter, Rule, fused_step, unsupported
 from fp8repro.precision.injection import inject
 from fp8repro.precision.master import MasterWeights
+from fp8repro.settings.recipes import load_recipe
 
 pytestmark = pytest.mark.skipif(build.load("update") is None, reason="no C++ compiler")
 

@@ -24,12 +24,12 @@ from fp8repro.kernels.shared.launch import INTERPRETED, counted_launches
 from fp8repro.models.transformer import transformer
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import E4M3, E5M2, FP16, FP16_169, get_format
-from fp8repro.numerics.recipe import load_recipe
 from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, FusedLayerNorm
 from fp8repro.precision.injection import inject
 from fp8repro.precision.master import MasterWeights
+from fp8repro.settings.recipes import load_recipe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 1024.0

@@ -14,13 +14,13 @@ from fp8repro.kernels.optimizer.launch import gradient_control, update
 from fp8repro.kernels.shared.launch import INTERPRETED, counted_launches
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import E5M2, FP16
-from fp8repro.numerics.recipe import load_recipe
 from fp8repro.numerics.rounding import ORDERS, RandomBits, Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_step import Parameter, Rule, fused_step, unsupported
 from fp8repro.precision.injection import inject
 from fp8repro.precision.master import MasterWeights
 from fp8repro.precision.telemetry import Telemetry
+from fp8repro.settings.recipes import load_recipe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = Rounding("fp32")

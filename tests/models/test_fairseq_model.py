@@ -23,8 +23,8 @@ from fp8repro.errors import UserError
 from fp8repro.models import fairseq_model
 from fp8repro.models.fairseq_model import FairseqTransformer, fairseq_transformer
 from fp8repro.models.transformer import Transformer, export_fairseq_state, load_fairseq_checkpoint, transformer
-from fp8repro.numerics.recipe import load_recipe
 from fp8repro.precision.injection import inject
+from fp8repro.settings.recipes import load_recipe
 from fp8repro.settings.schema import DecodeConfig
 from fp8repro.training.tasks.decode import beam_search
 from fp8repro.training.tasks.translation import smoothed_loss

@@ -13,7 +13,6 @@ from fp8repro.engines import quantizer
 from fp8repro.kernels import ops
 from fp8repro.kernels.quantize.launch import round_into
 from fp8repro.kernels.shared.launch import INTERPRETED
-from fp8repro.numerics.recipe import load_recipe
 from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.numerics.streams import StreamTable
 from fp8repro.precision import graphs
@@ -22,6 +21,7 @@ from fp8repro.precision.graphs import GraphedStep, why_not_graphed
 from fp8repro.precision.injection import inject, sites
 from fp8repro.precision.master import MasterWeights
 from fp8repro.precision.telemetry import Telemetry
+from fp8repro.settings.recipes import load_recipe
 from fp8repro.settings.schema import DataConfig, LossScalingConfig
 from fp8repro.training import replays
 from fp8repro.training.loop import train

@@ -22,12 +22,13 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torchvision.models.swin_transformer import SwinTransformer
 
 from fp8repro.errors import UserError
-from fp8repro.numerics.recipe import Recipe, load_recipe
+from fp8repro.numerics.recipe import Recipe
 from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.injection import context_of, inject, sites
 from fp8repro.precision.loss_scaling import ConstantScale
 from fp8repro.precision.master import MasterWeights
+from fp8repro.settings.recipes import load_recipe
 
 FP8 = load_recipe("fp8")
 STOCHASTIC = load_recipe("fp8_stochastic")

@@ -17,9 +17,10 @@ from fp8repro.errors import UserError
 from fp8repro.models.parts import AttentionProduct, MatMul
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import E5M2
-from fp8repro.numerics.recipe import ROLES, load_recipe
+from fp8repro.numerics.recipe import ROLES
 from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.precision.injection import inject, sites
+from fp8repro.settings.recipes import load_recipe
 
 FP8 = load_recipe("fp8")
 IDENTITY = Rounding(format="fp32")

@@ -11,10 +11,11 @@ import torch
 from recording import in_set
 from torch import Tensor, nn
 
-from fp8repro.numerics.recipe import Recipe, load_recipe
+from fp8repro.numerics.recipe import Recipe
 from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.injection import inject
 from fp8repro.precision.master import MasterWeights, all_finite
+from fp8repro.settings.recipes import load_recipe
 
 FP8 = load_recipe("fp8")
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fp8repro.errors import UserError
-from fp8repro.numerics.recipe import load_recipe
 from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.injection import context_of, inject
 from fp8repro.precision.master import MasterWeights
+from fp8repro.settings.recipes import load_recipe
 
 FP8 = load_recipe("fp8")
 SCALE = 1e4

@@ -13,9 +13,9 @@ from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from fp8repro.numerics.formats import get_format
-from fp8repro.numerics.recipe import load_recipe
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, pack_bits, unpack_bits
 from fp8repro.precision.injection import inject
+from fp8repro.settings.recipes import load_recipe
 
 
 @given(st.lists(st.integers(1, 5), min_size=4, max_size=4), st.booleans(), st.integers(0, 2**32 - 1))

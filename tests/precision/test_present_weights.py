@@ -20,12 +20,13 @@ from torch.nn.utils import parametrizations, vector_to_parameters
 from training_tools import tiny_config, use_tiny_network
 
 from fp8repro.engines import products
-from fp8repro.numerics.recipe import Recipe, load_recipe
+from fp8repro.numerics.recipe import Recipe
 from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.injection import fixed_weights, inject
 from fp8repro.precision.master import MasterWeights
 from fp8repro.precision.site import Site
+from fp8repro.settings.recipes import load_recipe
 from fp8repro.training.loop import train
 
 FP8 = load_recipe("fp8")

@@ -12,11 +12,12 @@ from recording import Recorder, in_set
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from fp8repro.numerics.recipe import ROLES, Recipe, load_recipe
+from fp8repro.numerics.recipe import ROLES, Recipe
 from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.injection import inject
 from fp8repro.precision.master import MasterWeights
+from fp8repro.settings.recipes import load_recipe
 
 IDENTITY = Rounding(format="fp32")
 CLASSES = 5

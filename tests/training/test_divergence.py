@@ -17,9 +17,9 @@ from fp8repro.training import loop as loop_module
 from fp8repro.training import train
 from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint
 from fp8repro.training.distributed import World
-from fp8repro.training.loop import train_step
 from fp8repro.training.run import build
 from fp8repro.training.tasks import classification
+from fp8repro.training.train_step import train_step
 
 # Steps 0 to 3, a checkpoint, steps 4 and 5, three that are skipped, and the rest.
 POISONED = range(6, 9)
@@ -242,7 +242,7 @@ def test_a_last_step_that_spoils_the_weights_is_no_finished_run(tmp_path, monkey
     [
         ("on_divergence", "retry", "got 'retry', expected one of stop, rollback"),
         ("max_rollbacks", 0, r"got 0, expected a whole number from 1 to 2\^31 - 1"),
-        ("max_rollbacks", 1.5, "got 1.5, expected a whole number"),
+        ("max_rollbacks", 1.5, r"got 1.5, expected a whole number from 1 to 2\^31 - 1"),
     ],
 )
 def test_wrong_settings_are_one_line(tmp_path, setting, value, expected):

@@ -15,8 +15,8 @@ from training_tools import resuming, rows, tiny_config, use_tiny_network, write_
 
 import fp8repro.training.loop as loop
 from fp8repro.errors import UserError
-from fp8repro.numerics.recipe import load_recipe
 from fp8repro.numerics.reference import BITS_VERSION
+from fp8repro.settings.recipes import load_recipe
 from fp8repro.training import train
 from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint, read_tensors, write_tensors
 from fp8repro.training.tasks.classification import ImageTask
@@ -133,10 +133,10 @@ def test_of_an_evaluation_that_is_left_in_its_second_split_nothing_stays(tmp_pat
     config = tiny_config(tmp_path / "run", eval_train=True, batch_size=512)
     own = loop.measure
 
-    def measure(task, model, config, world, split, poll):
+    def measure(task, model, recipe, world, split, poll):
         if split == "train":
             os.kill(os.getpid(), signal.SIGTERM)
-        return own(task, model, config, world, split, poll)
+        return own(task, model, recipe, world, split, poll)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "measure", measure)

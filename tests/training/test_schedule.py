@@ -99,7 +99,8 @@ def test_gnmt_is_exponential_warmup_and_halvings():
 def test_a_length_means_the_same_however_its_number_is_written(written, steps):
     length = read_length(written, "schedule.warmup")
     assert in_steps(length, 50, epochs=5) == steps
-    # As a run's config.yaml keeps it.
+    # As a run's config.yaml keeps it, which does not depend on how it was written.
+    assert length in (steps, steps / 50, {"epochs": steps / 10}, {"fraction": 1.0}, {"steps": 0})
     assert read_length(yaml.safe_load(yaml.safe_dump(length)), "schedule.warmup") == length
 
 
@@ -136,6 +137,9 @@ def test_an_earlier_runs_numbers_keep_the_units_that_they_had():
     }
     assert found["loss_scaling"] == {"window": 2, "floors": [[0.5, 2.0], [10, 4.0]], "scale": 1.0}
     assert with_units(found) == found
+    # Before records had the shortest form.
+    earlier = {"schedule": {"warmup": {"steps": 5}}, "loss_scaling": {"window": {"fraction": 0.5}}}
+    assert with_units(earlier) == {"schedule": {"warmup": 5}, "loss_scaling": {"window": 0.5}}
     assert with_units({"schedule": 3, "loss_scaling": {"floors": [4, []]}}) == {
         "schedule": 3, "loss_scaling": {"floors": [4, []]},
     }  # fmt: skip

@@ -20,9 +20,9 @@ from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint
 from fp8repro.training.distributed import World
 from fp8repro.training.evaluate import checkpoint_config, evaluate
 from fp8repro.training.optimizer import settle_rate
+from fp8repro.training.run import make_task
 from fp8repro.training.soundness import all_finite
 from fp8repro.training.tasks import classification
-from fp8repro.training.tasks.classification import ImageTask
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ class Outputs(nn.Module):
 
 @pytest.mark.parametrize("bad", [[math.nan] * 10, [math.inf] * 10, [-math.inf] * 10, [math.inf] + [0.0] * 9])
 def test_rows_that_are_not_finite_are_no_hits_and_are_counted(tmp_path, bad):
-    task = ImageTask(tiny_config(tmp_path), World())
+    task = make_task(tiny_config(tmp_path), World())
     labels = task.data.val_labels
     zeros = [index for index, label in enumerate(labels) if label == 0][:7]
     metrics = task.evaluate(Outputs(labels, dict.fromkeys(zeros, bad)), "val")
@@ -178,7 +178,7 @@ def test_chance_is_that_of_the_largest_class(tmp_path):
     for number in range(5):
         (tmp_path / "images" / "val" / "left" / f"{number:03d}.png").unlink()
     data = DataConfig("image_folder", str(tmp_path / "images"), 16)
-    chance = ImageTask(tiny_config(tmp_path / "run", data=data, batch_size=16), World()).chance()
+    chance = make_task(tiny_config(tmp_path / "run", data=data, batch_size=16), World()).chance()
     assert chance["loss"] == math.log(2)
     assert chance["top1"] == pytest.approx(100 * (2 / 3 + 2 * math.sqrt(2 / 9 / 15)))
 

@@ -18,10 +18,10 @@ from fp8repro.training import train
 from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint
 from fp8repro.training.diagnosis import diagnose
 from fp8repro.training.distributed import World
-from fp8repro.training.loop import train_step
 from fp8repro.training.optimizer import decay_groups, l2_loss
 from fp8repro.training.run import build
 from fp8repro.training.tasks import classification
+from fp8repro.training.train_step import accumulate_gradients, train_step
 
 
 @pytest.fixture(autouse=True)
@@ -328,7 +328,7 @@ def test_diagnosis_names_the_layer_and_changes_nothing(tmp_path):
 
     def repeat():
         run.statistics.keep()
-        loop_module.accumulate_gradients(run, 1, batches, 1.0)
+        accumulate_gradients(run, 1, batches, 1.0)
         run.statistics.restore()
 
     found = diagnose(run.model, run.context.telemetry, repeat)

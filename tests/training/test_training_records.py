@@ -113,7 +113,7 @@ def test_averaged_weights_are_the_mean_of_the_last_epochs(tmp_path):
     run = build(replace(config, run_dir=str(tmp_path / "other")), World())
     mean = {name: (saved[0][name].double() + saved[1][name].double()) / 2 for name in saved[0]}
     run.model.load_state_dict({name: value.to(saved[0][name].dtype) for name, value in mean.items()})
-    assert measure(run.task, run.model, config, World())["top1"] == summary["top1"]
+    assert measure(run.task, run.model, config.precision, World())["top1"] == summary["top1"]
 
 
 def test_environment_names_no_place():

@@ -17,12 +17,13 @@ from fp8repro.engines import products
 from fp8repro.models.gnmt import LSTMLayer, gnmt
 from fp8repro.models.parts import RepeatedLinear
 from fp8repro.models.transformer import transformer
-from fp8repro.numerics.recipe import ROLES, Recipe, load_recipe
+from fp8repro.numerics.recipe import ROLES, Recipe
 from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.injection import inject, sites
 from fp8repro.precision.master import MasterWeights
 from fp8repro.precision.site import Site
+from fp8repro.settings.recipes import load_recipe
 from fp8repro.settings.schema import DecodeConfig
 from fp8repro.training.tasks.decode import beam_search
 from fp8repro.training.tasks.translation import smoothed_loss

@@ -20,12 +20,14 @@ from fp8repro.data.translation.subwords import find_scheme
 from fp8repro.data.translation.text import Subwords, detokenize, learn_bpe, tokenize
 from fp8repro.data.translation.vocabulary import Vocabulary
 from fp8repro.errors import UserError
-from fp8repro.settings.schema import RunConfig, compose_group, run_config
+from fp8repro.settings.choices import compose_group
+from fp8repro.settings.schema import RunConfig, run_config
 from fp8repro.training.distributed import World
 from fp8repro.training.loop import train
+from fp8repro.training.run import make_task
 from fp8repro.training.tasks import translation
 from fp8repro.training.tasks.bleu import chrf_score, sacrebleu_score, tokenized_bleu
-from fp8repro.training.tasks.translation import HYPOTHESES, REFERENCES, TranslationTask
+from fp8repro.training.tasks.translation import HYPOTHESES, REFERENCES
 
 SPLITS, MARK = ("train", "valid", "test"), "\u2047"
 Lines = Mapping[str, list[str]]
@@ -446,7 +448,7 @@ def test_sentences_of_the_test_may_be_empty_or_longer_than_all_of_training(
 ) -> None:
     long = " ".join(["lus"] * 900)
     text = write_text(tmp_path / "text", en=[long, ""], de=["lus", ""])
-    work = TranslationTask(config(text, tmp_path / "run", "parallel_text", bpe_merges=5, max_length=10), World())
+    work = make_task(config(text, tmp_path / "run", "parallel_text", bpe_merges=5, max_length=10), World())
     model = work.model().eval()
     found = work.translate(model, work.data.test)
     assert (len(found), found[1]) == (2, [])

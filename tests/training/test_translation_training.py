@@ -24,13 +24,15 @@ from fp8repro.data.translation.batching import make_batch
 from fp8repro.data.translation.corpus import read_lines
 from fp8repro.data.translation.synthetic import synthetic_corpus
 from fp8repro.errors import UserError
-from fp8repro.settings.schema import RunConfig, compose_group, run_config
+from fp8repro.settings.choices import compose_group
+from fp8repro.settings.schema import RunConfig, run_config
 from fp8repro.training.checkpoint import require_same_run
 from fp8repro.training.distributed import World
 from fp8repro.training.loop import build, train
+from fp8repro.training.run import make_task
 from fp8repro.training.tasks import translation
 from fp8repro.training.tasks.decode import translate
-from fp8repro.training.tasks.translation import HYPOTHESES, REFERENCES, SAMPLES, TranslationTask, smoothed_loss
+from fp8repro.training.tasks.translation import HYPOTHESES, REFERENCES, SAMPLES, smoothed_loss
 
 SIZES: dict[str, dict[str, Any]] = {
     "transformer": {"width": 32, "ffn_width": 64, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.1},
@@ -73,8 +75,8 @@ def config(text: Path, model: str = "transformer", precision: str = "fp32", **ch
     return run_config(values)
 
 
-def task(settings: RunConfig) -> TranslationTask:
-    return TranslationTask(settings, World())
+def task(settings: RunConfig) -> Any:
+    return make_task(settings, World())
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
@@ -207,7 +209,7 @@ def test_a_run_learns_and_sacrebleu_finds_its_scores_in_the_files(
     assert perplexities[-1] < 0.1 * perplexities[0]
     assert all(row["tokens_per_second"] > 0 for row in rows if row["kind"] == "train")
     assert {row["split"] for row in rows if row["kind"] == "eval"} == {"val"}
-    report = TranslationTask(settings, World()).batches.report()
+    report = make_task(settings, World()).batches.report()
     assert report.items() <= summary.items()
     assert [{key: row[key] for key in report} for row in rows if row["kind"] == "batches"] == [report]
 
@@ -329,7 +331,7 @@ def test_the_final_score_is_that_of_the_averaged_weights(text: Path, tmp_path: P
 def translate_on_a_rank(rank: int, settings: RunConfig, address: str, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-    work = TranslationTask(settings, World(rank, 2))
+    work = make_task(settings, World(rank, 2))
     torch.manual_seed(1)
     network = work.model().eval()
     with torch.no_grad():

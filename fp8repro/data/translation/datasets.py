@@ -36,7 +36,7 @@ from fp8repro.data.translation.references import read_references, reference_line
 from fp8repro.data.translation.subwords import DEFAULT_SCHEME, SEPARATOR, SubwordScheme, find_scheme
 from fp8repro.data.translation.vocabulary import EOS, SPECIAL, Vocabulary
 from fp8repro.errors import UserError
-from fp8repro.settings.schema import build_dataclass
+from fp8repro.fields import build_dataclass
 
 SPLITS = ("train", "valid", "test")
 CODES_FILE = "bpe.codes"

@@ -10,11 +10,15 @@ from fp8repro.training.tasks.task import Task
 
 
 def make_task(config: RunConfig, world: World) -> Task[Any]:
-    """The task of a configuration."""
+    """The task of a configuration, its data loaded.
+
+    Raises:
+        UserError: data that is missing or malformed, or a setting that the task does not have.
+    """
     if config.model.task == "translation":
         from fp8repro.training.tasks.translation import TranslationTask
 
-        return TranslationTask(config, world)
+        return TranslationTask(config.model, config.data, config.trainer, config.decode, config.seed, world)
     from fp8repro.training.tasks.classification import ImageTask
 
-    return ImageTask(config, world)
+    return ImageTask(config.model, config.data, config.trainer, config.seed, world)

@@ -16,7 +16,7 @@ from fp8repro.data.image_batches import ImageBatch, TrainImages, load_batches
 from fp8repro.data.images import load_images
 from fp8repro.errors import UserError
 from fp8repro.models.resnet import make_resnet
-from fp8repro.settings.schema import RunConfig
+from fp8repro.settings.schema import DataConfig, ModelConfig, TrainerConfig
 from fp8repro.training.distributed import World
 from fp8repro.training.tasks.task import Poll, no_poll, polled
 
@@ -24,37 +24,38 @@ from fp8repro.training.tasks.task import Poll, no_poll, polled
 class ImageTask:
     """A `Task`: a ResNet on a data set of images; cross-entropy, top-1 and top-5 in per cent."""
 
-    unit = "images"
+    unit, fixed_shapes = "images", True
 
-    def __init__(self, config: RunConfig, world: World) -> None:
+    def __init__(self, model: ModelConfig, data: DataConfig, trainer: TrainerConfig, seed: int, world: World) -> None:
         """Load the data.
 
         Raises:
             UserError: data that is missing or malformed, or a setting that images do not have.
         """
-        if config.trainer.smoothing_form != "all":
-            raise UserError(f"trainer.smoothing_form: got {config.trainer.smoothing_form!r}, expected all for images")
-        for name, value in config.model.size.items():
-            raise UserError(f"model.size.{name}: got {value!r}, expected no sizes for {config.model.name}")
-        self.config, self.world = config, world
-        self.data = load_images(config.data, config.seed)
+        if trainer.smoothing_form != "all":
+            raise UserError(f"trainer.smoothing_form: got {trainer.smoothing_form!r}, expected all for images")
+        for name, value in model.size.items():
+            raise UserError(f"model.size.{name}: got {value!r}, expected no sizes for {model.name}")
+        self.data = load_images(data.name, data.root, data.image_size, data.options, seed=seed)
+        self.network, self.world, self.workers = model, world, data.workers
+        self.smoothing, self.eval_batch_size = trainer.label_smoothing, trainer.eval_batch_size
         self._pinned = world.device.type == "cuda"
         self.batches = TrainImages(
             self.data.train,
-            config.trainer.batch_size,
-            config.seed,
-            config.trainer.micro_steps,
+            trainer.batch_size,
+            seed,
+            trainer.micro_steps,
             world.rank,
             world.size,
-            config.data.workers,
+            data.workers,
             self._pinned,
         )
-        self._layout = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
+        self._layout = torch.channels_last if trainer.channels_last else torch.contiguous_format
 
     def model(self) -> nn.Module:
         """See `Task`."""
-        config, data = self.config.model, self.data
-        model = make_resnet(config.name, len(data.classes), data.channels, data.image_size, config.stem)
+        network, data = self.network, self.data
+        model = make_resnet(network.name, len(data.classes), data.channels, data.image_size, network.stem)
         return model.to(memory_format=self._layout)
 
     def identity(self) -> dict[str, Any]:
@@ -77,8 +78,7 @@ class ImageTask:
     def loss(self, model: nn.Module, batch: ImageBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Task`; the figures are the images whose class came out first."""
         logits, labels = self._logits(model, batch)
-        smoothing = self.config.trainer.label_smoothing
-        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.smoothing)
         return loss, {"top1": 100 * _hits(logits.detach(), labels, 1).sum()}
 
     def _logits(self, model: nn.Module, batch: ImageBatch) -> tuple[Tensor, Tensor]:
@@ -94,11 +94,11 @@ class ImageTask:
         dataset = self.data.val if split == "val" else self.data.train_plain
         images: int = len(dataset)  # type: ignore[arg-type]
         mine, most = range(self.world.rank, images, self.world.size), len(range(0, images, self.world.size))
-        size = self.config.trainer.eval_batch_size
+        size = self.eval_batch_size
         keys = [[(0, i) for i in mine[start : start + size]] for start in range(0, len(mine), size)]
         # Loss, top-1, top-5, images that were not finite, and all.
         sums = torch.zeros(5, dtype=torch.float64, device=self.world.device)
-        with closing(load_batches(dataset, keys, self.config.data.workers, self._pinned)) as batches:
+        with closing(load_batches(dataset, keys, self.workers, self._pinned)) as batches:
             for batch in polled(batches, -(-most // size), poll):
                 logits, labels = self._logits(model, batch)
                 hits = _hits(logits, labels, 5)

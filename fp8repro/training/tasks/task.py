@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fp8repro.settings.schema import RunConfig
+from fp8repro.numerics.recipe import Recipe
 
 
 class TrainBatches(Protocol):
@@ -67,10 +67,12 @@ class Task(Protocol[B]):
 
     Attributes:
         unit: what is counted: "images" or "tokens". The loss is a mean over these.
+        fixed_shapes: the batches of an epoch have the same shape, but for the number of images in some.
         batches: the training batches.
     """
 
     unit: str
+    fixed_shapes: bool
 
     @property
     def batches(self) -> TrainBatches:
@@ -129,6 +131,6 @@ class Task(Protocol[B]):
         ...
 
 
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
     """Torch's autocast where the recipe asks for it, else nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision.autocast == "bf16")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.autocast == "bf16")

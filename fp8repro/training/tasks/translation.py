@@ -26,7 +26,7 @@ from fp8repro.errors import UserError
 from fp8repro.models.fairseq_model import fairseq_transformer
 from fp8repro.models.gnmt import gnmt
 from fp8repro.models.transformer import transformer
-from fp8repro.settings.schema import RunConfig
+from fp8repro.settings.schema import DataConfig, DecodeConfig, ModelConfig, TrainerConfig
 from fp8repro.training.distributed import World
 from fp8repro.training.tasks.bleu import Score, chrf_score, sacrebleu_score, tokenized_bleu
 from fp8repro.training.tasks.decode import translate
@@ -44,20 +44,27 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 class TranslationTask:
     """A `Task`: a translation model on parallel text; loss per target token, perplexity, BLEU of beam search."""
 
-    unit = "tokens"
+    unit, fixed_shapes = "tokens", False
 
-    def __init__(self, config: RunConfig, world: World) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        data: DataConfig,
+        trainer: TrainerConfig,
+        decode: DecodeConfig,
+        seed: int,
+        world: World,
+    ) -> None:
         """Load the data, preparing it at first use.
 
         Raises:
             UserError: data that is missing or malformed, or a batch too small for its longest sentence.
         """
-        self.config, self.world = config, world
-        options = config.data
-        self.data = load_translation(options.name, options.root, options.options, options.workers)
+        self.network, self.trainer, self.decode, self.world = model, trainer, decode, world
+        self.data = load_translation(data.name, data.root, data.options, data.workers)
         self.scored_as = scoring_language(self.data.languages[1], self.data.test.references)
-        budget = config.trainer.batch_size // (config.trainer.micro_steps * world.size)
-        self.batches = TranslationBatches(self.data.train, budget, config.seed, world.rank, world.size)
+        budget = trainer.batch_size // (trainer.micro_steps * world.size)
+        self.batches = TranslationBatches(self.data.train, budget, seed, world.rank, world.size)
 
     def model(self) -> nn.Module:
         """See `Task`.
@@ -65,10 +72,10 @@ class TranslationTask:
         Raises:
             UserError: an unknown model or dimension.
         """
-        name = self.config.model.name
+        name = self.network.name
         if name not in MODELS:
             raise UserError(f"model.name: got {name!r}, expected one of {', '.join(MODELS)}")
-        return MODELS[name](len(self.data.vocabulary), PAD, EOS, **self.config.model.size)
+        return MODELS[name](len(self.data.vocabulary), PAD, EOS, **self.network.size)
 
     def identity(self) -> dict[str, Any]:
         """See `Task`: a checkpoint fits a vocabulary, the subword codes that fill it, and the training pairs."""
@@ -96,8 +103,7 @@ class TranslationTask:
         """See `Task`; the figure is the loss without smoothing."""
         batch = batch.to(self.world.device)
         logits = model(batch.source, batch.decoder_input)
-        trainer = self.config.trainer
-        loss, nll = smoothed_loss(logits, batch.target, trainer.label_smoothing, trainer.smoothing_form)
+        loss, nll = smoothed_loss(logits, batch.target, self.trainer.label_smoothing, self.trainer.smoothing_form)
         return loss, {"nll": nll.detach()}
 
     def figures(self, means: dict[str, float]) -> dict[str, float]:
@@ -166,14 +172,13 @@ class TranslationTask:
 
         That of an empty line is empty.
         """
-        decode = self.config.decode
         found: dict[int, list[int]] = {}
         filled = np.flatnonzero(split.source.sizes > 1)
         # A sentence takes `beam` rows.
-        for rows in self._eval_batches(split.source.sizes[filled, None], decode.beam, poll):
+        for rows in self._eval_batches(split.source.sizes[filled, None], self.decode.beam, poll):
             indices = filled[rows.indices].tolist()
             source = pad_sequences(split.source, indices, *rows.widths).to(self.world.device)
-            found |= dict(zip(indices, translate(model, [source], decode), strict=True))  # type: ignore[arg-type]
+            found |= dict(zip(indices, translate(model, [source], self.decode), strict=True))  # type: ignore[arg-type]
         if self.world.size > 1:
             shares: list[Any] = [None] * self.world.size
             dist.all_gather_object(shares, found)
@@ -189,7 +194,7 @@ class TranslationTask:
     def _eval_batches(self, lengths: NDArray[np.int64], rows: int, poll: Poll) -> Iterator[Rows]:
         """This rank's batches of `trainer.eval_batch_size` tokens with `rows` rows a sentence; the longest first."""
         longest = int(padded_lengths(lengths).max(initial=0))
-        batches = evaluation_batches(lengths, max(self.config.trainer.eval_batch_size // rows, longest))
+        batches = evaluation_batches(lengths, max(self.trainer.eval_batch_size // rows, longest))
         return polled(batches[self.world.rank :: self.world.size], -(-len(batches) // self.world.size), poll)
 
     def _samples(self, hypotheses: list[str]) -> list[str]:
