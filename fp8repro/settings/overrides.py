@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fp8repro.errors import UserError
-from fp8repro.fields import Effect, settings_of
+from fp8repro.fields import Effect, declared_settings
 from fp8repro.settings.choices import compose_group, groups, nearest
 from fp8repro.settings.lengths import Length, Moment
 from fp8repro.settings.schema import RunConfig, defaults, settings_with
@@ -35,7 +35,7 @@ OPEN_MAPPINGS = ("model.size.", "data.options.", "loss_scaling.")
 PATHS = ("run_dir", "resume", "data.root")
 # Settings that do not change what a run computes; a run's folder is named after them only where a sweep varies them.
 UNNAMED = settings_with(Effect.PLACE)
-LENGTHS = frozenset(name for name, hint, _ in settings_of(RunConfig) if hint in (Length, Moment))
+LENGTHS = frozenset(name for name, hint, _ in declared_settings(RunConfig) if hint in (Length, Moment))
 # What may be exchanged in an earlier run's configuration, to evaluate its weights otherwise.
 EXCHANGEABLE = ("precision", "data", "loss_scaling")
 # Groups without a choice of their own at first (see conf/config.yaml).
@@ -240,7 +240,7 @@ def _names() -> frozenset[str]:
     """Dotted names of the settings that every run has, without those of its model or data set."""
     from fp8repro.numerics.recipe import Recipe
 
-    return frozenset(name for name, _, _ in (*settings_of(RunConfig), *settings_of(Recipe, "precision.")))
+    return frozenset(name for name, _, _ in (*declared_settings(RunConfig), *declared_settings(Recipe, "precision.")))
 
 
 def _check_keys(settings: Iterable[Override], config: DictConfig, known: Mapping[str, Any]) -> None:

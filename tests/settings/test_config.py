@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fp8repro.engines.select import select_backend
 from fp8repro.errors import UserError
-from fp8repro.fields import Bound, settings_of
+from fp8repro.fields import Bound, declared_settings
 from fp8repro.numerics.recipe import RoleSpec
 from fp8repro.settings.lengths import Length, Moment
 from fp8repro.settings.recipes import load_recipe
@@ -75,7 +75,7 @@ def numbers(hint):
     return [number for part in get_args(hint) for number in numbers(part)]
 
 
-BOUNDED = {name: numbers(hint) for name, hint, _ in settings_of(RunConfig) if numbers(hint)}
+BOUNDED = {name: numbers(hint) for name, hint, _ in declared_settings(RunConfig) if numbers(hint)}
 BETWEEN = {"optimizer.betas": lambda x: [x, 0.5], "loss_scaling.floors": lambda x: [[0.5, x]]}
 LEGAL = {"decode.alpha": (-1, -0.5)}
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fp8repro.errors import UserError
 
 MULTIPLE = 8
-# Shapes of a run's training batches; each may become a graph that keeps memory of its own.
+# Shapes of a run's training batches; each may become a CUDA graph with its own memory.
 MOST_SHAPES = 24
 # A split that is evaluated has few batches, and a bucket leaves one of them incomplete.
 EVALUATION_BUCKETS = 6
