@@ -60,13 +60,13 @@ def types_of(cls: type) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
 
 
-def settings_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
+def declared_settings(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
     """Dotted name, type and field of every setting of a dataclass and of the dataclasses in it, in order."""
     for f in fields(cls):
         hint = types_of(cls)[f.name]
         if is_dataclass(hint):
             assert isinstance(hint, type)
-            yield from settings_of(hint, f"{prefix}{f.name}.")
+            yield from declared_settings(hint, f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}", hint, f
 

@@ -51,7 +51,7 @@ def best_speeds() -> dict[str, float]:
 def roundings(step: Callable[[], object]) -> dict[tuple[str, str, str], list[float]]:
     """(format, rounding, outputs) -> calls, values and seconds of one step."""
     kinds: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0, 0.0])
-    real = native.round_into
+    real = native.round_unchecked
 
     def timed(x: Any, how: Rounding, bits: RandomBits, values: Any, codes: Any, *rest: Any, add: bool = False) -> None:
         start = time.perf_counter()
@@ -62,12 +62,12 @@ def roundings(step: Callable[[], object]) -> dict[tuple[str, str, str], list[flo
         for index, amount in enumerate((1, x.numel(), seconds)):
             entry[index] += amount / STEPS
 
-    native.round_into = timed
+    native.round_unchecked = timed
     try:
         for _ in range(STEPS):
             step()
     finally:
-        native.round_into = real
+        native.round_unchecked = real
     return kinds
 
 

@@ -1,6 +1,6 @@
-"""Looks at what training needs - packages, devices, compiler, disk, data - and says what to do about what is missing.
+"""Checks what training needs (packages, devices, compiler, disk, data) and says how to get what is missing.
 
-It must work where anything else is broken, so nothing but the standard library is imported before it is looked at.
+It must work when anything else is broken: only the standard library is imported before it has been checked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ usage: fp8repro doctor [data.root=FOLDER ...]
   fp8repro doctor data.root=/data/imagenet data.root=/data/wmt16
   fp8repro doctor run=runs/resnet18-digits-fp8-seed0
 
-Says whether this machine can train, and what to do about each thing that is missing; exit code 0 if it can, else 1.
+Checks whether this machine can train, and says how to get what is missing; exit code 0 if it can, else 1.
 With run=, explains a run: how it ended, skipped steps, where it first went wrong, whether its checkpoints are whole;
 exit code 1 if it failed or a checkpoint is damaged."""
 
@@ -41,13 +41,13 @@ SAMPLED_CLASSES = 10
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: of the thing.
+        name: what was checked.
         state: "ok", "note" (training runs, but slower or without something) or "missing" (it cannot run).
-        found: what is there.
-        advice: what to do about it.
+        found: what there is.
+        advice: what to do.
     """
 
     name: str
@@ -94,7 +94,7 @@ def doctor(settings: Iterable[str]) -> int:
 
 
 def examine(roots: Iterable[Path] = ()) -> Iterator[Finding]:
-    """Everything that training needs here, one after the other.
+    """All checks, one after the other.
 
     Args:
         roots: folders of data to look into.
@@ -103,7 +103,7 @@ def examine(roots: Iterable[Path] = ()) -> Iterator[Finding]:
     for look in looks:
         try:
             yield from look()
-        # What is broken may break in any way; the other looks go on.
+        # A broken package may raise anything; the other checks still run.
         except Exception as error:
             yield Finding(look.__name__.strip("_"), MISSING, _one_line(error), "install the packages again")
     for root in roots:
@@ -120,7 +120,7 @@ def _python() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """Every requirement of this package; those of its extras may be absent."""
+    """Requirements of this package; those of its extras may be missing."""
     from packaging.requirements import Requirement
 
     others = []
@@ -147,7 +147,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _matching() -> Iterator[Finding]:
-    """Whether torch, torchvision and Triton were made for each other: what each asks for, and whether it loads."""
+    """Whether the versions of torch, torchvision and Triton fit together, and whether each can be imported."""
     from packaging.requirements import Requirement
 
     together = "install torch, torchvision and triton together, from one index"
@@ -216,7 +216,7 @@ def _engine() -> Iterator[Finding]:
 
 
 def _places() -> Iterator[Finding]:
-    """Where files are written: can they be, and is there room."""
+    """Whether the folders that training writes to are writable and have room."""
     places: tuple[tuple[str, Callable[[], Path], str], ...] = (
         ("runs", lambda: Path("runs"), "start where you may write, or give run_dir="),
         ("cache", cache_root, "set FP8REPRO_CACHE to a folder with room"),
@@ -246,7 +246,7 @@ def _places() -> Iterator[Finding]:
 
 
 def data_root(root: Path) -> Finding:
-    """What lies in a folder of data, and whether it can be trained on; the kind is told by its files."""
+    """What a folder of data holds, and whether it can be trained on."""
     try:
         return Finding("data.root", OK, f"{root}: {_data(root)}")
     except UserError as error:
@@ -311,7 +311,7 @@ def _version(package: str) -> str | None:
 
 
 def _output(*command: str) -> list[str]:
-    """Lines that a program prints, none if there is no such program."""
+    """Lines that a program prints; none if it is not installed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Help texts. The choices are read from conf/, so that a file there is all that a new one needs."""
+"""Help texts. Choices are read from conf/, settings from their declarations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from fp8repro.fields import plain, settings_of
+from fp8repro.fields import declared_settings, plain
 from fp8repro.settings.choices import groups
 from fp8repro.settings.schema import RunConfig
 
@@ -45,8 +45,8 @@ usage: fp8repro evaluate WEIGHTS [group=choice ...] [setting=value ...] [--split
   fp8repro evaluate resnet50-0676ba61.pth model=resnet50 data=imagenet data.root=/data/imagenet precision=fp8
 
 WEIGHTS is a run's folder (its newest checkpoint), a checkpoint, or a state dict with torchvision's names. A checkpoint
-brings its run's settings along; precision=, data= and single values may be changed. Other weights need model=.
---split (default val) says on which data; test, which translation models translate, is theirs alone."""
+has its run's settings; precision=, data=, loss_scaling= and single values may be changed. Other weights need model=.
+--split (default val) is the data to evaluate on; test is for translation models alone, and is translated."""
 
 REPRODUCE = """\
 usage: fp8repro reproduce [profile=embedded|midscale|paper] [setting=value ...] [options]
@@ -56,8 +56,8 @@ usage: fp8repro reproduce [profile=embedded|midscale|paper] [setting=value ...] 
   fp8repro reproduce profile=midscale --images data/cifar10 data.image_size=32 --only resnet18
   fp8repro reproduce profile=paper --images /data/imagenet --text /data/wmt16 --processes 8
 
-Runs the cells of the paper's tables and studies, each in a process of its own and as far as it is not done; the same
-command goes on after an interruption. Settings hold for every cell. fp8repro report makes the page.
+Runs the cells of the paper's tables and studies that are not done yet, each in its own process; after an interruption,
+the same command continues. Settings apply to every cell. fp8repro report makes the page.
 
 options
   --only NAMES      studies (C1, C2, C4 to C7, recipes), cells or models, separated by commas
@@ -65,7 +65,7 @@ options
   --images FOLDER   data of the convolutional networks (midscale, paper)
   --text FOLDER     data of the translation models (midscale, paper)
   --runs FOLDER     where records are kept (default runs)
-  --jobs N          runs at a time (default: one for each GPU, or for each core up to 4); they share the cores out
+  --jobs N          runs at a time (default: one for each GPU, or for each core up to 4); they share the cores
   --processes N     processes of each run, through torchrun (one for each GPU)
   --retry           run again what failed
   --dry-run         list the runs and their state, run nothing
@@ -96,7 +96,7 @@ options
 
 
 def overview(verbs: Mapping[str, str]) -> str:
-    """The help of the program."""
+    """Help of the program."""
     lines = ["usage: fp8repro VERB ...", ""]
     lines += ["Mixed Precision Training With 8-bit Floating Point (arXiv 1905.12334), reproduced.", "", "verbs"]
     lines += [f"  {name:<10} {summary}" for name, summary in verbs.items()]
@@ -105,8 +105,8 @@ def overview(verbs: Mapping[str, str]) -> str:
 
 
 def train_help() -> str:
-    """The help of `fp8repro train`."""
-    settings = [_setting(name, hint, f) for name, hint, f in settings_of(RunConfig) if f.metadata]
+    """Help of `fp8repro train`."""
+    settings = [_setting(name, hint, f) for name, hint, f in declared_settings(RunConfig) if f.metadata]
     return "\n".join([TRAIN + "\n".join(settings), PRECISION, *_choices((*GROUPS, "experiment"))])
 
 
@@ -125,7 +125,7 @@ def _setting(name: str, hint: Any, f: Field[Any]) -> str:
 
 
 def bench_help(benches: Mapping[str, str]) -> str:
-    """The help of `fp8repro bench`."""
+    """Help of `fp8repro bench`."""
     lines = [f"  {name:<10} {summary}" for name, summary in benches.items()]
     return "\n".join(["usage: fp8repro bench NAME ...", "", *lines, "", "fp8repro bench NAME --help says more."])
 

@@ -20,7 +20,7 @@ from fp8repro.cli.output import outlived
 from fp8repro.errors import RunFailure, UserError
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
-# Options that ask for an answer and make nothing.
+# Options that only print.
 ANSWERS = {"-h", "--help", "--cfg", "--cfg=job", "--dry-run"}
 DEFAULT_RUNS = "runs"
 
@@ -47,16 +47,16 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; gives the exit code.
 
-    0; 1 (a run failed, or the answer that was asked for cannot be printed); 2 (a mistake in what was asked); 128 + the
-    number of a signal (130 for Ctrl-C).
+    0; 1: a run failed, or the answer cannot be printed; 2: a mistake in the command line or the data; 128 + the number
+    of a signal (130 for Ctrl-C).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # What these verbs make lies in folders; the others are asked for what they print.
+    # These verbs write folders; the others only print.
     makes_files = given[:1] in (["train"], ["reproduce"], ["report"]) and not ANSWERS & set(given)
     with outlived("; it goes on without" if makes_files else "") as output:
         code = _exit_code(given)
         output.flush()
-    # That head or less went away when they had enough is no error.
+    # A closed pipe (head, less) is no error.
     unanswered = output.lost is not None and not isinstance(output.lost, BrokenPipeError) and not makes_files
     return FAILURE if code == 0 and unanswered else code
 
@@ -240,7 +240,7 @@ def bench(arguments: list[str]) -> int:
 
 
 def reproduce(arguments: list[str]) -> int:
-    """`fp8repro reproduce`: every cell of the paper's tables, as far as it is not done."""
+    """`fp8repro reproduce`: the cells of the paper's tables that are not done yet."""
     parser = _Parser("reproduce")
     parser.add_argument("settings", nargs="*")
     parser.add_argument("--only", default="")
@@ -265,7 +265,7 @@ def reproduce(arguments: list[str]) -> int:
         reproduce(Options(workers=options.jobs, **chosen))
     except KeyboardInterrupt:
         again = shlex.join(["fp8repro", "reproduce", *arguments])
-        print(f"fp8repro: interrupted; the same command goes on: {again}", file=sys.stderr)
+        print(f"fp8repro: interrupted; the same command continues: {again}", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -15,19 +15,19 @@ from typing import Any, TextIO
 
 
 class Output(io.TextIOBase):
-    """A stream that drops what it is given from the first failure on.
+    """A stream that drops all output after the first failed write.
 
     Attributes:
-        lost: why, or None.
+        lost: the error of that write, or None.
     """
 
     def __init__(self, stream: TextIO, tell: Callable[[OSError], None]) -> None:
-        """`stream` is where everything goes as long as it can; `tell` is called when it no longer can."""
+        """Write to `stream`; call `tell` when that fails."""
         self.stream, self._tell = stream, tell
         self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
-        """As of any stream, but for errors."""
+        """As for any stream, without errors."""
         if self.lost is None:
             try:
                 self.stream.write(text)
@@ -36,7 +36,7 @@ class Output(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """As of any stream, but for errors."""
+        """As for any stream, without errors."""
         if self.lost is None:
             try:
                 self.stream.flush()
@@ -44,26 +44,26 @@ class Output(io.TextIOBase):
                 self.lose(error)
 
     def isatty(self) -> bool:
-        """Whether a person reads it."""
+        """Whether it is a terminal."""
         return self.lost is None and self.stream.isatty()
 
     def fileno(self) -> int:
-        """Of the stream."""
+        """The stream's."""
         return self.stream.fileno()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """Of the stream."""
+        """The stream's."""
         return self.stream.encoding
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else somebody asks of a stream."""
+        """Everything else is the stream's."""
         return getattr(self.stream, name)
 
     def lose(self, error: OSError) -> None:
-        """Drop everything from now on."""
+        """Drop all further output."""
         self.lost = error
-        # Python flushes once more at its end, and the same error there would become the exit code.
+        # Else Python's own flush at exit would fail too, and change the exit code.
         with suppress(OSError, ValueError):
             descriptor = self.stream.fileno()
             null = os.open(os.devnull, os.O_WRONLY)
@@ -74,11 +74,11 @@ class Output(io.TextIOBase):
 
 @contextmanager
 def outlived(and_then: str) -> Iterator[Output]:
-    """While entered, standard output and standard error are `Output`s; gives the first.
+    """Inside, standard output and standard error are `Output`s; gives the first.
 
     Args:
-        and_then: what follows after the loss of standard output, for the line on standard error that says so; where it
-            is empty, a reader of a pipe who goes away had enough, and nothing is said.
+        and_then: added to the line on standard error that reports the loss of standard output; if empty, a closed pipe
+            is not reported.
     """
 
     def tell(error: OSError) -> None:
@@ -106,13 +106,13 @@ def _opened(stream: TextIO | None, descriptor: int, tell: Callable[[OSError], No
         _occupy(descriptor)
         return Output(open(descriptor, "w", closefd=False), tell)
     if isinstance(stream, io.TextIOWrapper):
-        # A name or a sign that the terminal's encoding lacks is shown as an escape.
+        # Characters that the terminal's encoding lacks are escaped.
         stream.reconfigure(errors="backslashreplace")
     return Output(stream, tell)
 
 
 def _occupy(descriptor: int) -> None:
-    """Give a stream that was closed nothing to write to: the next file to be opened would get its number."""
+    """Open /dev/null in place of a closed stream, or the next opened file would get its descriptor."""
     null = os.open(os.devnull, os.O_RDWR)
     if null != descriptor:
         os.dup2(null, descriptor)

@@ -12,7 +12,7 @@ from fp8repro.data.keys import permutation
 from fp8repro.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# The split of a data set is one of its properties, not of a run.
+# The split belongs to the data set, not to a run.
 SPLIT_KEY = 0
 
 
@@ -100,7 +100,7 @@ def _images(folder: Path) -> list[str]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        # Which of two ways to a folder counts must not depend on the file system's order.
+        # Sorted: which of two links to a folder counts must not depend on the file system.
         folders.sort()
         found += [os.path.join(parent, name) for name in names if name.lower().endswith(EXTENSIONS)]
     return found

@@ -38,12 +38,12 @@ class ImageBatch:
         return ImageBatch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
 
     def pin_memory(self) -> ImageBatch:
-        """The same batch in memory from which a copy does not make the host wait; what torch's loader asks for."""
+        """The same batch in pinned memory, as torch's loader calls it."""
         return ImageBatch(self.images.pin_memory(), self.labels.pin_memory())
 
 
 def even_parts(count: int, parts: int) -> NDArray[np.int64]:
-    """Boundaries [parts + 1] that cut `count` things into parts whose sizes differ by at most one."""
+    """Boundaries [parts + 1] that divide `count` items into parts whose sizes differ by at most one."""
     return np.arange(parts + 1, dtype=np.int64) * count // parts
 
 
@@ -100,17 +100,17 @@ class TrainImages:
         return batches
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        """The rest of the present epoch; afterwards the next one is present."""
+        """The rest of the current epoch; then the next epoch is current."""
         rest = self.epoch_indices(self.epoch)[self.position :]
         keys = [[(self.epoch, int(i)) for i in batch] for batch in rest]
         for batch in load_batches(self.dataset, keys, self.workers, self.pin_memory):
-            # Counted before it is handed out: a checkpoint made after training on a batch does not repeat it.
+            # Counted before it is yielded: a checkpoint after this batch must not repeat it.
             self.position += 1
             yield batch
         self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, and the number of its batches handed out."""
+        """Epoch, and the number of its batches yielded so far."""
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -135,7 +135,7 @@ def load_batches(
             collate_fn=_collate,
             pin_memory=pin_memory,
             worker_init_fn=_leave_signals_to_parent,
-            # Otherwise the loader would draw from torch's global generator.
+            # Else the loader draws from torch's global generator.
             generator=torch.Generator(),
         )
     )
@@ -151,13 +151,13 @@ def load_batches(
                 raise batch
             yield batch
     finally:
-        # At once, not when the last reference goes: workers ignore the signal that would end them at exit.
+        # Now, not when garbage is collected: the workers ignore the signal that would end them at exit.
         if workers:
             loader._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _collate(samples: list[Sample | UserError]) -> ImageBatch | UserError:
-    """Stack samples. An error travels as a value: a worker's exception comes out with its traceback as text."""
+    """Stack samples. Errors are returned as values: torch would add a traceback to the text of an exception."""
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
@@ -166,6 +166,6 @@ def _collate(samples: list[Sample | UserError]) -> ImageBatch | UserError:
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    """Ignore what a terminal or a cluster sends to all processes of a job: the loop decides when to stop."""
+    """Ignore signals that a terminal or a cluster sends to all processes of a job: the loop decides when to stop."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -25,7 +25,7 @@ from fp8repro.fields import Bound, build_dataclass
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIGITS_VAL_FRACTION = 0.2
-# Up to so many pixels, images are shifted instead of cropped at random sizes, and keep their margin in evaluation.
+# Images of up to 64 pixels are shifted, not cropped at random sizes, and are not cropped in evaluation.
 LARGEST_SHIFTED_IMAGE = 64
 Transform = Callable[[Any], Tensor]
 
@@ -38,8 +38,8 @@ class ImageData:
         train: augmented as configured. val, train_plain: not augmented.
         val_labels: classes of the validation images.
         classes: their names. channels, image_size: of every sample.
-        identity: hash of which images in which classes make up the data: names, never pixels, which would all have to
-            be read. Images that change under the same names go unnoticed by a resume.
+        identity: hash of the names of all images and classes. Pixels are not hashed, because all would have to be read:
+            a resume does not notice an image that changed under the same name.
     """
 
     train: Dataset[Sample]
@@ -112,7 +112,7 @@ def load_images(
 
 
 class DigitImages(Dataset[Sample]):
-    """Scikit-learn's handwritten digits in memory, shifted when training."""
+    """Scikit-learn's handwritten digits in memory; training images are shifted."""
 
     def __init__(self, images: Tensor, labels: list[int], shift: int, seed: int) -> None:
         """`images` are [N, 1, 8, 8], normalized; zero is the background's value before normalization."""
@@ -134,7 +134,7 @@ class DigitImages(Dataset[Sample]):
 
 
 def shifted(image: Tensor, down: int, right: int) -> Tensor:
-    """An image [C, H, W] moved by whole pixels; its corner pixel's value fills what is uncovered."""
+    """An image [C, H, W] moved by whole pixels; the value of its corner pixel fills the gap."""
     height, width = image.shape[-2:]
     result = image[..., :1, :1].expand_as(image).clone()
     result[..., max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = image[
@@ -207,7 +207,7 @@ def rgb_tensor(image: Any) -> Tensor:
 
 
 def _train_transform(settings: FolderSettings, size: int) -> Transform:
-    """What the augmentation makes of a PIL image; "imagenet" is torchvision's reference."""
+    """The augmentation of a PIL image; "imagenet" is torchvision's reference."""
     from torchvision import transforms as T
 
     kind = settings.augmentation

@@ -12,22 +12,22 @@ from numpy.typing import NDArray
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A 63-bit seed: a hash of what it is for."""
+    """A 63-bit seed: a hash of the names that say what it is for."""
     name = "/".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def permutation(count: int, *parts: int | str) -> NDArray[np.int64]:
-    """A permutation of `count` things, int64, keyed by what it is for."""
+    """A permutation of `count` items, int64, keyed by names that say what it is for."""
     seed = derived_seed(*parts)
-    # RandomState: numpy promises its stream for all versions, which it does not for Generator.
+    # Numpy promises the same stream in all versions for RandomState, but not for Generator.
     generator = np.random.RandomState(np.array([seed & 0xFFFFFFFF, seed >> 32], dtype=np.uint32))
     return generator.permutation(count).astype(np.int64)
 
 
 def seed_torch(seed: int, device: torch.device) -> None:
     """Start torch's global generators of the CPU and of one device at `seed`."""
-    # Not torch.manual_seed: before CUDA is initialized it formats a stack trace at every call.
+    # torch.manual_seed formats a stack trace at every call before CUDA is initialized.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
@@ -35,7 +35,7 @@ def seed_torch(seed: int, device: torch.device) -> None:
 
 @contextmanager
 def seeded_torch(seed: int) -> Iterator[None]:
-    """Torch's global CPU generator starts at `seed` inside and is put back afterwards."""
+    """Inside, torch's global CPU generator starts at `seed`; afterwards it has its former state."""
     state = torch.random.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:

@@ -15,11 +15,11 @@ import numpy as np
 
 from fp8repro.errors import UserError
 
-# Told by contents, whatever a file is called; PIL would start other programs for some kinds.
+# Recognized by contents, not by name. For other kinds PIL may start external programs.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-# A photograph has some pixels a byte. What claims many more unfolds to gigabytes, up to 8 bytes a pixel.
+# Photographs have a few pixels a byte. A file that claims many more would unpack to gigabytes.
 FREE_PIXELS, PIXELS_PER_BYTE = 16_000_000, 100
-# Scaled to a network's input, a longer strip would unfold likewise.
+# So would a longer strip, scaled to the size of a network's input.
 LONGEST_STRIP = 200
 # Single-channel kinds of PIL that its conversion to RGB would clip at 255.
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
@@ -48,11 +48,11 @@ def read_image(path: str) -> Any:
                 )
             if image.mode in DEEP:
                 return Image.fromarray(_deep_grey(image))
-            # The transparency of a palette is dropped as alpha is; PIL would warn of it.
+            # Dropped like any alpha channel; PIL would warn about it.
             image.load()
             image.info.pop("transparency", None)
             return image.convert("RGB")
-    # PIL's decoders raise whatever their parsing trips over; each means that this file cannot be used.
+    # PIL's decoders raise all kinds of exceptions; each means that this file cannot be used.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"data.root: image {path!r} cannot be read ({reason})") from None

@@ -1,6 +1,6 @@
-"""What conf/ offers, read from its files: groups, choices and the one line that each says of itself.
+"""The groups and choices of conf/, each with the first comment of its file.
 
-It must stay quick to import: help and misspelt verbs wait for it.
+Must stay quick to import: help and misspelt verbs wait for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROFILES = ("embedded", "midscale", "paper")
 
 @cache
 def groups() -> dict[str, dict[str, str]]:
-    """Every configuration group: its choices, each with the one line that its file says about it."""
+    """Every configuration group: its choices, each with the first comment line of its file."""
     found = {}
     for folder in files("fp8repro.conf").iterdir():
         if folder.is_dir():
@@ -52,7 +52,7 @@ def compose_group(group: str, name: str) -> dict[str, Any]:
 
 
 def nearest(given: str, valid: Iterable[str], otherwise: Iterable[str] | None = None) -> str:
-    """The valid names that the given one may stand for; where none looks like it, `otherwise` (default: all)."""
+    """The valid names that resemble the given one; if none does, `otherwise` (default: all)."""
     valid = list(valid)
     # `epochs` stands for `trainer.epochs`.
     same_end = [name for name in valid if name.endswith(f".{given}")]

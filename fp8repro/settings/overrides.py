@@ -1,6 +1,6 @@
 """From `group=choice setting=value ...` to the plain values of each run: choices, checks and sweeps over Hydra.
 
-It must not import torch, and every mistake leaves it as a UserError that names the nearest valid choice.
+Every mistake becomes a UserError that names the nearest valid choice.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fp8repro.errors import UserError
-from fp8repro.fields import Effect, settings_of
+from fp8repro.fields import Effect, declared_settings
 from fp8repro.settings.choices import PROFILES, compose_group, groups, nearest
 from fp8repro.settings.lengths import Length, Moment
 from fp8repro.settings.run_name import run_name
 from fp8repro.settings.schema import RunConfig, defaults, settings_with
 
-# Mappings that hold whatever their model or data set takes, so a setting in them need not exist before.
+# Mappings whose settings depend on the model, data set or policy: a setting in them need not exist before.
 OPEN_MAPPINGS = ("model.size.", "data.options.", "loss_scaling.")
 PATHS = ("run_dir", "resume", "data.root")
 # Settings that do not change what a run computes; a run's folder is named after them only where a sweep varies them.
 UNNAMED = settings_with(Effect.PLACE)
-LENGTHS = frozenset(name for name, hint, _ in settings_of(RunConfig) if hint in (Length, Moment))
-# What may be exchanged in an earlier run's configuration, to evaluate its weights otherwise.
+LENGTHS = frozenset(name for name, hint, _ in declared_settings(RunConfig) if hint in (Length, Moment))
+# Groups that may be replaced in a saved run's configuration, to evaluate its weights.
 EXCHANGEABLE = ("precision", "data", "loss_scaling")
-# Groups without a choice of their own at first (see conf/config.yaml).
+# Groups that are null in conf/config.yaml.
 UNCHOSEN = ("data", "training", "profile", "optimizer", "schedule", "experiment")
 # The first entry of conf/config.yaml's defaults.
 ConfigStore.instance().store(name="settings", node=defaults())
@@ -73,7 +73,7 @@ class Job:
 
 
 def jobs(overrides: Sequence[str], sweep: bool) -> list[Job]:
-    """The runs that a command line asks for: one, or with `sweep` one for each combination of the lists of values.
+    """The runs of a command line: one, or with `sweep` one for each combination of the lists of values.
 
     Raises:
         UserError: an unknown group, choice or setting, a value that is not a value, or a list without `sweep`.
@@ -125,7 +125,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         except HydraException as error:
             if key not in PATHS:
                 raise UserError(f"{text!r}: {_first_line(error)}") from error
-            # Names of folders need no quotes, whatever is in them.
+            # Names of folders need no quotes.
             quoted = value.replace("\\", "\\\\").replace("'", "\\'")
             parsed.append(parser.parse_override(f"{key}='{quoted}'"))
     return parsed
@@ -178,7 +178,7 @@ def _check_choice(group: str, given: Any, known: Mapping[str, str]) -> None:
 def _derived_choices(
     choices: Mapping[str, str | None], first: DictConfig, known: Mapping[str, Mapping[str, str]]
 ) -> dict[str, str]:
-    """The choices of profile, data and training that follow from the others (see conf/config.yaml)."""
+    """Profile, data and training where they follow from the other choices (see conf/config.yaml)."""
     task, data, profile = first.model.task, choices["data"], choices["profile"]
     fitting = {name: _profile_data(name)[task] for name in PROFILES}
     derived = {}
@@ -214,7 +214,7 @@ def _profile_data(name: str) -> dict[str, list[str]]:
 def _as_hydra_takes_it(override: Override) -> list[str]:
     line, key = override.input_line, override.key_or_group
     assert line is not None
-    # What conf/ leaves to a default of the code is a setting as well.
+    # Settings that conf/ leaves to their declared default are not in the composed configuration.
     may_be_new = key.startswith(OPEN_MAPPINGS) or key in _names()
     if not may_be_new or line.startswith(("+", "~")):
         return [line]
@@ -236,7 +236,7 @@ def _names() -> frozenset[str]:
     """Dotted names of the settings that every run has, without those of its model or data set."""
     from fp8repro.numerics.recipe import Recipe
 
-    return frozenset(name for name, _, _ in (*settings_of(RunConfig), *settings_of(Recipe, "precision.")))
+    return frozenset(name for name, _, _ in (*declared_settings(RunConfig), *declared_settings(Recipe, "precision.")))
 
 
 def _check_keys(settings: Iterable[Override], config: DictConfig, known: Mapping[str, Any]) -> None:

@@ -23,9 +23,9 @@ from fp8repro.fields import (
     Positive,
     Share,
     build_dataclass,
+    declared_settings,
     plain,
     setting,
-    settings_of,
 )
 from fp8repro.settings.lengths import Length, Moment, in_steps, require_ascending
 
@@ -199,7 +199,7 @@ class RunConfig:
 
 def settings_with(*effects: Effect) -> frozenset[str]:
     """Dotted names of the settings that have one of some effects."""
-    return frozenset(name for name, _, f in settings_of(RunConfig) if f.metadata.get("effect") in effects)
+    return frozenset(name for name, _, f in declared_settings(RunConfig) if f.metadata.get("effect") in effects)
 
 
 # Settings that leave a run's result as it is, as long as it rolled nothing back.

@@ -1,4 +1,4 @@
-"""The mean of the weights of the last epochs, for a run's final score. Never part of the training itself."""
+"""The mean of the weights of the last epochs, for a run's final score. The training itself does not use it."""
 
 from __future__ import annotations
 

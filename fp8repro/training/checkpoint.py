@@ -44,7 +44,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, content: Mapping[str, Any], keep: int) -> Path:
-    """Write a checkpoint and remove all but the last `keep`, and the last from before the steps skipped just now.
+    """Write a checkpoint and remove old ones: the last `keep` stay, and the last one before the present skipped steps.
 
     Args:
         folder: the run's `checkpoints/`.
@@ -58,7 +58,7 @@ def save_checkpoint(folder: Path, content: Mapping[str, Any], keep: int) -> Path
     write_tensors(path, content)
     present = list_checkpoints(folder)
     sound = content["step"] - content["scaler"]["skipped_in_a_row"]
-    # What a rollback would want, should the run skip on.
+    # A rollback would need it.
     spared = [old for old in present if old <= checkpoint_path(folder, sound)][-1:]
     for old in present[:-keep]:
         if old not in spared:
@@ -108,7 +108,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         require_plain(content)
     except UserError:
         raise
-    # The unpickler and the archive reader raise whatever their parsing trips over.
+    # The unpickler and the archive reader raise all kinds of exceptions.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint: {path.name} cannot be read ({reason[:200]})") from None
@@ -129,10 +129,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if wrong or content["format"] != FORMAT:
         reason = f"{wrong[0]} is missing" if wrong else f"format {content['format']}"
         raise UserError(
-            f"checkpoint: {path.name} is none of a run of this version ({reason}, expected format {FORMAT})"
+            f"checkpoint: {path.name} is not a checkpoint of this version ({reason}, expected format {FORMAT})"
         )
     try:
-        # They are compared and read as settings.
+        # They are read as settings.
         require_plain([content["identity"], content["config"]], tensors=False)
     except Harmful as error:
         raise UserError(f"checkpoint: {path.name} cannot be used ({error} among its settings)") from None
@@ -140,17 +140,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def bits_of(content: Mapping[str, Any]) -> int:
-    """The version of the bits (`reference.BITS_VERSION`) that made a checkpoint; before version 2 none said so."""
+    """The version of the bits (`reference.BITS_VERSION`) that made a checkpoint; version 1 was not recorded."""
     return int(content.get("bits", 1))
 
 
 def newest_checkpoint(folder: Path, report: Callable[[str], None], until: int | None = None) -> dict[str, Any] | None:
-    """The newest whole checkpoint of a run, or None; damaged ones are reported, set aside and passed over.
+    """The newest whole checkpoint of a run, or None; damaged ones are reported, renamed and skipped.
 
     Args:
         folder: the run's `checkpoints/`.
         report: told of damage.
-        until: the last step that will do.
+        until: latest step accepted.
     """
     for path in reversed(list_checkpoints(folder)):
         if until is not None and path > checkpoint_path(folder, until):

@@ -31,7 +31,7 @@ class FirstNonfinite:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Look at weights now, at outputs of layers in the forward and at their errors in the backward pass inside."""
+        """Check weights now; inside, outputs of layers in the forward pass and their errors in the backward pass."""
         for name, parameter in model.named_parameters():
             self.look(name.rpartition(".")[0] or name, "weight", parameter)
         with ExitStack() as hooks:
@@ -45,11 +45,11 @@ class FirstNonfinite:
             self.look(name.rpartition(".")[0] or name, "gradient", parameter.grad)
 
     def _hooks(self, name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Before and after a layer's forward pass: both look at what the backward pass brings there."""
+        """Hooks before and after a layer's forward pass; both check the errors of the backward pass there."""
 
         def watch(tensor: Any) -> Any:
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                # A view: the tensor itself may be the input of other layers, whose errors are not this one's.
+                # A view: the tensor may be the input of other layers too, with their own errors.
                 tensor = tensor.view_as(tensor)
                 tensor.register_hook(lambda grad: self.look(name, "error", grad))
             return tensor
@@ -65,7 +65,7 @@ class FirstNonfinite:
 
 
 def diagnose(model: nn.Module, telemetry: Telemetry, repeat: Callable[[], object]) -> dict[str, Any]:
-    """Repeat a step and say what it met.
+    """Repeat a step, and say where it was not finite first.
 
     Args:
         model: the run's.
@@ -79,7 +79,7 @@ def diagnose(model: nn.Module, telemetry: Telemetry, repeat: Callable[[], object
     model.zero_grad(set_to_none=True)
     telemetry.measure()
     for site in sites(model).values():
-        # Or the weights that the step has rounded would not be counted.
+        # So that weights are rounded again, and counted.
         site.forget_weight()
     with watcher.watching(model):
         repeat()

@@ -1,4 +1,4 @@
-"""The processes of a run under torchrun: exact sums, the same state on each. One process is a world too."""
+"""The processes of a run under torchrun: exact sums, the same state on each. A single process is a world of one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from fp8repro.errors import UserError
 
-# Elements of one reduced buffer; larger ones gain nothing.
+# Elements of one all-reduce; larger ones are no faster.
 BUCKET = 2**24
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of a run.
+    """This process, and how many there are.
 
     Attributes:
         rank, size: which of how many.
@@ -78,7 +78,7 @@ class World:
                 dist.broadcast(tensor.data, 0)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
@@ -95,16 +95,15 @@ def join_world(device: str) -> World:
 
     The process group lives as long as the process: the runs of a sweep share it.
 
-    A world is WORLD_SIZE and RANK, both or neither; LOCAL_RANK says which GPU of the machine (default: the first), and
-    a world of several needs MASTER_ADDR and MASTER_PORT. Slurm's own variables say nothing: scripts/slurm.sbatch sets
+    WORLD_SIZE and RANK describe a world, both or neither; LOCAL_RANK is the GPU of the machine (default: the first);
+    several processes need MASTER_ADDR and MASTER_PORT. Slurm's own variables are not read: scripts/slurm.sbatch sets
     these from them.
 
     Args:
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        UserError: variables that make no world, one whose first process cannot be reached, or a device that this
-            machine does not have.
+        UserError: inconsistent variables, no connection to the first process, or a device that this machine lacks.
     """
     rank, size = environment_rank()
     local_rank = _number("LOCAL_RANK", 0)
@@ -153,7 +152,7 @@ def _number(variable: str, default: int, least: int = 0) -> int:
 
 
 def _store(rank: int) -> dist.Store:
-    """Where the processes of a world find each other."""
+    """The store through which the processes find each other."""
     address = os.environ.get("MASTER_ADDR")
     if not address:
         raise UserError("MASTER_ADDR: missing, expected the machine of rank 0, as torchrun sets it")

@@ -21,7 +21,7 @@ def check_divergence(run: Run, result: StepResult, batches: list[Any], journal: 
         True when the run was rolled back.
 
     Raises:
-        RunFailure: it diverged and is not to be rolled back, or not once more, or there is no checkpoint to go back to.
+        RunFailure: it diverged, and may not be rolled back (again), or has no checkpoint from before it.
     """
     trainer, skipped = run.config.trainer, run.scaler.skipped_in_a_row
     if not run.masters.finite():

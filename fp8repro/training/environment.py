@@ -1,4 +1,4 @@
-"""What a run ran on, as plain values. Never a path, a host name or a user name."""
+"""Software and hardware of a run, as plain values. Never a path, a host name or a user name."""
 
 from __future__ import annotations
 

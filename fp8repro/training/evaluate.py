@@ -1,4 +1,4 @@
-"""Measuring a model: inside a run, or from a checkpoint or torchvision's weights. Always rounds to nearest."""
+"""Evaluation of a model: within a run, or of a checkpoint or torchvision's weights. Always rounds to nearest."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def checkpoint_config(path: str | Path) -> RunConfig:
 
 
 def require_same_classes(saved: Any, own: Mapping[str, Any], where: str) -> None:
-    """Refuse data whose classes are called otherwise than those that a checkpoint knows: outputs stand for others.
+    """Refuse data whose classes have other names than a checkpoint's: its outputs would mean other classes.
 
     Args:
-        saved: the checkpoint's `identity`; None and those that name no classes say nothing.
+        saved: the checkpoint's `identity`; not checked if it has no class names.
         own: `Task.identity` of the data.
         where: the checkpoint.
 

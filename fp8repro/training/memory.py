@@ -15,13 +15,13 @@ class SavedBytes:
     """Distinct storages that autograd saved for backward, in bytes; parameters and rounded weights are no part."""
 
     def __init__(self, model: nn.Module) -> None:
-        """`model` says what to leave out."""
+        """The parameters and rounded weights of `model` are left out."""
         self._model = model
-        # The tensors are held, so that no address is used twice.
+        # The tensors are kept alive, so that no address is reused.
         self._saved: dict[int, Tensor] = {}
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """Note a tensor on its way to the graph."""
+        """Note a tensor that autograd saves."""
         self._saved[tensor.untyped_storage().data_ptr()] = tensor.detach()
         return tensor
 

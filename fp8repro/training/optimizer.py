@@ -20,18 +20,18 @@ STATE = {
     torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
 }
-# What SGD with momentum 0.9 takes on images of 10 to 1,000 classes, and from which length of run on it is safe.
+# Learning rate of SGD with momentum 0.9 on images of 10 to 1,000 classes, from this batch size and run length on.
 FULL_RATE, FULL_RATE_BATCH, FULL_RATE_STEPS = 0.1, 128, 800
 
 
 def settle_rate(config: OptimizerConfig, batch_size: int, total_steps: int) -> OptimizerConfig:
     """The configuration with a learning rate: its own, or SGD's 0.1 lowered for small batches and short runs.
 
-    In proportion to the batch below 128 (linear scaling, Goyal et al. 2017), and to the root of the run's steps below
-    800: a warm-up that is a share of so short a run would rise to 0.1 within a few steps, and the loss with it.
+    Proportional to the batch below 128 (linear scaling, Goyal et al. 2017), and to the square root of the number of
+    steps below 800: the warm-up of a shorter run has too few steps to reach 0.1 without divergence.
 
     Raises:
-        UserError: the optimizer is another, for which no such rule is known.
+        UserError: no learning rate, and the optimizer is not SGD.
     """
     if config.lr is not None:
         return config
@@ -67,7 +67,7 @@ def with_saved_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any])
     """An optimizer's own settings with the state of a checkpoint, as its `load_state_dict` takes them.
 
     Raises:
-        Harmful: the state is none of such an optimizer over such parameters.
+        Harmful: the state does not fit the optimizer or its parameters.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = saved.get("state")

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere; TensorBoard or Weights & Biases."""
+"""Progress for people: a bar on a terminal, plain lines elsewhere; curves in TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _figure(value: Any) -> str:
 
 
 class Tracker(Protocol):
-    """Where curves are drawn."""
+    """Where curves go."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers at a step."""
@@ -71,7 +71,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """Draws nothing."""
+    """No curves."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker`."""
@@ -84,7 +84,7 @@ class TensorBoard:
     """Event files in the run's folder."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Curves go on from `step`; later points of a former process are dropped."""
+        """Curves continue from `step`; later points of a former process are dropped."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
@@ -100,7 +100,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; resuming a run goes on in the same one."""
+    """A run of Weights & Biases; a resumed run continues it."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         """Start, or go on with, the run whose id lies in the folder.
@@ -136,7 +136,7 @@ def make_tracker(name: str, folder: Path, config: Mapping[str, Any], step: int, 
         folder: of the run.
         config: plain values of the run.
         step: where the run begins.
-        say: told when TensorBoard is not installed.
+        say: prints a line when TensorBoard is not installed.
     """
     if name == "wandb":
         return WeightsAndBiases(folder, config)

@@ -1,4 +1,4 @@
-"""A run's folder: config, environment, metrics, summary. Locked while open; nothing is ever written outside of it."""
+"""A run's folder: config, environment, metrics, summary. Locked while open; nothing is written outside of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fp8repro.settings.run_name import run_name
 from fp8repro.settings.schema import RunConfig
 from fp8repro.training.environment import describe_environment
 
-# What evaluations warn of: made again where the evaluation is.
+# Warnings of evaluations: they are repeated when the evaluation is.
 GUESSING, NONFINITE_EVALUATION = "guessing", "nonfinite_evaluation"
 EVALUATION_EVENTS = (GUESSING, NONFINITE_EVALUATION)
 
@@ -98,18 +98,18 @@ class RunFolder:
             (self.folder / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, TENSORBOARD):
             path = self.folder / name
-            # What a link leads to is not the run's own.
+            # The target of a link is not the run's own.
             if path.is_symlink():
                 path.unlink()
             else:
                 shutil.rmtree(path, ignore_errors=True)
 
     def begin(self, step: int, evaluated: int = 0) -> None:
-        """Write config and environment; forget what will be measured again.
+        """Write config and environment; drop rows that will be written again.
 
         Args:
-            step: the run goes on from there.
-            evaluated: step of the last evaluation that it knows of; one at `step` may be on record already.
+            step: where the run continues.
+            evaluated: step of the last evaluation in its checkpoint; rows of later ones are dropped.
         """
         if not self.writes:
             return
@@ -141,7 +141,7 @@ class RunFolder:
             self._write(SUMMARY, json.dumps(_finite(dict(values)), indent=2) + "\n")
 
     def finished_summary(self) -> dict[str, Any] | None:
-        """The summary of a run that finished here and translated as the settings say, or None."""
+        """The summary of a run that finished here with the same decode settings, or None."""
         if not self.writes:
             return None
         values, config = read_or_empty(self.folder / SUMMARY), read_or_empty(self.folder / CONFIG)
@@ -160,7 +160,7 @@ class RunFolder:
             raise RunFailure(_unwritable(path, error)) from error
 
     def close(self) -> None:
-        """Give the folder free; a folder in which no run began is removed."""
+        """Release the folder; remove it if no run began in it."""
         if self._lock is None:
             return
         if not self.exists:
@@ -177,7 +177,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the folder free."""
+        """Release the folder."""
         self.close()
 
 

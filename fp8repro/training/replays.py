@@ -1,6 +1,6 @@
-"""CUDA graphs in the training loop: which forward and backward passes are replayed, and why the others are not.
+"""CUDA graphs in the training loop: which forward and backward passes are replayed, and why others are not.
 
-A replay gives the bits of the pass that the loop would make itself, so nothing here may decide numerics.
+A replay computes the same bits as the eager pass; nothing here may decide numerics.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from fp8repro.precision.graphs import GraphedStep, why_not_graphed
 from fp8repro.training.distributed import World
 from fp8repro.training.tasks.task import Task
 
-# An epoch's batches differ in size by one image at most; those of micro-steps, which are cut again, once more.
+# Batches of an epoch differ by one image at most, and so do the micro-batches cut from each.
 MOST_SHAPES = 4
 
 
 class Replays:
-    """Takes passes over from the loop where they can be replayed.
+    """Replays passes instead of the loop where that is possible.
 
     Attributes:
-        why_not: why none is, in one line; None where some may be.
+        why_not: why nothing is replayed, in one line; None if something may be.
     """
 
     def __init__(self, graphs: str, recipe: Recipe, world: World, task: Task[ImageBatch], model: nn.Module) -> None:
@@ -57,20 +57,20 @@ class Replays:
         return None if graph is None or not graph.fits(tensors) else graph(tensors, factor)
 
     def summary(self) -> str:
-        """What a run's record says."""
+        """One line for the run's record."""
         if self._graphs:
             return "replayed for batches of " + ", ".join(str(shape[0]) for shape in self._graphs)
         return self.why_not or "nothing was replayed"
 
     def _capture(self, tensors: tuple[Tensor, Tensor]) -> GraphedStep | None:
-        # A graph keeps its memory, and other passes (another shape, a measured step) need as much beside it.
+        # A graph keeps its memory, and eager passes (another shape, a measured step) need as much beside it.
         free, _ = torch.cuda.mem_get_info(self._device)
         if not self._graphs and free < torch.cuda.max_memory_allocated(self._device):
             self._give_up("no memory for a graph beside a step")
             return None
         try:
             graph = GraphedStep(self._model, self._loss, tensors, self._pool)
-        # Out of memory is one; an operation that cannot be captured is another. The loop can do without.
+        # Out of memory, or an operation that cannot be captured: the loop makes the pass itself.
         except RuntimeError as error:
             self._give_up(f"a step could not be captured ({str(error).splitlines()[0][:200]})")
             return None

@@ -1,4 +1,4 @@
-"""A run and its state: how it is built from a configuration, and how it is taken up again from a checkpoint."""
+"""A run and its state: built from a configuration, loaded from a checkpoint."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def no_results() -> dict[str, Any]:
 
 @dataclass
 class Run:
-    """What a run is made of, and what it has come to.
+    """The parts of a run, and its state.
 
     Attributes:
         config: its learning rate settled.
         step: updates so far, skipped ones counted.
         seconds: spent in the loop, by former processes too.
-        results: plain values that a checkpoint keeps: last evaluation, its step, the best one; rollbacks so far; the
-            training loss logged last; evaluations so far that met numbers that are not finite; evaluations in a
-            row that were no better than guessing; version of the bits (`reference.BITS_VERSION`) that it began with.
+        results: plain values that a checkpoint keeps: last evaluation, its step, the best one; rollbacks; last logged
+            training loss; evaluations that were not finite; evaluations in a row that were no better than guessing;
+            version of the bits (`reference.BITS_VERSION`) that the run began with.
     """
 
     config: RunConfig
@@ -91,7 +91,7 @@ class Run:
         return self.config.optimizer.lr
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with a run that resumes it."""
+        """What a run and the checkpoint that it resumes from must have in common."""
         return {**self.config.to_dict(), "processes": self.world.size, "task": self.task.identity()}
 
     def state(self) -> dict[str, Any]:
@@ -111,10 +111,10 @@ class Run:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken.
+        """Load a checkpoint's content.
 
         Raises:
-            UserError: it is another run's.
+            UserError: it is the checkpoint of another run.
         """
         checkpoints.require_same_run(state["identity"], self.identity())
         # Checkpoints did not always keep all of them, nor name their bits.
@@ -181,8 +181,8 @@ def resume(run: Run, record: RunFolder, display: Display) -> None:
 def roll_back(run: Run, record: RunFolder, display: Display) -> int | None:
     """Take weights, optimizer and loss scale back to the newest checkpoint from before the steps skipped just now.
 
-    Nothing else goes back: the present step stays, so what was trained since is thrown away and the batches of those
-    steps are not met again; the schedule, the epochs and the random numbers go on as if the steps had been skipped.
+    Nothing else goes back. The run continues with the next step: schedule, epochs, batches and random numbers are those
+    that it would have had if the steps since the checkpoint had been skipped.
 
     Returns:
         The checkpoint's step, or None, with nothing changed, when there is none.

@@ -1,4 +1,4 @@
-"""Running statistics of batch normalization: kept out of reach of non-finite passes, and synchronized over ranks."""
+"""Running statistics of batch normalization: restored after non-finite passes, synchronized over ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class NormalizationStatistics:
             torch._foreach_copy_(self._kept, self._all)
 
     def restore(self) -> None:
-        """Put back what was remembered."""
+        """Put the remembered statistics back."""
         if self._all:
             torch._foreach_copy_(self._all, self._kept)
 
@@ -86,7 +86,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 class _Normalize(torch.autograd.Function):
-    """Normalization by given statistics whose gradient knows that they came from all ranks' inputs."""
+    """Normalization by given statistics; its gradient accounts for their dependence on all ranks' inputs."""
 
     @staticmethod
     def forward(

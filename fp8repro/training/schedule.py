@@ -1,4 +1,4 @@
-"""Learning rates in closed form: a step in, a rate out. Keeps no state, so nothing has to be saved or resumed."""
+"""Learning rates in closed form, as functions of the step. There is no state to save."""
 
 from __future__ import annotations
 

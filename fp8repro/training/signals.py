@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 as a wish to stop, which the loop grants between two steps or batches of evaluation."""
+"""Ctrl-C, SIGTERM and SIGUSR1 ask the loop to stop; it does so after the current step or evaluation batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(Exception):
-    """An evaluation or a translation was left in the middle, by every rank at the same place."""
+    """An evaluation or a translation was interrupted, on every rank at the same batch."""
 
 
 class StopRequest:
@@ -42,10 +42,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def poll(self, world: World) -> None:
-        """Ask in the midst of an evaluation, on every rank at once.
+        """Ask during an evaluation; every rank calls it at the same batch.
 
         Raises:
-            Interrupted: a signal came to any of them.
+            Interrupted: one of them got a signal.
         """
         (stops,) = world.sum([float(bool(self.signal))])
         if stops:
@@ -58,5 +58,5 @@ class StopRequest:
 
 
 def exit_code(number: int) -> int:
-    """What a shell expects of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1."""
+    """The exit code of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1."""
     return 128 + number

@@ -1,6 +1,6 @@
-"""Whether a run's figures can be trusted: evaluations that met infinities, training that is no better than guessing.
+"""Whether a run's figures can be trusted: evaluations with infinities, training that is no better than guessing.
 
-Judges from what a checkpoint keeps, so that a resumed run says what an uninterrupted one says. Never ends a run itself.
+Uses only what a checkpoint keeps, so that a resumed run warns as an uninterrupted one. Never ends a run itself.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Mapping
 
 from fp8repro.training.run import Run
 
-# Until this share of a run is over, a loss as of guessing means little.
+# In the first half of a run, a loss no better than guessing means little.
 EARLY = 0.5
 
 
 def all_finite(metrics: Mapping[str, float]) -> bool:
-    """True when an evaluation met finite outputs alone; only then can it be the best one, or a run's result."""
+    """True if all outputs of an evaluation were finite; only then can it be the best one, or a run's result."""
     return math.isfinite(metrics["loss"]) and not metrics.get("nonfinite")
 
 
@@ -28,7 +28,7 @@ def what_was_not_finite(run: Run) -> str:
 
 
 def no_better_than_guessing(run: Run) -> str | None:
-    """A line where the last logged loss and the last evaluation are as of guessing; None in a run's first half."""
+    """One line if the last logged loss or evaluation is no better than guessing; None in a run's first half."""
     if run.step <= EARLY * run.last_step:
         return None
     chance = dict(run.task.chance())

@@ -1,6 +1,6 @@
-"""What a file of tensors may hold, checked before and after torch reads it: plain containers and dense tensors.
+"""Checks of a file of tensors, before and after torch reads it: only plain containers and dense tensors may be in it.
 
-`weights_only=True` keeps code out; these checks keep out files that unfold to many times their size.
+`weights_only=True` refuses code; these checks refuse files that unpack to many times their size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-# Names that torch.save writes for tensors in containers; everything else has no place in a checkpoint.
+# Names that torch.save writes for tensors in containers; a checkpoint holds nothing else.
 GLOBALS = (
     "collections OrderedDict",
     "torch Size",
@@ -40,7 +40,7 @@ def require_harmless_file(path: Path) -> None:
         Harmful: says what it holds.
     """
     with path.open("rb") as file:
-        # As torch tells the two kinds apart.
+        # Torch distinguishes the two kinds in the same way.
         is_archive = file.read(4) == b"PK\x03\x04"
         if not is_archive:
             file.seek(0)

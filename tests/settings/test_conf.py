@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fp8repro.fields import convert, settings_of
+from fp8repro.fields import convert, declared_settings
 from fp8repro.paper.reported import paper_figures
 from fp8repro.precision.loss_scaling import make_scaler
 from fp8repro.settings.choices import groups
@@ -36,7 +36,7 @@ def test_the_primary_config_holds_groups_alone() -> None:
 
 
 def test_every_setting_has_a_help_and_a_default_that_is_accepted() -> None:
-    for name, hint, f in settings_of(RunConfig):
+    for name, hint, f in declared_settings(RunConfig):
         if name != "precision":
             assert 5 < len(f.metadata["help"]) < 200, name
             if f.default is not MISSING:

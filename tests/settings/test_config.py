@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from fp8repro.engines.select import select_backend
 from fp8repro.errors import UserError
-from fp8repro.fields import Bound, settings_of
+from fp8repro.fields import Bound, declared_settings
 from fp8repro.numerics.rounding import Rounding
 from fp8repro.settings.lengths import Length, Moment
+from fp8repro.settings.overrides import UNNAMED
 from fp8repro.settings.recipes import load_recipe
-from fp8repro.settings.schema import RunConfig, run_config
+from fp8repro.settings.schema import NO_EFFECT, RunConfig, run_config
+from fp8repro.training.checkpoint import FREE_SETTINGS
 
 BASE = {"model": {"name": "resnet18"}, "data": {"name": "digits"}, "loss_scaling": {"policy": "none"}}
 
@@ -75,7 +77,7 @@ def numbers(hint):
     return [number for part in get_args(hint) for number in numbers(part)]
 
 
-BOUNDED = {name: numbers(hint) for name, hint, _ in settings_of(RunConfig) if numbers(hint)}
+BOUNDED = {name: numbers(hint) for name, hint, _ in declared_settings(RunConfig) if numbers(hint)}
 BETWEEN = {"optimizer.betas": lambda x: [x, 0.5], "loss_scaling.floors": lambda x: [[0.5, x]]}
 LEGAL = {"decode.alpha": (-1, -0.5)}
 
@@ -141,6 +143,14 @@ def test_milestones_in_any_unit_are_taken(milestones):
     config = run_config(values(schedule__milestones=milestones))
     assert list(config.schedule.milestones) == milestones
     assert run_config(config.to_dict()) == config
+
+
+def test_who_may_ignore_a_setting():
+    assert UNNAMED < NO_EFFECT
+    assert {"trainer.log_every", "experiment", "seed"} <= NO_EFFECT - UNNAMED
+    # A resume keeps the seed, and may change when the run ends and how it is scored.
+    assert NO_EFFECT - {"seed"} | {"trainer.max_steps", "decode.beam"} <= FREE_SETTINGS
+    assert not {"seed", "optimizer.lr", "precision", "trainer.average_checkpoints", "model.size"} & FREE_SETTINGS
 
 
 def test_the_scale_that_the_recipe_has_for_a_policy_holds_however_the_policy_is_chosen():

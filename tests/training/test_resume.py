@@ -287,5 +287,5 @@ def test_a_checkpoint_of_an_earlier_version_of_the_bits_loads_and_says_so(whole,
     assert train(replace(config, resume="auto"))["bits_at_first"] == 1
     assert not any(line.startswith("resume: ") for line in capsys.readouterr().out.splitlines())
     write_tensors(older, content | {"bits": "two"})
-    with pytest.raises(UserError, match=r"checkpoint: older\.pt is none of a run of this version \(bits is missing"):
+    with pytest.raises(UserError, match=r"checkpoint: older\.pt is not a checkpoint of this version \(bits is missing"):
         train(replace(config, resume=str(older), overwrite=True))

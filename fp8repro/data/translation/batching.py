@@ -105,7 +105,7 @@ class TranslationBatches:
         return -(-len(self.plan.parts) // self.world_size)
 
     def report(self) -> dict[str, Any]:
-        """What a run's record says of an epoch's batches: their number over all ranks, shapes, and share of padding."""
+        """For the record: number of an epoch's batches over all ranks, their shapes, and their share of padding."""
         return {
             "batches_per_epoch": len(self.plan.parts),
             "batch_shapes": len(set(self.plan.shapes)),
@@ -114,7 +114,7 @@ class TranslationBatches:
 
     def epoch_batches(self, epoch: int) -> list[Rows]:
         """This rank's batches of an epoch."""
-        # RandomState: numpy promises its stream for all versions, which it does not for Generator.
+        # Numpy promises the same stream in all versions for RandomState, but not for Generator.
         words = [self.seed & 0xFFFFFFFF, (self.seed >> 32) & 0xFFFFFFFF, epoch]
         generator = np.random.RandomState(np.array(words, dtype=np.uint32))
         batches = self.plan.batches(generator.permutation(len(self.split.source)))
@@ -124,15 +124,15 @@ class TranslationBatches:
         return shuffled[self.rank :: self.world_size]
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of the present epoch; afterwards the next one is present."""
+        """The rest of the current epoch; then the next epoch is current."""
         for indices, widths in self.epoch_batches(self.epoch)[self.position :]:
-            # Counted before it is handed out: a checkpoint made while training on a batch does not repeat it.
+            # Counted before it is yielded: a checkpoint after this batch must not repeat it.
             self.position += 1
             yield make_batch(self.split, indices.tolist(), widths)
         self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, and the number of its batches handed out."""
+        """Epoch, and the number of its batches yielded so far."""
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from fp8repro.errors import UserError
 
 MULTIPLE = 8
-# Shapes of a run's training batches; each may become a graph that keeps memory of its own.
+# Shapes of a run's training batches; each may become a CUDA graph with its own memory.
 MOST_SHAPES = 24
-# A split that is evaluated has few batches, and a bucket leaves one of them incomplete.
+# Each bucket may leave a batch incomplete, which counts in an evaluation, because it has few.
 EVALUATION_BUCKETS = 6
 
 
@@ -33,7 +33,7 @@ def padded_lengths(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class Rows(NamedTuple):
-    """A batch that is not collated yet: where its sentences stand, and the width of each side."""
+    """A batch before collation: indices of its sentences, and the width of each side."""
 
     indices: NDArray[np.int64]
     widths: tuple[int, ...]
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which buckets the batches of an epoch take how many sentences from; the same whatever the order of sentences.
+    """How many sentences the batches of an epoch take from which buckets; does not depend on the sentences' order.
 
     Attributes:
         lengths: [N, sides] in tokens.

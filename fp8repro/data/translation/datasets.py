@@ -1,4 +1,4 @@
-"""The translation data sets: synthetic, parallel text, WMT16, fairseq's binarized folders; all end as the last.
+"""The translation data sets: synthetic, parallel text, WMT16 and fairseq's binarized folders.
 
 Text is prepared once into a fairseq folder in the cache. Nothing here may depend on workers for its result.
 """
@@ -223,7 +223,7 @@ def _languages(settings: TextSettings | BinarySettings) -> tuple[str, str]:
 
 
 def _check_text_settings(settings: TextSettings) -> None:
-    """Raises a UserError where a setting would say nothing: other text is segmented here, tokenized text is not."""
+    """Raise UserError for a setting that has no effect: tokenized text is not segmented here, other text is."""
     if settings.tokenized:
         if settings.bpe_codes:
             raise UserError(
@@ -255,7 +255,7 @@ LOADERS: dict[str, tuple[type[Any], dict[str, Any], Callable[..., TranslationDat
 
 
 def _key(settings: Any, inputs: list[Path]) -> str:
-    """Hash of all that decides the prepared files: settings, inputs' contents, this code, the tokenizers' versions."""
+    """Hash of everything that the prepared files depend on: settings, inputs, this code, versions of the tokenizers."""
     parts = (corpus, fairseq_binary, languages, references, subwords, text, vocabulary, _key)
     code = [Path(inspect.getfile(part)) for part in parts]
     plain = {name: value for name, value in vars(settings).items() if name != "bpe_codes"}

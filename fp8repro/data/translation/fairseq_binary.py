@@ -75,13 +75,13 @@ def read_binary(prefix: Path) -> TokenSequences:
         )
     if len(sizes) and (sizes.min() < 0 or starts.min() < 0):
         raise UserError(f"data.root: {str(index_path)!r} holds a negative size or offset, expected fairseq data")
-    # First each alone, for their sum could exceed 64 bits.
+    # Each alone first: their sum could exceed 64 bits.
     needed = int(max(starts.max(), sizes.max())) * dtype.itemsize if len(sizes) else 0
     if needed <= data_bytes and len(sizes):
         needed = int((starts + sizes).max()) * dtype.itemsize
     if data_bytes < needed:
         raise UserError(f"data.root: {str(data_path)!r} is truncated: {data_bytes} bytes, expected {needed}")
-    # fairseq's sequences lie one after the other; ones that overlap would unfold to more than the file.
+    # Sequences lie one after the other; overlapping ones could hold more tokens than the file.
     if int(sizes.sum(dtype=np.float64)) * dtype.itemsize > data_bytes:
         raise UserError(f"data.root: {str(index_path)!r} holds sequences that overlap, expected fairseq data")
     # An empty file cannot be mapped.

@@ -1,4 +1,4 @@
-"""Languages by the codes that people give their files: what Moses calls them, and how sacreBLEU cuts them into words.
+"""Languages by the codes in file names: their names in Moses, and how sacreBLEU splits them into words.
 
 Nothing here may change a line of text.
 """

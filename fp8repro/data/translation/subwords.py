@@ -35,7 +35,7 @@ class SubwordScheme:
 
     Attributes:
         name: bpe | sentencepiece | none.
-        separator: what ends a token of "bpe" that goes on in the next one.
+        separator: of "bpe", the mark at the end of a token that is continued by the next one.
     """
 
     name: str

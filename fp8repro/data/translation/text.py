@@ -50,7 +50,7 @@ def tokenize(line: str, language: str) -> str:
 
 
 def tokenize_lines(lines: Iterable[str], language: str, workers: int = 0) -> Iterator[str]:
-    """Tokenize in order; with `workers` over 1, in so many processes."""
+    """Tokenize in order, with `workers` processes if that is over 1."""
     function = partial(tokenize, language=language)
     if workers > 1:
         with ProcessPoolExecutor(workers) as pool:

@@ -90,7 +90,7 @@ def round_into(
         if out is not None:
             signed = signed or out.is_neg()
             address(out)
-    (_round_copies if signed else round_unchecked)(x, how, bits, values, codes, stats, engine, add)
+    (_round_copies if signed else round_unchecked)(x, how, bits, values, codes, stats, engine, add=add)
 
 
 def round_unchecked(

@@ -1,4 +1,4 @@
-"""Classifying images, as the training loop sees it."""
+"""Image classification as a task of the training loop."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ImageTask:
         return len(batch.labels)
 
     def loss(self, model: nn.Module, batch: ImageBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Task`; the figures are the images whose class came out first."""
+        """See `Task`; the figure counts 100 for each image whose highest logit is its label's."""
         logits, labels = self._logits(model, batch)
         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.smoothing)
         return loss, {"top1": 100 * _hits(logits.detach(), labels, 1).sum()}
@@ -96,7 +96,7 @@ class ImageTask:
         mine, most = range(self.world.rank, images, self.world.size), len(range(0, images, self.world.size))
         size = self.eval_batch_size
         keys = [[(0, i) for i in mine[start : start + size]] for start in range(0, len(mine), size)]
-        # Loss, top-1, top-5, images that were not finite, and all.
+        # Loss, top-1, top-5, images that were not finite, all images.
         sums = torch.zeros(5, dtype=torch.float64, device=self.world.device)
         with closing(load_batches(dataset, keys, self.workers, self._pinned)) as batches:
             for batch in polled(batches, -(-most // size), poll):
@@ -111,7 +111,7 @@ class ImageTask:
         return figures | ({"nonfinite": missing} if missing else {})
 
     def chance(self) -> dict[str, float]:
-        """See `Task`: always naming the largest class, and two standard deviations of luck."""
+        """See `Task`: accuracy of always predicting the largest class, plus two standard deviations."""
         images = len(self.data.val_labels)
         share = max(Counter(self.data.val_labels).values()) / images
         luck = 2 * math.sqrt(share * (1 - share) / images)
@@ -127,6 +127,6 @@ class ImageTask:
 
 
 def _hits(logits: Tensor, labels: Tensor, among: int) -> Tensor:
-    """Where the class is among the first ones, [B, among or classes]; nowhere in rows that are not finite."""
+    """True at the label among the highest logits, [B, among or classes]; nowhere in rows that are not finite."""
     first = logits.topk(min(among, logits.shape[1]), dim=1).indices
     return (first == labels[:, None]) & logits.isfinite().all(1, keepdim=True)

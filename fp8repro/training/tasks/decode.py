@@ -33,7 +33,7 @@ class Hypothesis:
 
 @dataclass
 class _Sentence:
-    """A source sentence under search: where it stands in the batch, its longest translation, what is finished."""
+    """A source sentence: its index in the batch, length limit of its translation, finished hypotheses."""
 
     index: int
     limit: int
@@ -109,13 +109,13 @@ class _Search:
         log_probs = log_probs.view(len(self.sentences), beam, vocabulary)
         log_probs = log_probs.masked_fill(ending[:, None, None] & not_eos, -math.inf)
         candidates = (self.scores.unsqueeze(-1) + log_probs).flatten(1)
-        # A row ends in one way only, so of 2 * beam candidates at least `beam` go on.
+        # Each row has one EOS candidate, so of 2 * beam candidates at least `beam` continue.
         scores, flat = candidates.nan_to_num(nan=-math.inf, neginf=-math.inf).topk(min(2 * beam, candidates.shape[1]))
         origin = flat // vocabulary + torch.arange(len(self.sentences), device=flat.device).unsqueeze(1) * beam
         tokens = flat % vocabulary
         is_eos = tokens.eq(eos)
         self._finish(scores[:, :beam], origin[:, :beam], is_eos[:, :beam])
-        # Candidates that go on come first, each group in its order of score.
+        # Candidates that continue come first; both groups stay ordered by score.
         going = is_eos.to(torch.int8).argsort(dim=1, stable=True)[:, :beam]
         scores = scores.masked_fill(is_eos, -math.inf).gather(1, going)
         possible = scores.isfinite().any(1).tolist()

@@ -1,4 +1,4 @@
-"""What the training loop asks of a kind of work, and no more: classifying images and translating both answer it."""
+"""The interface between the training loop and a kind of work: classifying images, translating."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fp8repro.numerics.recipe import Recipe
 
 
 class TrainBatches(Protocol):
-    """Endless training batches of one rank; iterating gives the rest of the present epoch.
+    """Endless training batches of one rank; iterating gives the rest of the current epoch.
 
-    Every epoch has the same number of batches. The state counts the batches that were handed out.
+    Every epoch has the same number of batches. The state counts the batches that were yielded.
     """
 
     epoch: int
@@ -26,7 +26,7 @@ class TrainBatches(Protocol):
         ...
 
     def __iter__(self) -> Iterator[Any]:
-        """The rest of the present epoch; afterwards the next one is present."""
+        """The rest of the current epoch; then the next epoch is current."""
         ...
 
     def state_dict(self) -> dict[str, int]:
@@ -40,12 +40,12 @@ class TrainBatches(Protocol):
 
 B = TypeVar("B", contravariant=True)
 T = TypeVar("T")
-# Raises where an evaluation is to be left; what it raises passes through. Every rank calls it equally often.
+# Called before each batch of an evaluation, equally often on every rank; may raise to end the evaluation.
 Poll = Callable[[], None]
 
 
 def no_poll() -> None:
-    """Never leave an evaluation."""
+    """Never end an evaluation."""
 
 
 def polled(batches: Iterable[T], count: int, poll: Poll) -> Iterator[T]:
@@ -53,7 +53,7 @@ def polled(batches: Iterable[T], count: int, poll: Poll) -> Iterator[T]:
 
     Args:
         batches: of this rank.
-        count: of the rank that has most of them; one with fewer polls as often.
+        count: largest number of batches of any rank; every rank polls so often.
         poll: see `Poll`.
     """
     rest = iter(batches)
@@ -112,7 +112,7 @@ class Task(Protocol[B]):
         ...
 
     def chance(self) -> dict[str, float]:
-        """What guessing gets: "loss", and of a figure of `evaluate` (more is better) the most that luck explains."""
+        """The "loss" of guessing, and for a figure of `evaluate` (more is better) the most that guessing explains."""
         ...
 
     def score(self, metrics: dict[str, float]) -> float:

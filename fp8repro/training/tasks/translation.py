@@ -1,4 +1,4 @@
-"""Translating, as the training loop sees it: batches by tokens, smoothed loss, perplexity, and BLEU at the end."""
+"""Translation as a task of the training loop: batches by tokens, smoothed loss, perplexity, BLEU at the end."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class TranslationTask:
             "bpe_codes": _digest(codes.read_bytes()) if codes.is_file() else None,
             "train_pairs": len(self.data.train.source),
             "train_tokens": int(self.data.train.target.sizes.sum()),
-            # A position in the data means nothing among other batches.
+            # With other batches, a position in the data is another one.
             "batches": len(self.batches),
         }
 
@@ -145,7 +145,7 @@ class TranslationTask:
         bleu = sacrebleu_score(hypotheses, references, self.scored_as)
         chrf = chrf_score(hypotheses, references)
         on_words = bleu if self.scored_as in CUT_BY_SCRIPT else self._score_on_words(found)
-        # A score against references without their unknown words is comparable to none against the text.
+        # Without their unknown words, references give scores that are not comparable.
         suffix = "|refs:ids" if self.data.references_from == "ids" else ""
         if self.world.is_main:
             _write_lines(folder / HYPOTHESES, hypotheses)
@@ -227,7 +227,7 @@ def smoothed_loss(logits: Tensor, target: Tensor, smoothing: float = 0.0, form: 
     if not smoothing:
         return nll, nll
     classes = logits.shape[-1]
-    # Leaving the target out is the same as smoothing a little more with it.
+    # Smoothing over the other classes equals a slightly larger smoothing over all.
     share = smoothing if form == "all" else smoothing * classes / (classes - 1)
     spread = -log_probs.sum(-1).masked_fill(target.eq(PAD), 0.0).sum() / classes
     return (1 - share) * nll + share * spread, nll
