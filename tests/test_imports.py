@@ -4,6 +4,8 @@ Imports inside functions count: what a function imports, its module depends on.
 """
 
 import ast
+import subprocess
+import sys
 from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -83,3 +85,10 @@ def test_a_file_name_says_which_file() -> None:
     repeated = {"__init__.py", "__main__.py", "launch.py", "device.py", "device_tma.py"}
     names = Counter(path.name for path in MODULES.values() if path.name not in repeated)
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_a_training_loop_of_ones_own_waits_for_torch_alone() -> None:
+    heavy = ("torchvision", "torch._dynamo", "hydra", "triton", "matplotlib", "sklearn")
+    program = f"import sys; from fp8repro import inject, MasterWeights; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# `torch.compiler.disable`, but the compiler is imported by the first call: `import fp8repro` must not take that second.
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from fp8repro.engines.products import Backend, Conv2dGeometry, Operand
@@ -179,7 +182,8 @@ class SharedWeight:
     gathered: GatheredGradient | SummedGradient | None
 
 
-@torch.compiler.disable(reason="what it gathers lives outside of the graph")
+# What it gathers lives outside of any graph.
+@_disable_dynamo
 def share_weight(weight: Tensor, bias: Tensor | None, site: Site, training: bool) -> SharedWeight:
     """Round a weight for all uses of one forward pass, and say what makes their gradients."""
     site.check(weight, weight, bias)
@@ -221,7 +225,7 @@ class _Gather(torch.autograd.Function):
 
 
 # A compiler would take a step's random streams for constants; it gets what lies between the products.
-@torch.compiler.disable(reason="random streams are named on the host at every call")
+@_disable_dynamo
 def quantized_product(
     a: Tensor,
     b: Tensor,
