@@ -73,7 +73,7 @@ class TritonBackend:
         """None: codes are enough; FP32 for formats that the kernels cannot read."""
         return None if fmt.dtype not in (None, torch.float32) else torch.float32
 
-    def turns(self, fmt: FloatFormat) -> bool:
+    def wants_transposed(self, fmt: FloatFormat) -> bool:
         """True in FP8, whose instructions want the summed dimension contiguous in both operands."""
         return fmt.is_fp8
 
@@ -88,7 +88,7 @@ class TritonBackend:
         """See `products.Backend`."""
         if not _native(error, weight):
             return self._rounded(self.emulated.linear_error(error, weight))
-        codes = weight.codes if weight.turned is None else weight.turned.t()
+        codes = weight.codes if weight.transposed is None else weight.transposed.t()
         result = self._matmul(error.codes.flatten(0, -2), codes, None, _inverse_scale(error, weight))
         return result.view(*error.codes.shape[:-1], result.shape[-1])
 
@@ -96,8 +96,8 @@ class TritonBackend:
         """See `products.Backend`."""
         if not _native(error, x):
             return self._rounded(self.emulated.linear_gradient(error, x))
-        transposed = error.codes.flatten(0, -2).t() if error.turned is None else error.turned
-        codes = x.codes.flatten(0, -2) if x.turned is None else x.turned.t()
+        transposed = error.codes.flatten(0, -2).t() if error.transposed is None else error.transposed
+        codes = x.codes.flatten(0, -2) if x.transposed is None else x.transposed.t()
         return self._matmul(transposed, codes, None, _inverse_scale(error, x))
 
     def conv2d(self, x: Operand, weight: Operand, bias: Tensor | None, geometry: Conv2dGeometry) -> Tensor:

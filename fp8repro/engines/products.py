@@ -27,7 +27,7 @@ class Operand:
         fmt: the format.
         scale: a power of two, or None for 1.
         values: the real values in the dtype that the backend computes with, where somebody needed them.
-        turned: the codes of the transposed matrix, contiguous, where somebody needed them; leading dimensions count
+        transposed: the codes of the transposed matrix, contiguous, where somebody needed them; leading dimensions count
             as rows.
         packed: forms of a weight that a backend made for its own use; kept for the next product.
     """
@@ -36,7 +36,7 @@ class Operand:
     fmt: FloatFormat = FP32
     scale: float | None = None
     values: Tensor | None = None
-    turned: Tensor | None = None
+    transposed: Tensor | None = None
     packed: dict[object, Tensor] = field(default_factory=dict)
 
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -87,8 +87,8 @@ class Backend(Protocol):
         """The dtype of `Operand.values` that spares the backend a conversion; None where codes are enough."""
         ...
 
-    def turns(self, fmt: FloatFormat) -> bool:
-        """True where matrices of two products are wanted in both layouts (`Operand.turned`)."""
+    def wants_transposed(self, fmt: FloatFormat) -> bool:
+        """True where matrices of two products are wanted in both layouts (`Operand.transposed`)."""
         ...
 
     def linear(self, x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
@@ -141,7 +141,7 @@ class EmulateBackend:
         """FP32 for every format."""
         return torch.float32
 
-    def turns(self, fmt: FloatFormat) -> bool:
+    def wants_transposed(self, fmt: FloatFormat) -> bool:
         """False: torch multiplies in any layout."""
         return False
 

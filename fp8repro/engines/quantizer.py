@@ -166,7 +166,7 @@ def round_into(
     *,
     values: Tensor | None = None,
     codes: Tensor | None = None,
-    turned: Tensor | None = None,
+    transposed: Tensor | None = None,
     stats: Tensor | None = None,
     add: bool = False,
     fresh: bool = False,
@@ -179,7 +179,7 @@ def round_into(
         bits: where random bits come from; the stream may lie in device memory where Triton kernels round.
         values: FP32 or BF16 tensor of x's shape (it may be `x` itself) that receives the rounded values.
         codes: tensor of x's shape in the format's storage dtype that receives the encoding.
-        turned: for a matrix x, codes and no values: tensor that receives the codes of its transpose.
+        transposed: for a matrix x, codes and no values: tensor that receives the codes of its transpose.
         stats: float64 tensor of 4 values (`STATISTICS`) that is added to (absmax: raised).
         add: add the rounded values to `values`, a tensor of its own.
         fresh: the caller made the outputs for this very input, which it has checked, and nobody else has seen them:
@@ -194,14 +194,14 @@ def round_into(
         x = counted(x, bits.order)
         values, codes = (None if out is None else counted(out, bits.order) for out in (values, codes))
         bits = RandomBits(bits.seed, bits.stream)
-    if fresh and turned is None and _is_native(x, how) and untraced(x):
+    if fresh and transposed is None and _is_native(x, how) and untraced(x):
         native.round_unchecked(x, how, bits, values, codes, stats, add=add)
         return
     x = x.detach() if isinstance(x, Tensor) and x.requires_grad else x
     if add and values is not None:
         _add_rounded(x, how, bits, values, codes, stats)
-    elif turned is not None and codes is not None:
-        _round_turned(x, how, bits, codes, turned, stats)
+    elif transposed is not None and codes is not None:
+        _round_both_layouts(x, how, bits, codes, transposed, stats)
     elif untraced(x) or isinstance(bits.stream, StreamSlot):
         # An operator's arguments are plain: they cannot name a place in device memory.
         _round(x, how, bits, values, codes, stats)
@@ -305,16 +305,16 @@ def _(info: Any, in_dims: tuple[Any, ...], x: Tensor, how: str, *options: Any) -
     return _each_alone(lambda t: rounded(t, how, *options), x.movedim(in_dims[0], 0), read(how))
 
 
-def _round_turned(
-    x: Tensor, how: Rounding, bits: RandomBits, codes: Tensor, turned: Tensor, stats: Tensor | None
+def _round_both_layouts(
+    x: Tensor, how: Rounding, bits: RandomBits, codes: Tensor, transposed: Tensor, stats: Tensor | None
 ) -> None:
     if x.is_cuda:
         from fp8repro.kernels.ops import transpose_engine
 
-        transpose_engine(x, how, bits, codes, turned, stats)
+        transpose_engine(x, how, bits, codes, transposed, stats)
         return
     round_into(x, how, bits, codes=codes, stats=stats)
-    turned.copy_(codes.t())
+    transposed.copy_(codes.t())
 
 
 def _torch_round_into(

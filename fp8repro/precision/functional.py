@@ -35,7 +35,7 @@ class Op:
     Attributes:
         forward, grad_a, grad_b: result, gradients of the operands (shaped and laid out as the last argument).
         b_is_weight: the second operand is a weight, not a second activation.
-        turn: operands are matrices, needed in both layouts by two products each.
+        both_layouts: operands are matrices, needed in both layouts by two products each.
         bias_dims: dimensions of the error that the bias' gradient sums over; None for all but the last.
     """
 
@@ -43,7 +43,7 @@ class Op:
     grad_a: Callable[[Backend, Operand, Operand, Tensor], Tensor]
     grad_b: Callable[[Backend, Operand, Operand, Tensor], Tensor]
     b_is_weight: bool = True
-    turn: bool = False
+    both_layouts: bool = False
     bias_dims: tuple[int, ...] | None = None
 
 
@@ -51,7 +51,7 @@ LINEAR = Op(
     forward=lambda backend, x, w, bias: backend.linear(x, w, bias),
     grad_a=lambda backend, e, w, like: backend.linear_error(e, w),
     grad_b=lambda backend, e, x, like: backend.linear_gradient(e, x),
-    turn=True,
+    both_layouts=True,
 )
 MATMUL = Op(
     forward=lambda backend, a, b, bias: backend.matmul(a, b),
@@ -188,8 +188,8 @@ def share_weight(weight: Tensor, bias: Tensor | None, site: Site, training: bool
     """Round a weight for all uses of one forward pass, and say what makes their gradients."""
     site.check(weight, weight, bias)
     gathered = _gathering(weight, site, training)
-    # Products of one use turn it; those of all uses together do not.
-    rounded = site.weight(weight, training, LINEAR.turn and training)
+    # Products of one use need it transposed; those of all uses together do not.
+    rounded = site.weight(weight, training, LINEAR.both_layouts and training)
     if gathered is None:
         return SharedWeight(weight, bias, rounded, None)
     weight, bias = _Gather.apply(weight, bias, gathered)
@@ -292,12 +292,15 @@ class _QuantizedProduct(torch.autograd.Function):
             gathered = None if shared is None else shared.gathered
             call = site.next_call(training)
             # The layout that backward multiplies.
-            turn_a, turn_b = op.turn and ctx.needs_input_grad[1] and gathered is None, op.turn and training
-            qa = site.operand(a, "activation", "input", call, training, turn_a)
+            both_a, both_b = (
+                op.both_layouts and ctx.needs_input_grad[1] and gathered is None,
+                op.both_layouts and training,
+            )
+            qa = site.operand(a, "activation", "input", call, training, both_a)
             if shared is not None:
                 qb = shared.rounded
             elif op.b_is_weight:
-                qb = site.weight(b, training, turn_b)
+                qb = site.weight(b, training, both_b)
             else:
                 qb = site.operand(b, "activation", "input_b", call, training)
             site.announce("forward", qa, qb)
@@ -311,9 +314,9 @@ class _QuantizedProduct(torch.autograd.Function):
         # activation's values are decoded again from its bytes.
         ctx.weight = qb if op.b_is_weight and qb.values is not qb.codes else None
         ctx.save_for_backward(
-            qa.codes if qa.turned is None else qa.turned, None if ctx.weight is not None else qb.codes
+            qa.codes if qa.transposed is None else qa.transposed, None if ctx.weight is not None else qb.codes
         )
-        ctx.turned = qa.turned is not None
+        ctx.transposed = qa.transposed is not None
         ctx.formats = ((qa.fmt, qa.scale), (qb.fmt, qb.scale))
         ctx.site, ctx.op, ctx.call, ctx.training, ctx.gathered = site, op, call, training, gathered
         return result
@@ -335,10 +338,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
     gathered: GatheredGradient | SummedGradient | None = ctx.gathered
     qb = ctx.weight or Operand(codes_b, format_b, scale_b)
-    turned = codes_a if ctx.turned else None
-    codes_a = codes_a if turned is None else turned.t()
+    transposed = codes_a if ctx.transposed else None
+    codes_a = codes_a if transposed is None else transposed.t()
     error = site.operand(
-        grad, "error", "output_error", call, training, op.turn and needs_a and needs_b and not gathered
+        grad, "error", "output_error", call, training, op.both_layouts and needs_a and needs_b and not gathered
     )
     grad_a = grad_b = grad_bias = None
     if needs_a:
@@ -346,10 +349,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
         role = "error" if site.round_input_errors else None
         grad_a = site.product(lambda b: op.grad_a(b, error, qb, codes_a), role, "input_error", call, training)
     if gathered is not None:
-        gathered.add(Operand(codes_a, format_a, scale_a, turned=turned), error, call, needs_b, needs_bias)
+        gathered.add(Operand(codes_a, format_a, scale_a, transposed=transposed), error, call, needs_b, needs_bias)
         return grad_a, None, None
     if needs_b:
-        qa = Operand(codes_a, format_a, scale_a, turned=turned)
+        qa = Operand(codes_a, format_a, scale_a, transposed=transposed)
         site.announce("gradient" if op.b_is_weight else "error", error, qa)
         role, name = ("gradient", "weight_gradient") if op.b_is_weight else ("error", "input_b_error")
         wanted = role if op.b_is_weight or site.round_input_errors else None

@@ -43,7 +43,7 @@ class Offers:
             x: FP32 tensor.
             how: the rounding; the codes are worth something to layers with this very one.
             codes: its result, in the format's storage dtype.
-            transposed: `Operand.turned`, or None.
+            transposed: `Operand.transposed`, or None.
         """
         # An inference tensor has no version, and a compiler knows none.
         if not torch.compiler.is_compiling() and not x.is_inference():

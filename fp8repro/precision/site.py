@@ -92,10 +92,12 @@ class Site:
         spec = self.roles[role]
         return spec if training else spec.to_nearest
 
-    def operand(self, x: Tensor, role: str, name: str, call: int, training: bool = True, turn: bool = False) -> Operand:
+    def operand(
+        self, x: Tensor, role: str, name: str, call: int, training: bool = True, both_layouts: bool = False
+    ) -> Operand:
         """Round `x` in one pass to codes and to the values that the backend computes with.
 
-        With `turn`, the codes of the transposed matrix are written too where the backend wants them.
+        With `both_layouts`, the codes of the transposed matrix are written too where the backend wants them.
         """
         spec = self.spec(role, training)
         if spec.is_identity:
@@ -106,19 +108,23 @@ class Site:
         # A step that is measured rounds by itself: what was offered was not counted.
         offer = None if self.context.telemetry.active else self.context.offers.find(x, spec)
         if offer is not None:
-            return Operand(offer.codes, fmt, turned=offer.transposed)
+            return Operand(offer.codes, fmt, transposed=offer.transposed)
         bits = self._bits(spec, role, name, call)
         if fmt.dtype is None:
             # Without a storage dtype the FP32 values are the codes.
             rounded = torch.empty_like(x, dtype=torch.float32)
             scale = self._round(x, spec, role, name, bits, values=rounded)
             return Operand(rounded, fmt, scale)
-        values = turned = None
+        values = transposed = None
         # Random bits count elements row-major, in which rows of a matrix and their tensor agree.
-        if turn and self.backend.turns(fmt) and (x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1)):
+        if (
+            both_layouts
+            and self.backend.wants_transposed(fmt)
+            and (x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1))
+        ):
             rows = x.flatten(0, -2)
-            codes, turned = (torch.empty(m.shape, dtype=fmt.dtype, device=x.device) for m in (rows, rows.t()))
-            scale = self._round(rows, spec, role, name, bits, codes=codes, turned=turned)
+            codes, transposed = (torch.empty(m.shape, dtype=fmt.dtype, device=x.device) for m in (rows, rows.t()))
+            scale = self._round(rows, spec, role, name, bits, codes=codes, transposed=transposed)
             codes = codes.view(x.shape)
         else:
             dtype = self.backend.value_dtype(fmt)
@@ -131,8 +137,8 @@ class Site:
         if values is None and scale is None and not spec.is_stochastic and fresh:
             # Queries, keys and values are projections of one tensor. What a loop feeds may be a buffer of its own,
             # which it fills again behind autograd's back.
-            self.context.offers.make(x, spec, codes, turned)
-        return Operand(codes, fmt, scale, values, turned)
+            self.context.offers.make(x, spec, codes, transposed)
+        return Operand(codes, fmt, scale, values, transposed)
 
     def codes(self, x: Tensor, training: bool) -> Tensor:
         """The codes of an activation that many calls will take, or `x` itself where each call has to round it.
@@ -149,18 +155,18 @@ class Site:
             return x
         return self.operand(x, "activation", "input_b", 0, training).codes
 
-    def weight(self, weight: Tensor, training: bool, turn: bool = False) -> Operand:
+    def weight(self, weight: Tensor, training: bool, both_layouts: bool = False) -> Operand:
         """The rounded weight: of this call, or of the `fixed_weights` block around it."""
         call = self.context.weight_call(self.name)
         if not plain(weight):
             # What a tracer or a tensor without data leaves behind is of no use to the next call.
-            return self.operand(weight.detach(), "weight", "weight", call, training, turn)
+            return self.operand(weight.detach(), "weight", "weight", call, training, both_layouts)
         kept, scope = self._kept, self.context.scope
         state = (self.context.step, weight._version, weight.data_ptr(), weight.dtype, training)
         in_block = kept is not None and scope is not None and kept.scope == scope
         if kept is not None and in_block and kept.weight is weight and kept.state == state:
             return kept.operand
-        operand = self.operand(weight.detach(), "weight", "weight", call, training, turn)
+        operand = self.operand(weight.detach(), "weight", "weight", call, training, both_layouts)
         if kept is not None and kept.state == state and _same_codes(kept.operand, operand):
             # Calls that lie in one graph share its memory, and what the backend packed for itself.
             operand = kept.operand
@@ -228,7 +234,7 @@ class Site:
         bits: RandomBits,
         values: Tensor | None = None,
         codes: Tensor | None = None,
-        turned: Tensor | None = None,
+        transposed: Tensor | None = None,
         add: bool = False,
     ) -> float | None:
         scale = tensor_scale(x, spec.format) if spec.scaling == "tensor" else None
@@ -237,7 +243,7 @@ class Site:
         # Before rounding: `values` may be x itself.
         self.context.telemetry.count_exponents(self.name, role, name, x)
         stats = self.context.telemetry.buffer(self.name, role, name, x.device)
-        round_into(x, spec, bits, values=values, codes=codes, turned=turned, stats=stats, add=add, fresh=True)
+        round_into(x, spec, bits, values=values, codes=codes, transposed=transposed, stats=stats, add=add, fresh=True)
         return scale
 
 
@@ -261,5 +267,5 @@ def _same_codes(kept: Operand, fresh: Operand) -> bool:
     if b.device.type != "cpu" or fresh.values is b or (a.dtype, a.shape, a.stride()) != (b.dtype, b.shape, b.stride()):
         return False
     bits = torch.uint8 if b.element_size() == 1 else b.dtype
-    same_turn = (kept.turned is None) == (fresh.turned is None)
-    return same_turn and kept.scale == fresh.scale and torch.equal(a.view(bits), b.view(bits))
+    same_layouts = (kept.transposed is None) == (fresh.transposed is None)
+    return same_layouts and kept.scale == fresh.scale and torch.equal(a.view(bits), b.view(bits))

@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fp8repro.engines.cpu.layout import turned_matrices
+from fp8repro.engines.cpu.layout import transposed_matrices
 from fp8repro.engines.guards import address, read, spell
 from fp8repro.engines.updates import Parameter, Rule
 from fp8repro.kernels.optimizer import device as updates
@@ -190,7 +190,7 @@ def _permuted(p: Parameter) -> bool:
 def _matrix(p: Parameter) -> tuple[int, int]:
     """Rows and columns of the matrices that lie in a master whose elements count in another order than they lie."""
     in_order = counted(p.master, p.order)
-    _, rows, columns = turned_matrices(tuple(in_order.shape), in_order.stride()) or (1, 0, 0)
+    _, rows, columns = transposed_matrices(tuple(in_order.shape), in_order.stride()) or (1, 0, 0)
     return (rows, columns) if rows else (1, 1)
 
 
@@ -234,7 +234,7 @@ def _check(p: Parameter, states: int, weight: Rounding) -> None:
     if p.master.dtype not in MASTER_TYPES:
         raise ValueError(f"master: got {p.master.dtype}, expected torch.float16 or torch.float32")
     in_order = counted(p.master, p.order)
-    if not (in_order.is_contiguous() or turned_matrices(tuple(in_order.shape), in_order.stride())):
+    if not (in_order.is_contiguous() or transposed_matrices(tuple(in_order.shape), in_order.stride())):
         raise ValueError(f"master: got strides {p.master.stride()}, expected contiguous or channels_last")
     if len(p.state) != states:
         raise ValueError(f"state: got {len(p.state)} tensors, expected {states}")

@@ -204,7 +204,7 @@ def tiny_transformer():
 def test_a_step_can_be_traced_without_data(build, monkeypatch):
     monkeypatch.setattr(quantizer.native, "available", lambda: False)
     monkeypatch.setattr(quantizer, "_torch_round_into", round_into)
-    monkeypatch.setattr(quantizer, "_round_turned", ops.transpose_engine)
+    monkeypatch.setattr(quantizer, "_round_both_layouts", ops.transpose_engine)
     names = []
 
     class Record(TorchDispatchMode):
@@ -242,16 +242,16 @@ def triton_quantizer(monkeypatch):
                 assert_close(given, expected)
         count["roundings"] += 1
 
-    def turning_engine(x, how, bits, codes, turned, stats):
+    def transposing_engine(x, how, bits, codes, transposed, stats):
         expected = torch.empty_like(codes)
         torch_engine(x.cpu().clone(), how, bits, None, expected, None)
-        round_transpose(x, how, bits, stats, (codes, turned))
+        round_transpose(x, how, bits, stats, (codes, transposed))
         assert_close(codes, expected)
-        assert_close(turned, expected.t())
+        assert_close(transposed, expected.t())
         count["roundings"] += 1
 
     monkeypatch.setattr(quantizer, "_torch_round_into", engine)
-    monkeypatch.setattr(quantizer, "_round_turned", turning_engine)
+    monkeypatch.setattr(quantizer, "_round_both_layouts", transposing_engine)
     monkeypatch.setattr(quantizer.native, "available", lambda: False)
     return count
 
@@ -261,7 +261,7 @@ def triton_quantizer(monkeypatch):
 def test_a_compiled_model_draws_the_same_bits_at_every_step(recipe, monkeypatch):
     monkeypatch.setattr(quantizer.native, "available", lambda: False)
     monkeypatch.setattr(quantizer, "_torch_round_into", round_into)
-    monkeypatch.setattr(quantizer, "_round_turned", ops.transpose_engine)
+    monkeypatch.setattr(quantizer, "_round_both_layouts", ops.transpose_engine)
 
     def build():
         torch.manual_seed(0)

@@ -89,7 +89,7 @@ def stand_in(monkeypatch):
     """Kernels for every rounding, and for a graph the same Python again: it finds its streams in the table."""
     monkeypatch.setattr(quantizer.native, "available", lambda: False)
     monkeypatch.setattr(quantizer, "_torch_round_into", round_into)
-    monkeypatch.setattr(quantizer, "_round_turned", ops.transpose_engine)
+    monkeypatch.setattr(quantizer, "_round_both_layouts", ops.transpose_engine)
 
     def capture(run, device, pool):
         run()

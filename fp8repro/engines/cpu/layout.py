@@ -41,7 +41,7 @@ def plan(
         dense = all(stride == math.prod(size for _, size in in_memory[:i]) for i, (stride, _) in enumerate(in_memory))
         if dense and (not ordered or len(sizes) <= 1):
             return "linear", (math.prod(sizes),)
-        matrices = _turned(sizes, first)
+        matrices = _transposed(sizes, first)
         if matrices is not None and matrices[1] % PER_CALL == 0 and matrices[2] >= SHORTEST_RUN:
             return "transposed", matrices
     if all(each[-1] == 1 for each in strides) and sizes[-1] >= SHORTEST_RUN:
@@ -49,7 +49,7 @@ def plan(
     return "copy", ()
 
 
-def turned_matrices(shape: tuple[int, ...], strides: Strides) -> tuple[int, int, int] | None:
+def transposed_matrices(shape: tuple[int, ...], strides: Strides) -> tuple[int, int, int] | None:
     """(matrices, rows, columns) of a dense tensor whose matrices lie as [rows, columns] and count as [columns, rows].
 
     No rows where both orders are the same; None for other tensors.
@@ -57,10 +57,10 @@ def turned_matrices(shape: tuple[int, ...], strides: Strides) -> tuple[int, int,
     sizes, (steps,) = _collapse(shape, (strides,))
     if len(sizes) == 1 and steps[0] == 1:
         return 1, 0, sizes[0]
-    return _turned(sizes, steps)
+    return _transposed(sizes, steps)
 
 
-def _turned(sizes: list[int], strides: list[int]) -> tuple[int, int, int] | None:
+def _transposed(sizes: list[int], strides: list[int]) -> tuple[int, int, int] | None:
     whole = len(sizes) in (2, 3) and strides[-2] == 1 and strides[-1] == sizes[-2]
     if not whole or (len(sizes) == 3 and strides[0] != sizes[1] * sizes[2]):
         return None

@@ -87,19 +87,19 @@ void update_chunk(const Parameter& p, int64_t at, int64_t count, Rule r, float* 
 
 // Some rows of a matrix, or whole matrices, brought into logical order, rounded there and taken back to their places.
 template <bool RANDOM, typename T>
-void round_turned(const Parameter& p, int64_t at, int64_t count, const float* x, const Random& random, const Format& f) {
+void round_transposed(const Parameter& p, int64_t at, int64_t count, const float* x, const Random& random, const Format& f) {
     constexpr bool STORED = sizeof(T) == 2;
     const int64_t matrix = p.rows * p.columns;
-    std::vector<float> turned(count);
+    std::vector<float> transposed(count);
     std::vector<T> rounded(count);
-    const Tensors t = {turned.data(), STORED ? nullptr : (void*)rounded.data(), STORED ? (void*)rounded.data() : nullptr,
+    const Tensors t = {transposed.data(), STORED ? nullptr : (void*)rounded.data(), STORED ? (void*)rounded.data() : nullptr,
                        FLOAT32, STORED ? NONE : FLOAT32, STORED ? CODE16 : NONE, false};
     Counts none;
     for (int64_t done = 0; done < count;) {
         const int64_t row = (at + done) % matrix / p.columns;
         const int64_t rows = std::min(p.rows - row, (count - done) / p.columns);
         for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t c = 0; c < p.columns; ++c) turned[c * rows + r] = x[done + r * p.columns + c];
+            for (int64_t c = 0; c < p.columns; ++c) transposed[c * rows + r] = x[done + r * p.columns + c];
         }
         const uint64_t base = (uint64_t)((at + done) / matrix * matrix + row);
         // A whole matrix is one run.
@@ -122,7 +122,7 @@ void round_chunk(const Parameter& p, int64_t at, int64_t count, const float* x, 
     const bool stored = p.type != FLOAT32;
     random.stream = p.stream;
     if (p.rows > 0) {
-        const auto piece = stored ? round_turned<RANDOM, uint16_t> : round_turned<RANDOM, float>;
+        const auto piece = stored ? round_transposed<RANDOM, uint16_t> : round_transposed<RANDOM, float>;
         return piece(p, at, count, x, random, f);
     }
     char* master = (char*)p.master + at * (stored ? 2 : 4);

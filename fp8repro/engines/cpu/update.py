@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fp8repro.engines.cpu import build
-from fp8repro.engines.cpu.layout import turned_matrices
+from fp8repro.engines.cpu.layout import transposed_matrices
 from fp8repro.engines.cpu.native import format_address
 from fp8repro.engines.guards import address, addressable
 from fp8repro.engines.updates import Parameter, Rule
@@ -144,7 +144,7 @@ def _check(p: Parameter) -> tuple[int, int, int]:
 
 
 def _layout(t: Tensor, order: str) -> tuple[int, int, int] | None:
-    """`turned_matrices` of a tensor whose elements are counted in an order."""
+    """`transposed_matrices` of a tensor whose elements are counted in an order."""
     return _place(t.shape, t.stride(), order)
 
 
@@ -153,4 +153,4 @@ def _place(shape: torch.Size, strides: tuple[int, ...], order: str) -> tuple[int
     in_order = counted(torch.empty_strided(shape, strides, device="meta"), order)
     if in_order.is_contiguous():
         return 1, 0, in_order.numel()
-    return turned_matrices(tuple(in_order.shape), in_order.stride())
+    return transposed_matrices(tuple(in_order.shape), in_order.stride())
