@@ -47,8 +47,8 @@ def plain(*tensors: Tensor | None) -> bool:
 def untraced(*tensors: Tensor | None) -> bool:
     """True where nobody traces or profiles, and an engine may be called without its operator.
 
-    An operator takes the host some 9 microseconds more (12.5 against 3.1 for a rounding of 64 values, AMD EPYC), 5 ms of
-    a Transformer's step, and cannot carry a `StreamSlot`.
+    An operator takes the host some 9 microseconds more (12.5, not 3.1, to round 64 values on an AMD EPYC), 5 ms of a
+    Transformer's step, and it cannot carry a `StreamSlot`.
     """
     return plain(*tensors) and not _profiled()
 

@@ -6,7 +6,8 @@ Must stay quick to import: help and misspelt verbs wait for it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -30,19 +31,43 @@ def groups() -> dict[str, dict[str, str]]:
     return found
 
 
+@contextmanager
+def our_configs() -> Iterator[None]:
+    """Let Hydra compose from conf/ and the defaults of schema.py alone.
+
+    Its store is the process's: what fairseq keeps there (`config`, `optimizer/adam`, ...) would be taken for schemas of
+    our files of these names.
+    """
+    # Imported here: a training loop of one's own that passes a Recipe needs no Hydra.
+    from hydra import initialize_config_module
+    from hydra.core.config_store import ConfigStore
+
+    from fp8repro.settings.schema import defaults
+
+    store = ConfigStore.instance()
+    everybodys = store.repo
+    store.repo = {name: entry for name, entry in everybodys.items() if name in ("hydra", "_dummy_empty_config_.yaml")}
+    try:
+        # The first entry of conf/config.yaml's defaults.
+        store.store(name="settings", node=defaults())
+        with initialize_config_module("fp8repro.conf", version_base="1.3"):
+            yield
+    finally:
+        store.repo = everybodys
+
+
 def compose_group(group: str, name: str) -> dict[str, Any]:
     """The plain values of `conf/<group>/<name>.yaml`, its own defaults list followed.
 
     Raises:
         UserError: the group has no such file.
     """
-    # Imported here: a training loop of one's own that passes a Recipe needs no Hydra.
-    from hydra import compose, initialize_config_module
+    from hydra import compose
     from hydra.errors import MissingConfigException
     from omegaconf import OmegaConf
 
     try:
-        with initialize_config_module("fp8repro.conf", version_base="1.3"):
+        with our_configs():
             config = compose(config_name=f"{group}/{name}")
     except MissingConfigException:
         raise UserError(f"{group}: got {name!r}, expected one of {', '.join(groups()[group])}") from None

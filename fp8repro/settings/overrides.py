@@ -15,8 +15,7 @@ from importlib.resources import files
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
+from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -25,10 +24,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fp8repro.errors import UserError
 from fp8repro.fields import Effect, declared_settings
-from fp8repro.settings.choices import PROFILES, compose_group, groups, nearest
+from fp8repro.settings.choices import PROFILES, compose_group, groups, nearest, our_configs
 from fp8repro.settings.lengths import Length, Moment
 from fp8repro.settings.run_name import run_name
-from fp8repro.settings.schema import RunConfig, defaults, settings_with
+from fp8repro.settings.schema import RunConfig, settings_with
 
 # Mappings whose settings depend on the model, data set or policy: a setting in them need not exist before.
 OPEN_MAPPINGS = ("model.size.", "data.options.", "loss_scaling.")
@@ -40,8 +39,6 @@ LENGTHS = frozenset(name for name, hint, _ in declared_settings(RunConfig) if hi
 EXCHANGEABLE = ("precision", "data", "loss_scaling")
 # Groups that are null in conf/config.yaml.
 UNCHOSEN = ("data", "training", "profile", "optimizer", "schedule", "experiment")
-# The first entry of conf/config.yaml's defaults.
-ConfigStore.instance().store(name="settings", node=defaults())
 
 
 @dataclass(frozen=True)
@@ -263,7 +260,7 @@ def _keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def _compose(overrides: list[str]) -> DictConfig:
     try:
-        with initialize_config_module("fp8repro.conf", version_base="1.3"):
+        with our_configs():
             return compose("config", overrides=overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_first_line(error)) from error

@@ -1,5 +1,6 @@
 """Configuration at the door: plain values in, frozen dataclasses out, one line for every mistake."""
 
+import copy
 import math
 import re
 from contextlib import suppress
@@ -9,6 +10,7 @@ from typing import Annotated, get_args, get_origin
 
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +19,7 @@ from fp8repro.errors import UserError
 from fp8repro.fields import Bound, declared_settings
 from fp8repro.numerics.rounding import Rounding
 from fp8repro.settings.lengths import Length, Moment
-from fp8repro.settings.overrides import UNNAMED
+from fp8repro.settings.overrides import UNNAMED, jobs
 from fp8repro.settings.recipes import load_recipe
 from fp8repro.settings.schema import NO_EFFECT, RunConfig, run_config
 from fp8repro.training.checkpoint import FREE_SETTINGS
@@ -193,3 +195,17 @@ def test_any_plain_values_give_a_config_or_a_user_error(changed):
     # Any other exception fails the test.
     with suppress(UserError):
         assert isinstance(run_config(BASE | changed), RunConfig)
+
+
+def test_what_other_libraries_keep_in_hydras_store_is_no_schema_of_ours():
+    # So does fairseq when it is imported.
+    store = ConfigStore.instance()
+    before = copy.deepcopy(store.repo)
+    try:
+        store.store(name="config", node={"task": "translation"})
+        store.store(group="optimizer", name="adam", node={"adam_betas": "(0.9, 0.98)"})
+        assert load_recipe("fp8").weight == Rounding()
+        assert jobs(["model=transformer", "optimizer=adam"], sweep=False)[0].values["optimizer"]["name"] == "adam"
+        assert "adam.yaml" in store.repo["optimizer"]
+    finally:
+        store.repo = before
