@@ -244,18 +244,23 @@ def _norm_cases(capability: tuple[int, int]) -> Iterator[Case]:
     rounded = codec.encoding(Rounding(E5M2), capability)
     codes = ("codes_ptr", "flags_ptr", "kept_ptr")
 
-    def norm(name: str, kernel: Any, fp8: tuple[str, ...] = (), **constants: Any) -> Case:
+    def norm(name: str, kernel: Any, fp8: tuple[str, ...] = (), warps: int = 4, **constants: Any) -> Case:
         types = {}
         for argument in kernel.arg_names:
             if argument.islower() and argument not in constants:
                 pointer = "*fp8e5" if argument in fp8 else "*u8" if argument in codes else "*fp32"
-                scalar = "fp32" if argument in ("eps", "inverse_rows") else "i32"
+                pointer = "*i64" if argument == "batches_ptr" else pointer
+                scalar = "fp32" if argument in ("eps", "momentum", "inverse_rows") else "i32"
                 types[argument] = pointer if argument.endswith("_ptr") else scalar
-        return Case(name, kernel, types, constants, group="norm", aligned=("channels", "count", "width"))
+        return Case(name, kernel, types, constants, warps, group="norm", aligned=("channels", "count", "width"))
 
     apply, block = normalizations.batch_apply, norms.FLAT_BLOCK
     x = ("x_ptr",)
     yield norm("batch norm statistics", normalizations.channel_statistics, ROWS=32, BLOCK=64)
+    kernels = (normalizations.combine_statistics, normalizations.combine_gradient_sums)
+    for name, kernel in zip(("statistics", "gradient sums"), kernels, strict=True):
+        sizes = {"CHUNKS": norms.COMBINE_CHUNKS, "BLOCK": norms.COMBINE_BLOCK}
+        yield norm(f"batch norm {name} combined", kernel, (), norms.COMBINE_WARPS, **sizes)
     yield norm("batch norm apply", apply, ENCODING=rounded, KEPT=rounded, RELU=True, BLOCK=block, WIDE=False)
     yield norm("batch norm gradient sums", normalizations.batch_gradient_sums, x, WHOLE_BYTES=True, ROWS=32, BLOCK=64)
     yield norm("batch norm gradient", normalizations.batch_gradient_apply, x, BLOCK=block, WIDE=False)

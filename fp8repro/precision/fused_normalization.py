@@ -113,10 +113,10 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             result = super().forward(input)
             result = result if residual is None else result + residual
             return torch.relu(result) if relu else result
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
         if self.consumers is not None:
             return self._by_kernels(input, residual, relu, self.consumers)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
         fused: Tensor = _NormalizeAddRelu.apply(input, self.weight, self.bias, residual, self, relu)
         return fused
 
@@ -126,16 +126,21 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         # A result before its ReLU goes into a sum, not into a layer.
         rounding = _offered(consumers) if relu else ""
         kept = "" if self.input_format is FP32 else self.input_format.name
-        y, codes, _, _, mean, _, variance = normalize_batch(
-            input, self.weight, self.bias, residual, relu, self.eps, kept, rounding
+        running = (self.running_mean, self.running_var, self.num_batches_tracked)
+        y, codes, *_ = normalize_batch(
+            input,
+            self.weight,
+            self.bias,
+            residual,
+            running,  # type: ignore[arg-type]
+            self.momentum or 0.0,
+            self.eps,
+            relu,
+            kept,
+            rounding,
         )
         if rounding:
             self.context.offers.make(y, consumers, codes.detach())
-        with torch.no_grad():
-            count = input.numel() // input.shape[1]
-            momentum = self.momentum or 0.0
-            self.running_mean.lerp_(mean, momentum)  # type: ignore[union-attr]
-            self.running_var.lerp_(variance * (count / (count - 1)), momentum)  # type: ignore[union-attr]
         return y
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fp8repro.kernels.conv2d.device import Positions
 from fp8repro.kernels.shared.codec import RANDOM_WORDS, RandomWords
 from fp8repro.kernels.shared.tiles import groups_of_row, multiply_add, store_rounded
 
@@ -34,7 +35,7 @@ def _load_pixels(
     return box.reshape(PIXELS, BLOCK)
 
 
-@triton.jit(do_not_specialize=[*RANDOM_WORDS, "inverse_scale"])
+@triton.jit(do_not_specialize=[*RANDOM_WORDS, *Positions._fields, "weight_width", "inverse_scale"])
 def implicit_gemm_tma(
     x_desc,
     weight_desc,
@@ -44,7 +45,26 @@ def implicit_gemm_tma(
     batch,
     channels,
     outputs,
-    positions,
+    grid_h,
+    grid_w,
+    size_h,
+    size_w,
+    start_h,
+    start_w,
+    stride_h,
+    stride_w,
+    step_h,
+    step_w,
+    first_h,
+    first_w,
+    taps_h,
+    taps_w,
+    apart_h,
+    apart_w,
+    tap_h,
+    tap_w,
+    tap_step_h,
+    tap_step_w,
     weight_width,
     seed0,
     seed1,
@@ -62,12 +82,10 @@ def implicit_gemm_tma(
 ):
     """`implicit_gemm` over boxes of IMAGES x ROWS x COLUMNS pixels; names are those there.
 
-    weight_desc is of [outputs, taps, channels].
+    weight_desc is of [outputs, taps, channels]. Positions come one by one: as a tuple they would be specialized (see
+    `RandomWords`), and every remainder of a strided error's positions would be compiled anew.
     """
     words = RandomWords(seed0, seed1, stream0, stream1)
-    at = positions
-    grid_h = at.grid_h
-    grid_w = at.grid_w
     BM: tl.constexpr = IMAGES * ROWS * COLUMNS
     across = tl.cdiv(grid_w, COLUMNS)
     down = tl.cdiv(grid_h, ROWS)
@@ -82,14 +100,14 @@ def implicit_gemm_tma(
         row0 = box // across % down * ROWS
         image0 = box // across // down * IMAGES
         accumulator = tl.zeros((BM, BN), dtype=tl.float32)
-        for step in range(0, at.taps_h * at.taps_w * blocks):
+        for step in range(0, taps_h * taps_w * blocks):
             channel = step % blocks * BK
-            u = step // blocks // at.taps_w
-            v = step // blocks % at.taps_w
-            row = row0 * STEP + at.first_h + u * at.apart_h
-            column = column0 * STEP + at.first_w + v * at.apart_w
+            u = step // blocks // taps_w
+            v = step // blocks % taps_w
+            row = row0 * STEP + first_h + u * apart_h
+            column = column0 * STEP + first_w + v * apart_w
             x = _load_pixels(x_desc, image0, row, column, channel, channels, STEP, BM, BK)
-            tap = (at.tap_h + u * at.tap_step_h) * weight_width + at.tap_w + v * at.tap_step_w
+            tap = (tap_h + u * tap_step_h) * weight_width + tap_w + v * tap_step_w
             weight = weight_desc.load([n0, tap, channel]).reshape(BN, BK)
             accumulator = multiply_add(x, weight.T, accumulator, ACCUMULATE)
 
@@ -102,10 +120,10 @@ def implicit_gemm_tma(
         i = row0 + pixel // COLUMNS % ROWS
         j = column0 + pixel % COLUMNS
         mask = ((image < batch) & (i < grid_h) & (j < grid_w))[:, None] & (n < outputs)[None, :]
-        y_row = (at.start_h + i * at.stride_h)[:, None]
-        y_column = (at.start_w + j * at.stride_w)[:, None]
+        y_row = (start_h + i * stride_h)[:, None]
+        y_column = (start_w + j * stride_w)[:, None]
         # Random bits count elements as they lie: [batch, height, width, outputs].
-        pixel_row = ((image.to(tl.int64)[:, None] * at.size_h + y_row) * at.size_w + y_column) * outputs
+        pixel_row = ((image.to(tl.int64)[:, None] * size_h + y_row) * size_w + y_column) * outputs
         place = pixel_row + n[None, :]
         groups = None
         if WHOLE_GROUPS:

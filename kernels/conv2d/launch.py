@@ -312,7 +312,7 @@ def _gather(
                 *shared,
                 channels,
                 outputs,
-                plan.positions,
+                *plan.positions,
                 width,
                 *stored.words(),
                 **options,

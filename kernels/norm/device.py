@@ -1,6 +1,6 @@
 """Triton kernels of batch and layer normalization; inputs may be FP8, and codes of results are stored beside them.
 
-Statistics and normalization are FP32; sums are combined in a fixed order, never by atomics.
+Statistics and normalization are FP32; partial sums are added in FP64 and in a fixed order, never by atomics.
 """
 
 from __future__ import annotations
@@ -37,6 +37,64 @@ def channel_statistics(x_ptr, partial_ptr, rows, channels, chunk, ROWS: tl.const
     place = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * channels + channel
     tl.store(place, origin + total / count, mask=inside)
     tl.store(place + channels, squares - total * total / count, mask=inside)
+
+
+@triton.jit(do_not_specialize=("rows", "chunk"))
+def combine_statistics(
+    partial_ptr,
+    mean_ptr,
+    rstd_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    batches_ptr,
+    rows,
+    channels,
+    chunk,
+    momentum,
+    eps,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Mean and rstd of each channel from the parts of `channel_statistics` (Chan et al.).
+
+    Also moves the running statistics by `momentum` and counts the batch.
+    """
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < channels
+    # The means are taken from one of them before they are squared: no digits are lost.
+    origin = tl.load(partial_ptr + channel, mask=inside, other=0.0).to(tl.float64)[None, :]
+    totals = tl.zeros((CHUNKS, BLOCK), dtype=tl.float64)
+    squares_of = tl.zeros((CHUNKS, BLOCK), dtype=tl.float64)
+    chunks = tl.cdiv(rows, chunk)
+    for first in range(0, chunks, CHUNKS):
+        index = first + tl.arange(0, CHUNKS)[:, None]
+        mask = (index < chunks) & inside[None, :]
+        place = partial_ptr + index * (2 * channels) + channel[None, :]
+        mean = tl.load(place, mask=mask, other=0.0).to(tl.float64)
+        squares = tl.load(place + channels, mask=mask, other=0.0).to(tl.float64)
+        count = tl.where(index < chunks, tl.minimum(chunk, rows - index * chunk), 0).to(tl.float64)
+        totals += count * mean
+        away = mean - origin
+        squares_of += squares + count * (away * away)
+    number = tl.cast(rows, tl.float64)
+    inverse = 1.0 / number
+    mean = tl.sum(totals, 0)[None, :] * inverse
+    away = mean - origin
+    variance = tl.sum(squares_of, 0)[None, :] * inverse - away * away
+    # Equal values may end a hair under zero. NaN stays, so that a diverged run is seen.
+    variance = tl.where(variance < 0, 0.0, variance)
+    place, inside = channel[None, :], inside[None, :]
+    tl.store(mean_ptr + place, mean.to(tl.float32), mask=inside)
+    tl.store(rstd_ptr + place, (1.0 / tl.sqrt(variance + eps)).to(tl.float32), mask=inside)
+    running = tl.load(running_mean_ptr + place, mask=inside, other=0.0)
+    running += momentum * (mean.to(tl.float32) - running)
+    tl.store(running_mean_ptr + place, running, mask=inside)
+    running = tl.load(running_var_ptr + place, mask=inside, other=0.0)
+    unbiased = variance * (number / (number - 1))
+    running += momentum * (unbiased.to(tl.float32) - running)
+    tl.store(running_var_ptr + place, running, mask=inside)
+    if tl.program_id(0) == 0:
+        tl.store(batches_ptr, tl.load(batches_ptr) + 1)
 
 
 @triton.jit
@@ -159,6 +217,25 @@ def batch_gradient_sums(
     tl.store(place + channels, product, mask=inside)
 
 
+@triton.jit(do_not_specialize=("chunks",))
+def combine_gradient_sums(
+    partial_ptr, grad_weight_ptr, grad_bias_ptr, channels, chunks, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Gradients of weight and bias: the sums of `batch_gradient_sums` over all chunks."""
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < channels
+    totals = tl.zeros((CHUNKS, BLOCK), dtype=tl.float64)
+    products = tl.zeros((CHUNKS, BLOCK), dtype=tl.float64)
+    for first in range(0, chunks, CHUNKS):
+        index = first + tl.arange(0, CHUNKS)[:, None]
+        mask = (index < chunks) & inside[None, :]
+        place = partial_ptr + index * (2 * channels) + channel[None, :]
+        totals += tl.load(place, mask=mask, other=0.0).to(tl.float64)
+        products += tl.load(place + channels, mask=mask, other=0.0).to(tl.float64)
+    tl.store(grad_bias_ptr + channel, tl.sum(totals, 0).to(tl.float32), mask=inside)
+    tl.store(grad_weight_ptr + channel, tl.sum(products, 0).to(tl.float32), mask=inside)
+
+
 @triton.jit
 def batch_gradient_apply(
     grad_ptr,
@@ -167,7 +244,8 @@ def batch_gradient_apply(
     mean_ptr,
     rstd_ptr,
     weight_ptr,
-    sums_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
     grad_x_ptr,
     grad_residual_ptr,
     count,
@@ -176,7 +254,7 @@ def batch_gradient_apply(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Gradients of the input and of the residual from the sums of `batch_gradient_sums`."""
+    """Gradients of the input and of the residual from those of weight and bias."""
     offset = _flat(BLOCK, WIDE)
     mask = offset < count
     channel = offset % channels
@@ -186,8 +264,8 @@ def batch_gradient_apply(
     rstd = tl.load(rstd_ptr + channel, mask=mask, other=0.0)
     x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
     normalized = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * rstd
-    total = tl.load(sums_ptr + channel, mask=mask, other=0.0)
-    product = tl.load(sums_ptr + channels + channel, mask=mask, other=0.0)
+    total = tl.load(grad_bias_ptr + channel, mask=mask, other=0.0)
+    product = tl.load(grad_weight_ptr + channel, mask=mask, other=0.0)
     centred = gradient - (total + normalized * product) * inverse_rows
     result = centred * (rstd * tl.load(weight_ptr + channel, mask=mask, other=0.0))
     tl.store(grad_x_ptr + offset, result, mask=mask)

@@ -6,6 +6,7 @@ Inputs may be 8-bit tensors; arithmetic and results are FP32. Training mode only
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +21,8 @@ from fp8repro.numerics.rounding import Rounding
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn)
 FLAT_BLOCK = 1024
+# Few channels a program, 32 bytes of each row of partial sums: many multiprocessors share what one would wait for.
+COMBINE_BLOCK, COMBINE_CHUNKS, COMBINE_WARPS = 8, 256, 8
 NARROW = (1 << 31) - (1 << 17)  # so many elements have 32-bit offsets, with the masked ones of the last block
 
 
@@ -30,72 +33,91 @@ class BatchNormResult:
     Attributes:
         y: FP32 [B, C, H, W], channels_last.
         flags: uint8, one bit an element in memory order, set where the ReLU let it pass; None without ReLU.
-        mean, rstd: FP32 [C]; rstd is 1 / sqrt(variance + eps).
-        variance: FP32 [C], biased.
         codes: of the rounded result, where asked for.
         kept: codes of the input in the format that was asked for.
     """
 
     y: Tensor
     flags: Tensor | None
-    mean: Tensor
-    rstd: Tensor
-    variance: Tensor
     codes: Tensor | None = None
     kept: Tensor | None = None
+
+
+def batch_statistics(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, batches: Tensor, momentum: float, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Statistics over batch and pixels; the running ones move, in place.
+
+    Args:
+        x: [B, C, H, W] of any floating-point dtype.
+        running_mean, running_var: FP32 [C]; the latter is of unbiased variances.
+        batches: int64 scalar, counts one more.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        FP32 [C]: mean, and rstd, which is 1 / sqrt(biased variance + eps).
+
+    Raises:
+        ValueError: an argument does not fit, or there is nothing to take statistics of; nothing was launched.
+    """
+    _check_image(x, "x")
+    channels = x.shape[1]
+    _check_vectors(channels, x.device, running_mean=running_mean, running_var=running_var)
+    if batches.numel() != 1 or batches.dtype != torch.int64 or batches.device != x.device:
+        given = f"{batches.dtype} of shape {tuple(batches.shape)} on {batches.device}"
+        raise ValueError(f"batches: got {given}, expected one torch.int64 on {x.device}")
+    partial, chunk = _sums(kernels.channel_statistics, (_rows(x),), x.numel() // channels, channels)
+    mean, rstd = (torch.empty(channels, dtype=torch.float32, device=x.device) for _ in range(2))
+    running = (running_mean, running_var, batches)
+    sizes = (x.numel() // channels, channels, chunk)
+    _combine(kernels.combine_statistics, partial, mean, rstd, *running, *sizes, momentum, eps)
+    return mean, rstd
 
 
 def batch_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
     *,
     residual: Tensor | None = None,
     relu: bool = False,
-    eps: float = 1e-5,
     how: Rounding | None = None,
     kept: FloatFormat | None = None,
 ) -> BatchNormResult:
-    """Normalize over batch and pixels, add the residual, clamp: two reads of x, one write.
+    """Normalize, add the residual, clamp: one read of x, one write.
 
     Args:
         x: [B, C, H, W] of any floating-point dtype; what `batch_norm_backward` wants again, or its `kept` codes.
         weight: FP32 [C].
         bias: FP32 [C].
+        mean, rstd: what `batch_statistics` gave for x.
         residual: like x in shape, of any floating-point dtype.
         relu: clamp at zero.
-        eps: added to the variance.
         how: rounding, without random bits, whose codes of the result are written in the same pass.
         kept: format that holds every value of x; its codes are written in the same pass.
 
     Raises:
-        ValueError: an argument does not fit, or there is nothing to take statistics of.
+        ValueError: an argument does not fit; nothing was launched.
     """
     _check_rounding(how)
     _check_image(x, "x")
-    _check_vectors(x.shape[1], x.device, weight=weight, bias=bias)
+    channels = x.shape[1]
+    _check_vectors(channels, x.device, weight=weight, bias=bias, mean=mean, rstd=rstd)
     if residual is not None:
         _check_like("residual", residual, x)
-    batch, channels, height, width = x.shape
-    dense = _rows(x)
-    rows = batch * height * width
-    partial, counts = _sums(kernels.channel_statistics, (dense,), rows, channels)
-    mean, variance = _combine(partial, counts)
-    rstd = (variance + eps).rsqrt()
-
-    def empty(format: FloatFormat) -> Tensor:
-        return torch.empty((batch, height, width, channels), dtype=format.dtype, device=x.device).permute(0, 3, 1, 2)
-
-    y = empty(FP32)
-    codes = None if how is None else empty(how.format)
-    stored = None if kept is None else empty(kept)
+    y = _empty(x, FP32)
+    codes = None if how is None else _empty(x, how.format)
+    stored = None if kept is None else _empty(x, kept)
     flags = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device) if relu else None
     block = block_size(FLAT_BLOCK, x.numel())
     launch(
         kernels.batch_apply,
         (cdiv(x.numel(), block),),
         x.device,
-        dense,
+        _rows(x),
         mean,
         rstd,
         weight,
@@ -113,14 +135,16 @@ def batch_norm(
         BLOCK=block,
         WIDE=x.numel() > NARROW,
     )
-    return BatchNormResult(y, flags, mean, rstd, variance, codes, stored)
+    return BatchNormResult(y, flags, codes, stored)
 
 
 def batch_norm_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    forward: BatchNormResult,
+    flags: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
     *,
     needs_residual: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -130,7 +154,8 @@ def batch_norm_backward(
         grad: gradient of the result, of any floating-point dtype.
         x: the forward pass's input.
         weight: FP32 [C].
-        forward: what `batch_norm` gave; its `y` is not read.
+        flags: those that `batch_norm` gave.
+        mean, rstd: those of x, whose dependence on x the gradient accounts for.
         needs_residual: give the residual's gradient too.
 
     Raises:
@@ -138,16 +163,15 @@ def batch_norm_backward(
     """
     _check_image(x, "x")
     _check_like("grad", grad, x)
-    _check_vectors(x.shape[1], x.device, weight=weight)
-    batch, channels, height, width = x.shape
-    rows = batch * height * width
-    dense, dense_grad = _rows(x), _rows(grad)
-    mean, rstd = forward.mean, forward.rstd
-    tensors = (dense_grad, forward.flags, dense, mean, rstd)
+    channels = x.shape[1]
+    _check_vectors(channels, x.device, weight=weight, mean=mean, rstd=rstd)
+    rows = x.numel() // channels
+    tensors = (_rows(grad), flags, _rows(x), mean, rstd)
     partial, _ = _sums(kernels.batch_gradient_sums, tensors, rows, channels, WHOLE_BYTES=channels % 8 == 0)
-    sums = partial.sum(0)
-    grad_x = torch.empty((batch, height, width, channels), device=x.device).permute(0, 3, 1, 2)
-    residual = torch.empty_like(grad_x) if needs_residual else None
+    grad_weight, grad_bias = (torch.empty(channels, dtype=torch.float32, device=x.device) for _ in range(2))
+    _combine(kernels.combine_gradient_sums, partial, grad_weight, grad_bias, channels, partial.shape[0])
+    grad_x = _empty(x, FP32)
+    residual = _empty(x, FP32) if needs_residual else None
     block = block_size(FLAT_BLOCK, x.numel())
     launch(
         kernels.batch_gradient_apply,
@@ -155,7 +179,8 @@ def batch_norm_backward(
         x.device,
         *tensors,
         weight,
-        sums,
+        grad_weight,
+        grad_bias,
         grad_x,
         residual,
         x.numel(),
@@ -164,7 +189,7 @@ def batch_norm_backward(
         BLOCK=block,
         WIDE=x.numel() > NARROW,
     )
-    return grad_x, sums[1], sums[0], residual
+    return grad_x, grad_weight, grad_bias, residual
 
 
 def layer_norm(
@@ -263,14 +288,18 @@ def _check_rounding(how: Rounding | None) -> None:
 
 
 def _rows(t: Tensor) -> Tensor:
-    """[B, C, H, W] as contiguous [B, H, W, C]; a view where it is channels_last already."""
-    return t.permute(0, 2, 3, 1).contiguous()
+    """[B, C, H, W] with the memory of contiguous [B, H, W, C]; a copy unless it is channels_last already."""
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _empty(x: Tensor, format: FloatFormat) -> Tensor:
+    return torch.empty(x.shape, dtype=format.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _sums(
     kernel: object, tensors: tuple[Tensor | None, ...], rows: int, channels: int, **options: bool
-) -> tuple[Tensor, Tensor]:
-    """Partial sums [chunks, 2, channels] over chunks of rows, and the number of rows of each chunk."""
+) -> tuple[Tensor, int]:
+    """Partial sums [chunks, 2, channels] over chunks of rows, and the number of rows of each chunk but the last."""
     device = next(t for t in tensors if t is not None).device
     block = block_size(64, channels, 512)
     height = block_size(32, rows, 512)
@@ -281,17 +310,15 @@ def _sums(
     partial = torch.empty((chunks, 2, channels), dtype=torch.float32, device=device)
     grid = (cdiv(channels, block), chunks)
     launch(kernel, grid, device, *tensors, partial, rows, channels, chunk, **options, ROWS=height, BLOCK=block)
-    counts = (rows - torch.arange(chunks, device=device) * chunk).clamp(max=chunk)
-    return partial, counts
+    return partial, chunk
 
 
-def _combine(partial: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance from each chunk's (Chan et al.)."""
-    means, squares = partial.double().unbind(1)
-    weights = (counts / counts.sum()).double()[:, None]
-    mean = (means * weights).sum(0)
-    variance = squares.sum(0) / counts.sum() + ((means - mean).square() * weights).sum(0)
-    return mean.float(), variance.float()
+def _combine(kernel: object, partial: Tensor, *arguments: Any) -> None:
+    """Add the partial sums of `_sums`, and let `kernel` write what follows from them."""
+    chunks, _, channels = partial.shape
+    block = block_size(COMBINE_BLOCK, channels, 512)
+    options = {"CHUNKS": block_size(COMBINE_CHUNKS, chunks, 512), "BLOCK": block, "num_warps": COMBINE_WARPS}
+    launch(kernel, (cdiv(channels, block),), partial.device, partial, *arguments, **options)
 
 
 def _row_block(rows: int, width: int) -> tuple[int, int]:
@@ -317,9 +344,10 @@ def _check_rows(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[int, int]:
 
 def _check_vectors(size: int, device: torch.device, **vectors: Tensor) -> None:
     for name, vector in vectors.items():
-        if vector.shape != (size,) or vector.dtype != torch.float32 or vector.device != device:
-            given = f"{vector.dtype} of shape {tuple(vector.shape)} on {vector.device}"
-            raise ValueError(f"{name}: got {given}, expected torch.float32 of shape ({size},) on {device}")
+        fits = vector.shape == (size,) and vector.dtype == torch.float32 and vector.is_contiguous()
+        if not fits or vector.device != device:
+            given = f"{vector.dtype} of shape {tuple(vector.shape)} and strides {vector.stride()} on {vector.device}"
+            raise ValueError(f"{name}: got {given}, expected contiguous torch.float32 of shape ({size},) on {device}")
 
 
 def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:

@@ -19,12 +19,29 @@ from fp8repro.numerics.formats import get_format
 
 
 def _empty_channels_last(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    batch, channels, height, width = x.shape
-    return x.new_empty((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
+    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _absent(x: Tensor, dtype: torch.dtype | None = torch.uint8) -> Tensor:
     return x.new_empty(0, dtype=dtype)
+
+
+@torch.library.custom_op("fp8repro::batch_statistics", mutates_args=("running_mean", "running_var", "batches"))
+def batch_statistics(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, batches: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`kernels.norm.batch_statistics`: mean and rstd [C] of x [B, C, H, W]; the running statistics move.
+
+    Has no derivative: that of `batch_norm` accounts for it.
+    """
+    return norm.batch_statistics(x, running_mean, running_var, batches, momentum, eps)
+
+
+@batch_statistics.register_fake
+def _(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, batches: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(running_mean), torch.empty_like(running_mean)
 
 
 def _batch_forward(
@@ -32,28 +49,27 @@ def _batch_forward(
     weight: Tensor,
     bias: Tensor,
     residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
     relu: bool,
-    eps: float,
     kept: str,
     rounding: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training-mode batch normalization + residual + ReLU + rounding of x [B, C, H, W]; see `kernels.norm`.
 
     Args:
-        x, weight, bias, residual, relu, eps: see `kernels.norm.batch_norm`.
+        x, weight, bias, residual, mean, rstd, relu: see `kernels.norm.batch_norm`.
         kept: format that holds every value of x, whose codes are kept for backward; "" keeps x itself.
         rounding: how the result is wanted rounded too, without random bits (`guards.spell`); "" for not at all.
 
     Returns:
-        Result (FP32, channels_last), its codes, codes of x, ReLU's flags, mean, rstd, biased variance.
+        Result (FP32, channels_last), its codes, codes of x, ReLU's flags.
     """
     how = read(rounding) if rounding else None
     store = get_format(kept) if kept else None
-    result = norm.batch_norm(x, weight, bias, residual=residual, relu=relu, eps=eps, how=how, kept=store)
-    codes = _absent(x) if result.codes is None else result.codes
-    stored = _absent(x) if result.kept is None else result.kept
-    flags = _absent(x) if result.flags is None else result.flags
-    return result.y, codes, stored, flags, result.mean, result.rstd, result.variance
+    result = norm.batch_norm(x, weight, bias, mean, rstd, residual=residual, relu=relu, how=how, kept=store)
+    codes, stored, flags = (_absent(x) if t is None else t for t in (result.codes, result.kept, result.flags))
+    return result.y, codes, stored, flags
 
 
 batch_norm = torch.library.custom_op("fp8repro::batch_norm", mutates_args=())(_batch_forward)
@@ -65,36 +81,28 @@ def _(
     weight: Tensor,
     bias: Tensor,
     residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
     relu: bool,
-    eps: float,
     kept: str,
     rounding: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     codes = _empty_channels_last(x, read(rounding).format.dtype) if rounding else _absent(x)
     stored = _empty_channels_last(x, get_format(kept).dtype) if kept else _absent(x)
     flags = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8) if relu else _absent(x)
-    mean, rstd, variance = (torch.empty_like(weight) for _ in range(3))
-    return _empty_channels_last(x, torch.float32), codes, stored, flags, mean, rstd, variance
+    return _empty_channels_last(x, torch.float32), codes, stored, flags
 
 
 def _batch_backward(
     grad: Tensor, x: Tensor, weight: Tensor, flags: Tensor, mean: Tensor, rstd: Tensor, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, weight, bias and (where wanted) residual; x may be what was kept of it."""
-    forward = norm.BatchNormResult(grad, flags if flags.numel() else None, mean, rstd, mean)
-    *others, grad_residual = norm.batch_norm_backward(grad, x, weight, forward, needs_residual=residual)
-    return *others, _absent(x, torch.float32) if grad_residual is None else grad_residual  # type: ignore[return-value]
+    mask = flags if flags.numel() else None
+    *others, passed = norm.batch_norm_backward(grad, x, weight, mask, mean, rstd, needs_residual=residual)
+    return *others, _absent(x, torch.float32) if passed is None else passed  # type: ignore[return-value]
 
 
-@torch.library.custom_op("fp8repro::batch_norm_backward", mutates_args=())
-def batch_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, flags: Tensor, mean: Tensor, rstd: Tensor, residual: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_batch_backward` as an operator."""
-    grad_x, *others, grad_residual = _batch_backward(grad, x, weight, flags, mean, rstd, residual)
-    # An operator's results may not share memory; these are two rows of one tensor.
-    grad_weight, grad_bias = (g.clone() for g in others)
-    return grad_x, grad_weight, grad_bias, grad_residual
+batch_norm_backward = torch.library.custom_op("fp8repro::batch_norm_backward", mutates_args=())(_batch_backward)
 
 
 @batch_norm_backward.register_fake
@@ -107,8 +115,8 @@ def _(
 
 
 def _keep_batch_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, residual, _, _, kept, *_ = inputs
-    _, _, stored, flags, mean, rstd, _ = output
+    x, weight, _, residual, mean, rstd, _, kept, _ = inputs
+    _, _, stored, flags = output
     # Only the result has a derivative; without this, zeros would be made as gradients of the other outputs.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(stored if kept else x, weight, flags, mean, rstd)
@@ -121,7 +129,7 @@ def _batch_norm_gradients(ctx: Any, grad: Tensor, backward: Callable[..., Any]) 
     masked = ctx.has_residual and flags.numel() > 0
     grad_x, grad_weight, grad_bias, passed = backward(grad, x, weight, flags, mean, rstd, masked)
     grad_residual = (passed if masked else grad) if ctx.has_residual else None
-    return grad_x, grad_weight, grad_bias, grad_residual, *[None] * 4
+    return grad_x, grad_weight, grad_bias, grad_residual, *[None] * 5
 
 
 def _batch_norm_operators(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -146,9 +154,29 @@ class _BatchNorm(torch.autograd.Function):
         return _batch_norm_gradients(ctx, grad, backward)
 
 
-def normalize_batch(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """`batch_norm`, as an operator only under a tracer."""
-    output: tuple[Tensor, ...] = (_BatchNorm.apply if untraced(x, *arguments[:3]) else batch_norm)(x, *arguments)
+def normalize_batch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    running: tuple[Tensor, Tensor, Tensor],
+    momentum: float,
+    eps: float,
+    *how: Any,
+) -> tuple[Tensor, ...]:
+    """`batch_statistics`, then `batch_norm` with the last three of its arguments; as operators only under a tracer."""
+    plain = untraced(x, weight, bias, residual, *running)
+    # A copy is made once, and not for each pass.
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        if plain:
+            statistics = norm.batch_statistics(x, *running, momentum, eps)
+            # As the operator does: whoever kept them for a backward pass is told that they changed.
+            torch.autograd.graph.increment_version(running)
+        else:
+            statistics = batch_statistics(x, *running, momentum, eps)
+    normalize = _BatchNorm.apply if plain else batch_norm
+    output: tuple[Tensor, ...] = normalize(x, weight, bias, residual, *statistics, *how)
     return output
 
 

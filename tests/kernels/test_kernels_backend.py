@@ -220,7 +220,8 @@ def test_a_step_can_be_traced_without_data(build, monkeypatch):
     assert not launches
     assert [g.shape for g in gradients] == [p.shape for p in parameters]
     operators = {name.split(".")[1] for name in names if name.startswith("fp8repro")}
-    kinds = ("conv2d", "conv2d_error", "conv2d_gradient", "batch_norm", "batch_norm_backward")
+    norms = ("batch_statistics", "batch_norm", "batch_norm_backward")
+    kinds = ("conv2d", "conv2d_error", "conv2d_gradient", *norms)
     others = ("round_transpose", "layer_norm", "layer_norm_backward")
     assert operators == {"round_into", "matmul", *(kinds if build is tiny_resnet else others)}
     # Nothing waits for the device.
@@ -330,12 +331,14 @@ def test_one_training_step(build, recipe, triton_quantizer):
     for name, gradient in gradients.items():
         assert_close(gradient, expected[name], 0.1, norm=True)
 
-    # Every normalization is one kernel a pass (batch normalization: statistics, then the pass).
+    # Every normalization is one kernel a pass (batch normalization: two for the statistics, then the pass).
     norms = Counter(type(module) for module in model.modules())
     for kernel, count in (
         ("channel_statistics", norms[FusedBatchNorm2d]),
+        ("combine_statistics", norms[FusedBatchNorm2d]),
         ("batch_apply", norms[FusedBatchNorm2d]),
         ("batch_gradient_sums", norms[FusedBatchNorm2d]),
+        ("combine_gradient_sums", norms[FusedBatchNorm2d]),
         ("batch_gradient_apply", norms[FusedBatchNorm2d]),
         ("layer_forward", norms[FusedLayerNorm]),
         ("layer_backward", norms[FusedLayerNorm]),

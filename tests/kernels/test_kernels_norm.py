@@ -5,11 +5,19 @@ import torch
 import torch.nn.functional as F
 from numeric import assert_close
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8repro import quantize
 from fp8repro.engines.guards import spell
+from fp8repro.kernels.norm import launch as norm_launch
 from fp8repro.kernels.norm import operators as norm_ops
-from fp8repro.kernels.norm.launch import batch_norm, batch_norm_backward, layer_norm, layer_norm_backward
+from fp8repro.kernels.norm.launch import (
+    batch_norm,
+    batch_norm_backward,
+    batch_statistics,
+    layer_norm,
+    layer_norm_backward,
+)
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import BF16, E4M3, E5M2, FP16, get_format
 from fp8repro.numerics.rounding import Rounding
@@ -31,6 +39,84 @@ def close(given, expected, tolerance=1e-5):
     assert_close(given, expected, tolerance, scale=1 + expected.detach().abs())
 
 
+def new_running(channels):
+    """Running mean, variance and number of batches of a new normalization."""
+    return tuple(nn.BatchNorm2d(channels).to(DEVICE).buffers())
+
+
+def normalized(x, weight, bias, **options):
+    return batch_norm(x, weight, bias, *batch_statistics(x, *new_running(x.shape[1]), 0.1), **options)
+
+
+# The last two are summed in many chunks of rows, with a shorter last one.
+@pytest.mark.parametrize("shape", [*SHAPES, (9, 3, 37, 41), (70, 70, 31, 3)])
+@pytest.mark.parametrize("offset", [0, 300])
+def test_statistics_equal_those_in_fp64(shape, offset, monkeypatch):
+    parts = []
+    sums = norm_launch._sums
+    monkeypatch.setattr(norm_launch, "_sums", lambda *given: (parts.append(sums(*given)), parts[-1])[1])
+    x, running = draw(*shape) + offset, new_running(shape[1])
+    count = x.numel() // shape[1]
+    running_mean, running_var = (t.double() for t in running[:2])
+    for batches, momentum in ((1, 0.1), (2, 0.75), (3, 1.0)):
+        mean, rstd = batch_statistics(x, *running, momentum, 1e-3)
+        # Of FP32 sums, of values that lie a few deviations from the one that all are compared with.
+        variance = x.double().var((0, 2, 3), correction=0)
+        assert_close(mean, x.double().mean((0, 2, 3)), 1e-6, scale=variance.sqrt() + mean.double().abs())
+        assert_close(rstd.double().pow(-2), variance + 1e-3, 5e-6, scale=variance + 1e-3)
+        # What is made of them has no error but its own rounding to FP32.
+        partial, chunk = parts[-1]
+        rows = (count - torch.arange(len(partial), device=DEVICE)[:, None] * chunk).clamp(max=chunk).double()
+        means, squares = partial.double().unbind(1)
+        expected = (rows * means).sum(0) / count
+        variance = (squares + rows * (means - expected).square()).sum(0) / count
+        assert_close(mean, expected, 1.2e-7, scale=expected.abs())
+        assert_close(rstd, (variance + 1e-3).rsqrt(), 2e-7, scale=rstd.double())
+        running_mean.lerp_(expected, momentum)
+        running_var.lerp_(variance * (count / (count - 1)), momentum)
+        assert_close(running[0], running_mean, 5e-7, scale=running_mean.abs() + expected.abs())
+        assert_close(running[1], running_var, 5e-7, scale=running_var + variance)
+        assert running[2].item() == batches
+        x = x * 2
+
+
+def test_equal_values_have_no_variance():
+    _, rstd = batch_statistics(torch.full((7, 5, 33, 35), 1 / 3, device=DEVICE), *new_running(5), 0.1, 1e-8)
+    assert_close(rstd, torch.full_like(rstd, 1e4), 1e-6, scale=1e4)
+
+
+# Torch operators and launches of a pass. Beside the launches, the host only gets memory and views of it.
+@pytest.mark.parametrize(("relu", "with_residual", "forward"), [(False, False, 9), (True, False, 12), (True, True, 12)])
+def test_a_pass_is_three_launches_and_few_operators(relu, with_residual, forward, monkeypatch):
+    names = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function._schema.name.removeprefix("aten::"))
+            return function(*args, **(kwargs or {}))
+
+    def count_only(kernel, grid, device, *arguments, **options):
+        launches.append(kernel.fn.__name__)
+
+    launches = []
+    # The mode that counts would have operators take the plain functions' place.
+    monkeypatch.setattr(norm_ops, "untraced", lambda *_: True)
+    monkeypatch.setattr(norm_launch, "launch", count_only)
+    _, fused = modules(nn.BatchNorm2d, 64)
+    fused.input_format = E5M2
+    inputs = [draw(2, 64, 8, 8, seed=seed).requires_grad_() for seed in range(1 + with_residual)]
+    with Record():
+        y = fused(*inputs, relu=relu)
+        assert launches == ["channel_statistics", "combine_statistics", "batch_apply"]
+        assert len(names) <= forward
+        launches.clear()
+        names.clear()
+        torch.autograd.grad(y, [*inputs, fused.weight, fused.bias], torch.zeros_like(y))
+    assert launches == ["batch_gradient_sums", "combine_gradient_sums", "batch_gradient_apply"]
+    # One of them is this test's.
+    assert len(names) <= 5 + 1
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e5m2])
 @pytest.mark.parametrize(("relu", "with_residual"), [(False, False), (True, False), (True, True)])
@@ -45,19 +131,20 @@ def test_batch_norm_equals_torch(shape, dtype, relu, with_residual):
     expected = F.relu(expected) if relu else expected
     expected.backward(grad.double())
 
-    result = batch_norm(x, weight, bias, residual=residual, relu=relu)
+    statistics = batch_statistics(x, *new_running(shape[1]), 0.1)
+    result = batch_norm(x, weight, bias, *statistics, residual=residual, relu=relu)
     close(result.y, expected)
-    close(result.mean, x.double().mean((0, 2, 3)))
-    close(result.variance, x.double().var((0, 2, 3), correction=0))
+    close(statistics[0], x.double().mean((0, 2, 3)))
+    close(statistics[1].double().pow(-2), x.double().var((0, 2, 3), correction=0) + 1e-5)
     assert result.y.is_contiguous(memory_format=torch.channels_last)
-    gradients = batch_norm_backward(grad, x, weight, result, needs_residual=with_residual)
+    gradients = batch_norm_backward(grad, x, weight, result.flags, *statistics, needs_residual=with_residual)
     for given, leaf in zip(gradients, leaves, strict=False):
         close(given, leaf.grad, 1e-4)
 
 
 def test_flags_are_a_bit_an_element():
     x = draw(2, 3, 5, 7)
-    result = batch_norm(x, torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE), relu=True)
+    result = normalized(x, torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE), relu=True)
     assert result.flags.numel() == (x.numel() + 7) // 8
     bits = (result.flags[:, None] >> torch.arange(8, device=DEVICE)) & 1
     in_memory_order = result.y.permute(0, 2, 3, 1).reshape(-1) > 0
@@ -70,9 +157,9 @@ def test_flags_are_a_bit_an_element():
 def test_batch_norm_keeps_its_input_and_gives_codes_of_the_result(kept, rounding):
     x = draw(2, 6, 5, 3).to(kept.dtype).float()
     weight, bias, residual = draw(6, seed=1), draw(6, seed=2), draw(2, 6, 5, 3, seed=4)
-    plain = batch_norm(x, weight, bias, residual=residual, relu=True)
+    plain = normalized(x, weight, bias, residual=residual, relu=True)
     how = Rounding(E5M2, rounding)
-    result = batch_norm(x, weight, bias, residual=residual, relu=True, how=how, kept=kept)
+    result = normalized(x, weight, bias, residual=residual, relu=True, how=how, kept=kept)
     assert_close(result.y, plain.y)
     assert_close(result.codes, reference.round_to_format(plain.y.cpu(), how))
     assert (plain.codes, plain.kept) == (None, None)
@@ -150,16 +237,19 @@ def test_only_bytes_are_kept_for_backward():
     assert sum(sizes) == x.numel() + x.numel() // 8 + 3 * 64 * 4
 
 
-@pytest.mark.parametrize("op", ["batch_norm", "batch_norm_backward", "layer_norm", "layer_norm_backward"])
+@pytest.mark.parametrize(
+    "op", ["batch_statistics", "batch_norm", "batch_norm_backward", "layer_norm", "layer_norm_backward"]
+)
 def test_operators_hold_what_torch_asks_of_them(op):
     # In 16 bit: the checker itself cannot compute with FP8 tensors.
     x, weight, bias, residual = draw(2, 3, 4, 5), draw(3), draw(3, seed=1), draw(2, 3, 4, 5, seed=1)
     rows, scale = draw(4, 6), draw(6)
     for tensor in (x, weight, bias, residual, rows, scale):
-        tensor.requires_grad_("backward" not in op)
+        tensor.requires_grad_(op in ("batch_norm", "layer_norm"))
     flags = torch.full((15,), 0xA5, dtype=torch.uint8, device=DEVICE)
     arguments = {
-        "batch_norm": (x, weight, bias, residual, True, 1e-5, "bf16", spell(Rounding(FP16))),
+        "batch_statistics": (x, *new_running(3), 0.1, 1e-5),
+        "batch_norm": (x, weight, bias, residual, draw(3), draw(3), True, "bf16", spell(Rounding(FP16))),
         "batch_norm_backward": (residual, x, weight, flags, draw(3), draw(3), True),
         "layer_norm": (rows, scale, draw(6, seed=1), 1e-5, spell(Rounding(FP16))),
         "layer_norm_backward": (draw(4, 6), rows, scale, draw(4), draw(4)),
@@ -172,7 +262,7 @@ def test_batch_norm_shows_divergence():
     x = draw(2, 3, 4, 4)
     x[0, 1, 2, 2] = float("nan")
     ones = torch.ones(3, device=DEVICE)
-    y = batch_norm(x, ones, ones, relu=True).y
+    y = normalized(x, ones, ones, relu=True).y
     assert y[:, 1].isnan().all()
     assert y[:, [0, 2]].isfinite().all()
 
@@ -206,7 +296,7 @@ def test_random_bits_are_refused():
     x, weight = draw(2, 3, 4, 5), draw(3)
     how = Rounding(E5M2, "stochastic")
     for call in (
-        lambda: batch_norm(x, weight, weight, how=how),
+        lambda: normalized(x, weight, weight, how=how),
         lambda: layer_norm(draw(4, 3), weight, weight, how=how),
     ):
         with pytest.raises(ValueError, match=r"^how: got e5m2/stochastic, expected a rounding without random bits"):
@@ -224,4 +314,4 @@ def test_random_bits_are_refused():
 )
 def test_bad_argument_is_named(argument, x, weight):
     with pytest.raises(ValueError, match=f"^{argument}: got .*, expected "):
-        batch_norm(x.to(DEVICE), weight.to(DEVICE), torch.zeros(3, device=DEVICE))
+        normalized(x.to(DEVICE), weight.to(DEVICE), torch.zeros(3, device=DEVICE))

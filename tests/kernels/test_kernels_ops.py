@@ -54,7 +54,8 @@ def test_compiled_graph_holds_the_operators():
 def test_a_compiled_graph_differentiates_quantizer_and_normalizations():
     def loss(image, weight, bias, rows, scale):
         image = quantizer.rounded(image, spell(Rounding(E5M2, "stochastic")), 1, 2)
-        y = norm_ops.batch_norm(image, weight, bias, None, True, 1e-5, "e5m2", spell(Rounding(E5M2)))[0]
+        how = (True, "e5m2", spell(Rounding(E5M2)))
+        y = norm_ops.normalize_batch(image, weight, bias, None, running, 0.5, 1e-5, *how)[0]
         z = norm_ops.layer_norm(rows, scale, scale, 1e-5, "")[0]
         return y.square().sum() + z.pow(3).sum()
 
@@ -62,7 +63,12 @@ def test_a_compiled_graph_differentiates_quantizer_and_normalizations():
     inputs[0] = inputs[0].to(memory_format=torch.channels_last)
     inputs = [t.requires_grad_() for t in inputs]
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    results = [[f(*inputs), *torch.autograd.grad(f(*inputs), inputs)] for f in (loss, compiled)]
+    results = []
+    for f in (loss, compiled):
+        running = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE), torch.tensor(0, device=DEVICE)
+        value = f(*inputs)
+        results.append([value, *torch.autograd.grad(value, inputs), *running])
+        assert running[2].item() == 1
     for given, expected in zip(*results, strict=True):
         assert_close(given, expected)
 
