@@ -9,8 +9,9 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -18,6 +19,7 @@ import torch
 
 from fp8repro import tabular
 from fp8repro.bench import REACHED
+from fp8repro.bench.cpu import interleaved_medians
 from fp8repro.errors import UserError
 
 
@@ -103,6 +105,24 @@ class Bench:
             times.append((time.perf_counter() - start) * 1e3)
         return median(times)
 
+    def in_turns(self, steps: Mapping[str, Callable[[], object]], turns: int = 10) -> dict[str, float]:
+        """Median milliseconds of long work, taken in turns, so that all see the same clock; 3 steps a turn on a GPU."""
+        if self.device.type != "cuda":
+            return {name: self.milliseconds(step) for name, step in steps.items()}
+
+        def three(step: Callable[[], object]) -> None:
+            for _ in range(3):
+                step()
+            torch.cuda.synchronize()
+
+        medians = interleaved_medians({name: partial(three, step) for name, step in steps.items()}, turns)
+        return {name: ms / 3 for name, ms in medians.items()}
+
+    @property
+    def time_is_up(self) -> bool:
+        """Whether `seconds` have passed."""
+        return time.monotonic() - self._start > self.seconds
+
     def add(
         self, name: str, shape: str, ms: float, ratio: float | None, against: str | None, bar: float | None
     ) -> None:
@@ -114,7 +134,7 @@ class Bench:
 
     def run(self, name: str, measure: Callable[[Bench], None]) -> None:
         """Run a group of measurements, unless the time is up."""
-        if time.monotonic() - self._start > self.seconds:
+        if self.time_is_up:
             self.skipped.append(name)
             print(f"{name}: skipped, {self.seconds:.0f} s are over", flush=True)
             return
