@@ -129,7 +129,9 @@ class Bench:
         """Record and print a row."""
         # A rehearsal has no bars: its sizes and times mean nothing.
         row = Row(name, shape, round(ms, 4), ratio, against, bar if self.scale == 1 else None, **self.machine)
-        self.rows.append(row)
+        # What is measured again, under `--append`, takes the place of the earlier row.
+        kept = [old for old in self.rows if (old.name, old.shape, old.against) != (name, shape, against)]
+        self.rows = [*kept, row]
         print(_line(row), flush=True)
 
     def run(self, name: str, measure: Callable[[Bench], None]) -> None:
@@ -163,11 +165,15 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     return {"device": name, "driver": driver, **versions, "commit": commit}
 
 
+def file_of(bench: Bench, folder: Path) -> Path:
+    """The JSON of the GPU in a folder."""
+    return folder / (re.sub(r"[^a-z0-9]+", "-", bench.machine["device"].lower()).strip("-") + ".json")
+
+
 def write(bench: Bench, folder: Path) -> Path:
     """Write JSON and Markdown of the GPU; gives the JSON's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", bench.machine["device"].lower()).strip("-")
-    path = folder / f"{slug}.json"
+    path = file_of(bench, folder)
     path.write_text(json.dumps([asdict(row) for row in bench.rows], indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(bench))
     return path

@@ -291,11 +291,11 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "update": measure_update,
     "convolutions": measure_convolutions,
     "training step": measure_step,
+    "compiled training step": measure_compiled_step,
 }
 # Those that are measured only where they are asked for by name.
 ON_REQUEST: dict[str, Callable[[Bench], None]] = {
     "parity": parity,
     "conversions": check_conversions,
-    "compiled training step": measure_compiled_step,
     "profile": profile_step,
 }

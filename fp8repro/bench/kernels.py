@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fp8repro.bench.gpu import Bench, describe_machine, write
+from fp8repro.bench.gpu import Bench, describe_machine, file_of, read, write
 from fp8repro.errors import RunFailure, UserError
 
 DEFAULT_OUT = Path("results/gpu")
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help=f"folder of the results; default: {DEFAULT_OUT}, none of a rehearsal")
     parser.add_argument("--seconds", type=float, default=300.0, help="start no new measurement after so many")
     parser.add_argument("--only", help="these measurements, separated by commas, instead of parity and then all")
+    parser.add_argument("--append", action="store_true", help="keep the rows of the results that are there already")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes in Triton's interpreter")
     options = parser.parse_args(arguments)
     bench = start(options.rehearse, options.seconds)
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in known:
             raise UserError(f"bench kernels: --only: got {name!r}, expected some of {', '.join(known)}")
     folder = options.out or (None if options.rehearse else DEFAULT_OUT)
+    if options.append and folder is not None and file_of(bench, folder).exists():
+        bench.rows = read(file_of(bench, folder))
     written = None
     for name in names:
         try:

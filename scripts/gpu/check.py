@@ -51,7 +51,8 @@ class Check:
         self.work = out / "work"
         self.entries: list[dict[str, Any]] = []
         self.start = time.monotonic()
-        self.hidden: dict[str, str] = {str(out.resolve()): "OUT", str(out): "OUT", str(ROOT): ".", sys.prefix: "PREFIX"}
+        # Paths that logs must not tell, and what they say instead.
+        self.hidden = {str(out.resolve()): "OUT", str(out): "OUT", str(ROOT): ".", sys.prefix: "PREFIX"}
 
     def run(self) -> int:
         """Run all stages; gives the exit code."""
@@ -92,6 +93,7 @@ class Check:
             return
         limit = min(stage.limit, self.left())
         print(f"{stage.name}: running, for {limit:.0f} s at most", flush=True)
+        self._write("running")
         start = time.monotonic()
         log = self.out / "logs" / f"{stage.name}.log"
         code: int | None = None
@@ -143,15 +145,27 @@ class Check:
         return lines[-1][:500] if lines else ""
 
     def _note(self, stage: Stage, status: str, seconds: float, last_line: str, **more: Any) -> None:
-        """Write what became of a stage."""
+        """Say what became of a stage."""
         entry = {"name": stage.name, "status": status, "seconds": round(seconds, 1), "last_line": last_line, **more}
         self.entries.append(entry)
         print(f"{stage.name}: {status}, {seconds:.1f} s: {last_line}", flush=True)
+        self._write()
+
+    def _write(self, next_one: str = "not reached") -> None:
+        """Write the manifest: what became of each stage, and those that are still to come."""
+        ahead = [{"name": stage.name, "status": "not reached"} for stage in self.planned[len(self.entries) :]]
+        if ahead:
+            ahead[0]["status"] = next_one
         path = self.out / "manifest.json"
         # Other parts may have written theirs.
         manifest = json.loads(path.read_text()) if path.exists() else {}
         used = round(time.monotonic() - self.start, 1)
-        manifest[self.part] = {**self.facts, "budget_s": self.budget, "seconds": used, "stages": self.entries}
+        manifest[self.part] = {
+            **self.facts,
+            "budget_s": self.budget,
+            "seconds": used,
+            "stages": [*self.entries, *ahead],
+        }
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(manifest, indent=1) + "\n")
         temporary.replace(path)
@@ -189,7 +203,7 @@ def main() -> int:
     choices = Choices(out, data, options.epochs, options.rehearse)
     check = Check(options.part, stages(options.part, choices), out, options.budget, rehearsal=options.rehearse)
     if data is not None:
-        check.hidden[str(data)] = "DATA"
+        check.hidden |= {str(data): "DATA", str(data.resolve()): "DATA"}
         check.work.mkdir(parents=True, exist_ok=True)
         link = check.work / DATA
         link.unlink(missing_ok=True)

@@ -55,7 +55,7 @@ def stages(part: str, choices: Choices) -> list[Stage]:
 
 
 def _train(choices: Choices) -> Iterator[Stage]:
-    command = (sys.executable, str(HERE / "environment.py"), str(choices.out / "environment.json"))
+    command = (sys.executable, str(HERE / "machine.py"), str(choices.out / "environment.json"))
     yield Stage("environment", command, limit=40, least=5)
     yield _bench("conversions", "conversions", choices, limit=40, seconds=20)
     yield _bench("product", "parity", choices, limit=40)
@@ -92,12 +92,13 @@ def _kernels(choices: Choices) -> Iterator[Stage]:
     workers = ("-n", str(_cores())) if find_spec("xdist") and not choices.rehearse else ()
     command = (sys.executable, "-m", "pytest", *tests, "-m", "not long", *workers, "-p", "no:cacheprovider")
     yield Stage("parity", command, limit=330, least=60)
-    yield _bench("speed", None, choices, limit=150, seconds=100)
+    yield _bench("speed", None, choices, limit=200, seconds=100)
 
 
 def _bench(name: str, only: str | None, choices: Choices, limit: float, seconds: float | None = None) -> Stage:
-    """Measurements of `fp8repro bench kernels`, into a folder of their own."""
-    command = [sys.executable, "-m", "fp8repro.bench.kernels", "--out", str(choices.out / name)]
+    """Measurements of `fp8repro bench kernels`, all of them on one page; a profile is a page of its own."""
+    folder = choices.out / ("profile" if name == "profile" else "page")
+    command = [sys.executable, "-m", "fp8repro.bench.kernels", "--out", str(folder), "--append"]
     command += ["--only", only] if only else []
     command += ["--seconds", str(seconds)] if seconds else []
     return Stage(name, (*command, *(["--rehearse"] if choices.rehearse else [])), limit=limit)
@@ -113,7 +114,7 @@ def _run(
     watched: bool = False,
 ) -> Stage:
     """A run of `fp8repro train`."""
-    command = [sys.executable, str(HERE / "training.py"), str(choices.out / f"{name}.json"), f"{RUNS}/{name}"]
+    command = [sys.executable, str(HERE / "watched_run.py"), str(choices.out / f"{name}.json"), f"{RUNS}/{name}"]
     if choices.data is None:
         settings = [*settings, "data=digits"]
     else:

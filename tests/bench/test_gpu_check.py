@@ -99,6 +99,8 @@ sys.exit(check.Check("some", planned, Path({str(tmp_path)!r}), budget=100).run()
     deadline = time.monotonic() + 30
     while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
+    # As it would stay if the machine went away.
+    assert statuses(tmp_path) == {"one": "running", "two": "not reached"}
     process.send_signal(number)
     assert process.wait(30) == 130
     assert statuses(tmp_path) == {"one": "interrupted", "two": "skipped"}
@@ -133,14 +135,14 @@ def test_parts(part, rehearse, tmp_path):
 
 
 def test_a_run_that_does_not_replay_is_asked_to_stop_and_says_why(monkeypatch):
-    import training
+    import watched_run
 
-    monkeypatch.setattr(training, "GRACE", 0.0)
-    watch = training.Watch(within=0.1)
+    monkeypatch.setattr(watched_run, "GRACE", 0.0)
+    watch = watched_run.Watch(within=0.1)
     for _ in range(3):
         watch.count(False, None)
     gave_up, asked = [], []
-    monkeypatch.setattr(training.os, "kill", lambda process, number: asked.append(number))
+    monkeypatch.setattr(watched_run.os, "kill", lambda process, number: asked.append(number))
     thread = threading.Thread(target=watch.wait, args=(lambda: gave_up.append(watch.stopped),))
     thread.start()
     thread.join(10)
@@ -151,10 +153,10 @@ def test_a_run_that_does_not_replay_is_asked_to_stop_and_says_why(monkeypatch):
 
 
 def test_enough_replays_end_the_watch():
-    import training
+    import watched_run
 
-    watch = training.Watch(within=30)
-    for _ in range(training.ENOUGH):
+    watch = watched_run.Watch(within=30)
+    for _ in range(watched_run.ENOUGH):
         watch.count(True, None)
     watch.wait(lambda: pytest.fail("gave up"))
     assert watch.stopped is None

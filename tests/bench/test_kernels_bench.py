@@ -73,9 +73,12 @@ def test_an_unknown_measurement_is_refused():
 
 @needs_interpreter
 def test_measurements_on_request_are_written(tmp_path):
-    assert main(["--rehearse", "--only", "conversions,parity", "--out", str(tmp_path)]) == 0
+    # The second one replaces its own row, and keeps the others.
+    for only in ("conversions,parity", "parity"):
+        assert main(["--rehearse", "--only", only, "--append", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
     rows = read(path)
+    assert len(rows) == 5
     assert [row.ratio for row in rows[:4]] == [0] * 4
     assert "error of matmul" in rows[4].name
 
@@ -98,7 +101,7 @@ def test_a_wrong_conversion_is_found(monkeypatch):
 def test_no_wrong_code_reaches_its_bar_and_one_does_not():
     made = Bench(torch.device("cpu"), MACHINE)
     for wrong in (0, 1):
-        made.add("wrong codes", "64", 0.0, wrong, "reference", -0.0)
+        made.add("wrong codes", f"sample {wrong}", 0.0, wrong, "reference", -0.0)
     assert [row.reached for row in made.rows] == [True, False]
 
 
