@@ -9,8 +9,9 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -18,6 +19,7 @@ import torch
 
 from fp8repro import tabular
 from fp8repro.bench import REACHED
+from fp8repro.bench.cpu import interleaved_medians
 from fp8repro.errors import UserError
 
 
@@ -103,18 +105,38 @@ class Bench:
             times.append((time.perf_counter() - start) * 1e3)
         return median(times)
 
+    def in_turns(self, steps: Mapping[str, Callable[[], object]], turns: int = 10) -> dict[str, float]:
+        """Median milliseconds of long work, taken in turns, so that all see the same clock; 3 steps a turn on a GPU."""
+        if self.device.type != "cuda":
+            return {name: self.milliseconds(step) for name, step in steps.items()}
+
+        def three(step: Callable[[], object]) -> None:
+            for _ in range(3):
+                step()
+            torch.cuda.synchronize()
+
+        medians = interleaved_medians({name: partial(three, step) for name, step in steps.items()}, turns)
+        return {name: ms / 3 for name, ms in medians.items()}
+
+    @property
+    def time_is_up(self) -> bool:
+        """Whether `seconds` have passed."""
+        return time.monotonic() - self._start > self.seconds
+
     def add(
         self, name: str, shape: str, ms: float, ratio: float | None, against: str | None, bar: float | None
     ) -> None:
         """Record and print a row."""
         # A rehearsal has no bars: its sizes and times mean nothing.
         row = Row(name, shape, round(ms, 4), ratio, against, bar if self.scale == 1 else None, **self.machine)
-        self.rows.append(row)
+        # What is measured again, under `--append`, takes the place of the earlier row.
+        kept = [old for old in self.rows if (old.name, old.shape, old.against) != (name, shape, against)]
+        self.rows = [*kept, row]
         print(_line(row), flush=True)
 
     def run(self, name: str, measure: Callable[[Bench], None]) -> None:
         """Run a group of measurements, unless the time is up."""
-        if time.monotonic() - self._start > self.seconds:
+        if self.time_is_up:
             self.skipped.append(name)
             print(f"{name}: skipped, {self.seconds:.0f} s are over", flush=True)
             return
@@ -143,11 +165,15 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     return {"device": name, "driver": driver, **versions, "commit": commit}
 
 
+def file_of(bench: Bench, folder: Path) -> Path:
+    """The JSON of the GPU in a folder."""
+    return folder / (re.sub(r"[^a-z0-9]+", "-", bench.machine["device"].lower()).strip("-") + ".json")
+
+
 def write(bench: Bench, folder: Path) -> Path:
     """Write JSON and Markdown of the GPU; gives the JSON's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", bench.machine["device"].lower()).strip("-")
-    path = folder / f"{slug}.json"
+    path = file_of(bench, folder)
     path.write_text(json.dumps([asdict(row) for row in bench.rows], indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(bench))
     return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import count
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp8repro.bench.gpu import Bench
+from fp8repro.bench.resnet50 import measure_compiled_step, measure_step, profile_step
 from fp8repro.engines.products import Conv2dGeometry
 from fp8repro.engines.updates import Parameter, Rule
 from fp8repro.errors import RunFailure
@@ -22,7 +22,6 @@ from fp8repro.kernels.quantize.launch import round_into, round_transpose
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import E4M3, E5M2, FP16
 from fp8repro.numerics.rounding import RandomBits, Rounding
-from fp8repro.precision.context import StepContext
 
 GEMM = 8192
 # (name, rows, outputs, inputs): Transformer-base at 4,096 tokens; GNMT at 128 sentences of 50 words, and one LSTM step.
@@ -56,9 +55,57 @@ def parity(bench: Bench) -> None:
     a, b = (torch.randn(bench.size(1024), bench.size(2048), device=bench.device).to(E5M2.dtype) for _ in "ab")
     exact = a.double() @ b.double().t()
     error = float((matmul(a, b.t()) - exact).norm() / exact.norm())
+    shape = f"{a.shape[0]}x{b.shape[0]}x{a.shape[1]}"
+    bench.add("error of matmul, promoted", shape, 0.0, error, "FP64 (relative error)", -3e-4)
     if not error <= 3e-4:
         raise RunFailure(f"parity: matmul: got a relative error of {error:.1e} against FP64, expected at most 3e-4")
     print("parity: bytes of the quantizer and the product against FP64 are right", flush=True)
+
+
+def check_conversions(bench: Bench) -> None:
+    """Compare FP32 patterns converted to nearest with the reference: all 2^32, or as many as time allows.
+
+    A GPU's own conversion loses the sign of a NaN.
+
+    Raises:
+        RunFailure: a code is wrong.
+    """
+    formats = [(fmt, overflow) for fmt in (E5M2, E4M3) for overflow in ("inf", "saturate")]
+    wrong = dict.fromkeys(formats, 0)
+    size = bench.size(1 << 24)
+    rounds = (1 << 32) // size
+    codes = torch.empty(size, dtype=torch.uint8, device=bench.device)
+    done = 0
+    while done < (rounds if bench.scale == 1 else 2) and not bench.time_is_up:
+        # Evenly spread over all patterns, and in an order in which their low bits differ early.
+        low = done * 0x9E3779B1 % rounds
+        patterns = torch.arange(size, device=bench.device) * rounds + low - 2**31
+        x = patterns.to(torch.int32).view(torch.float32)
+        for fmt, overflow in formats:
+            how = Rounding(fmt, "nearest", overflow)
+            assert fmt.dtype is not None
+            round_into(x, how, RandomBits(), None, codes.view(fmt.dtype), None)
+            wrong[fmt, overflow] += _wrong_codes(x, codes, how)
+        done += 1
+    for (fmt, overflow), count_of_wrong in wrong.items():
+        name = f"FP32 patterns wrong in {fmt.name}, {overflow}"
+        bench.add(name, f"{done * size} of 2^32", 0.0, count_of_wrong, "reference (wrong codes)", -0.0)
+    if any(wrong.values()):
+        raise RunFailure(f"conversions: {sum(wrong.values())} codes of {done * size} patterns are wrong")
+
+
+def _wrong_codes(x: Tensor, codes: Tensor, how: Rounding) -> int:
+    """How many codes are not the reference's, but for the sign of a NaN."""
+
+    def different(x: Tensor, codes: Tensor) -> Tensor:
+        expected = reference.encode(reference.round_to_format(x, how), how.format)
+        return (codes != expected) & ~(x.isnan() & (codes & 0x7F == 0x7F))
+
+    suspects = different(x, codes)
+    if not bool(suspects.any()):
+        return 0
+    # The reference is exact on a CPU; a GPU's powers of two need not be.
+    return int(different(x[suspects].cpu(), codes[suspects].cpu()).sum())
 
 
 def copy_bandwidth(bench: Bench) -> float:
@@ -235,74 +282,6 @@ def measure_update(bench: Bench) -> None:
         bench.add("update SGD", f"{millions}M", ms, other / ms, "torch.optim.SGD(fused=True), FP32", 1.0)
 
 
-def measure_step(bench: Bench) -> None:
-    """A training step of ResNet-50 in FP8 beside BF16 autocast, both channels_last: time and peak memory."""
-    from torchvision.models import resnet18, resnet50
-
-    from fp8repro.precision.graphs import GraphedStep
-    from fp8repro.precision.injection import inject
-    from fp8repro.precision.master import MasterWeights
-    from fp8repro.settings.recipes import load_recipe
-
-    small = bench.scale != 1
-    batch, side = (2, 32) if small else (256, 224)
-    x = torch.randn(batch, 3, side, side, device=bench.device).to(memory_format=torch.channels_last)
-    target = torch.zeros(batch, dtype=torch.long, device=bench.device)
-
-    def measured(prepare: Callable[[nn.Module], Callable[[], object]]) -> tuple[float, float]:
-        model = (resnet18(num_classes=8) if small else resnet50()).to(bench.device, memory_format=torch.channels_last)
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        step = prepare(model)
-        step()
-        step()
-        # The capture counts: a graph's memory is its own from then on, and no longer part of later peaks.
-        memory = float(torch.cuda.max_memory_allocated()) if bench.device.type == "cuda" else 1.0
-        return bench.milliseconds(step, rep=1000), memory
-
-    def loss_of(model: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return F.cross_entropy(model(x), target), {}
-
-    def fp8(model: nn.Module, graphed: bool) -> Callable[[], object]:
-        recipe, context, number = load_recipe("fp8"), StepContext(seed=1), count()
-        inject(model, recipe, context, "triton")
-        optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
-        masters = MasterWeights(model, optimizer, recipe)
-        graph = GraphedStep(model, partial(loss_of, model), (x, target)) if graphed else None
-
-        def step() -> None:
-            context.begin(next(number))
-            optimizer.zero_grad()
-            if graph is None:
-                (loss_of(model, x, target)[0] * 10_000).backward()
-            else:
-                graph((x, target), 10_000)
-            masters.step(10_000)
-
-        return step
-
-    def bf16(model: nn.Module) -> Callable[[], object]:
-        optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
-
-        def step() -> None:
-            model.zero_grad()
-            with torch.autocast(bench.device.type, torch.bfloat16):
-                loss = F.cross_entropy(model(x), target)
-            loss.backward()
-            optimizer.step()
-
-        return step
-
-    other, other_memory = measured(bf16)
-    shape = f"batch {batch}, {side}^2"
-    for graphed in (False, True)[: 2 if bench.device.type == "cuda" else 1]:
-        name = "ResNet-50 {} FP8" + (", CUDA graph" if graphed else "")
-        ms, memory = measured(partial(fp8, graphed=graphed))
-        bench.add(name.format("training step"), shape, ms, other / ms, "BF16 autocast", 1.0)
-        bench.add(name.format("peak memory"), shape, 0.0, memory / other_memory, "BF16 autocast", -0.7)
-
-
 # In the order in which they matter, should time run out.
 MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "ceilings": measure_ceilings,
@@ -312,4 +291,11 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "update": measure_update,
     "convolutions": measure_convolutions,
     "training step": measure_step,
+    "compiled training step": measure_compiled_step,
+}
+# Those that are measured only where they are asked for by name.
+ON_REQUEST: dict[str, Callable[[Bench], None]] = {
+    "parity": parity,
+    "conversions": check_conversions,
+    "profile": profile_step,
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fp8repro.bench.gpu import Bench, describe_machine, write
+from fp8repro.bench.gpu import Bench, describe_machine, file_of, read, write
 from fp8repro.errors import RunFailure, UserError
 
 DEFAULT_OUT = Path("results/gpu")
@@ -25,22 +25,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         RunFailure: a kernel's results are wrong on this GPU.
     """
     parser = argparse.ArgumentParser(prog="fp8repro bench kernels", description=__doc__)
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the results")
+    parser.add_argument("--out", type=Path, help=f"folder of the results; default: {DEFAULT_OUT}, none of a rehearsal")
     parser.add_argument("--seconds", type=float, default=300.0, help="start no new measurement after so many")
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes in Triton's interpreter; writes nothing")
+    parser.add_argument("--only", help="these measurements, separated by commas, instead of parity and then all")
+    parser.add_argument("--append", action="store_true", help="keep the rows of the results that are there already")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes in Triton's interpreter")
     options = parser.parse_args(arguments)
     bench = start(options.rehearse, options.seconds)
-    from fp8repro.bench import kernel_work
+    from fp8repro.bench.kernel_work import MEASUREMENTS, ON_REQUEST
 
-    kernel_work.parity(bench)
+    known = MEASUREMENTS | ON_REQUEST
+    names = options.only.split(",") if options.only else ["parity", *MEASUREMENTS]
+    for name in names:
+        if name not in known:
+            raise UserError(f"bench kernels: --only: got {name!r}, expected some of {', '.join(known)}")
+    folder = options.out or (None if options.rehearse else DEFAULT_OUT)
+    if options.append and folder is not None and file_of(bench, folder).exists():
+        bench.rows = read(file_of(bench, folder))
     written = None
-    for name, measure in kernel_work.MEASUREMENTS.items():
-        bench.run(name, measure)
-        if not options.rehearse:
+    for name in names:
+        try:
+            bench.run(name, known[name])
+        finally:
             # After every group: a machine may be taken away before the last one ends.
-            written = write(bench, options.out)
+            if folder is not None and bench.rows:
+                written = write(bench, folder)
     if written is not None:
-        print(f"written: {written}")
+        reached = [row.reached for row in bench.rows if row.reached is not None]
+        print(f"written: {written.name}: {len(bench.rows)} rows, {sum(reached)} of {len(reached)} bars reached")
     return 0
 
 

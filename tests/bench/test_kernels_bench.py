@@ -1,18 +1,14 @@
 """The kernel benchmark: its records, its refusals, and a rehearsal of its measurements in the interpreter."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from fp8repro.bench import kernel_work
+from fp8repro.bench import kernel_work, resnet50
 from fp8repro.bench.gpu import Bench, Row, describe_machine, markdown, read, write
 from fp8repro.bench.kernels import main, start
-from fp8repro.errors import UserError
+from fp8repro.errors import RunFailure, UserError
 from fp8repro.kernels.shared.launch import INTERPRETED
 
 MACHINE = {"device": "Some GPU 9", "driver": "1.2", "torch": "2", "triton": "3", "commit": "abc"}
@@ -68,10 +64,60 @@ def test_no_measurement_starts_after_the_time_is_up():
 def test_without_a_gpu():
     with pytest.raises(UserError, match="got no CUDA device"):
         main([])
-    script = Path(__file__).parents[2] / "scripts" / "gpu_check.sh"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
-    done = subprocess.run([script], capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stderr) == (2, "gpu_check: got no CUDA device, expected one\n")
+
+
+def test_an_unknown_measurement_is_refused():
+    with pytest.raises(UserError, match=r"^bench kernels: --only: got 'matmull', expected some of ceilings, quantize"):
+        main(["--rehearse", "--only", "error,matmull"])
+
+
+@needs_interpreter
+def test_measurements_on_request_are_written(tmp_path):
+    # The second one replaces its own row, and keeps the others.
+    for only in ("conversions,parity", "parity"):
+        assert main(["--rehearse", "--only", only, "--append", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    rows = read(path)
+    assert len(rows) == 5
+    assert [row.ratio for row in rows[:4]] == [0] * 4
+    assert "error of matmul" in rows[4].name
+
+
+@needs_interpreter
+def test_a_wrong_conversion_is_found(monkeypatch):
+    made = start(rehearse=True, seconds=60)
+    convert = kernel_work.round_into
+
+    def wrong(x, how, bits, out, codes, *rest):
+        convert(x, how, bits, out, codes, *rest)
+        codes.view(torch.uint8)[7] ^= 1
+
+    monkeypatch.setattr(kernel_work, "round_into", wrong)
+    with pytest.raises(RunFailure, match=r"^conversions: \d codes of \d+ patterns are wrong$"):
+        kernel_work.check_conversions(made)
+    assert [row.ratio for row in made.rows] == [2] * 4
+
+
+def test_no_wrong_code_reaches_its_bar_and_one_does_not():
+    made = Bench(torch.device("cpu"), MACHINE)
+    for wrong in (0, 1):
+        made.add("wrong codes", f"sample {wrong}", 0.0, wrong, "reference", -0.0)
+    assert [row.reached for row in made.rows] == [True, False]
+
+
+def test_a_step_that_cannot_be_made_leaves_the_others(monkeypatch):
+    class Broken(resnet50.Workload):
+        def steps(self):
+            def broken():
+                raise torch.OutOfMemoryError("no memory")
+
+            return {resnet50.BF16: lambda: int, resnet50.FP8: broken}
+
+    monkeypatch.setattr(resnet50, "Workload", Broken)
+    made = Bench(torch.device("cpu"), MACHINE, scale=256)
+    with pytest.raises(RunFailure, match=r"not measured: FP8 \(OutOfMemoryError: no memory\)$"):
+        resnet50.measure_step(made)
+    assert [row.name for row in made.rows][:1] == ["ResNet-50 training step BF16 autocast"]
 
 
 @needs_interpreter
