@@ -17,6 +17,7 @@ from fp8repro.engines.cpu import native
 from fp8repro.engines.guards import spell
 from fp8repro.engines.products import decode
 from fp8repro.engines.quantizer import round_into
+from fp8repro.errors import UserError
 from fp8repro.numerics.formats import BF16, FP32, FloatFormat
 from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.become import become
@@ -113,6 +114,11 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             result = super().forward(input)
             result = result if residual is None else result + residual
             return torch.relu(result) if relu else result
+        if input.numel() == self.num_features:
+            # As torch's own layer: the unbiased variance of one value is 0 / 0.
+            raise UserError(
+                f"batch normalization: got size {tuple(input.shape)}, expected more than one value a channel"
+            )
         if self.consumers is not None:
             return self._by_kernels(input, residual, relu, self.consumers)
         if self.num_batches_tracked is not None:

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from fp8repro.errors import UserError
 from fp8repro.numerics.formats import get_format
-from fp8repro.precision.fused_normalization import FusedBatchNorm2d, pack_bits, unpack_bits
+from fp8repro.numerics.rounding import Rounding
+from fp8repro.precision.context import StepContext
+from fp8repro.precision.fused_normalization import FusedBatchNorm2d, pack_bits, unpack_bits, use_kernels
 from fp8repro.precision.injection import inject
 from fp8repro.settings.recipes import load_recipe
 
@@ -105,3 +108,18 @@ def test_a_network_of_other_normalizations_is_left_alone() -> None:
     inject(model, "fp8")
     assert not any(isinstance(module, FusedBatchNorm2d) for module in model.modules())
     model(torch.randn(1, 3, 32, 32)).sum().backward()
+
+
+@pytest.mark.parametrize("by_kernels", [False, True])
+def test_one_value_a_channel_is_refused_as_torch_refuses_it(by_kernels: bool) -> None:
+    model = resnet18()
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        model(torch.randn(1, 3, 32, 32))
+    inject(model, "fp8", backend="emulate")
+    norm = model.layer4[0].bn1
+    if by_kernels:
+        use_kernels(norm, Rounding(), StepContext())
+    before = norm.running_var.clone()
+    with pytest.raises(UserError, match=r"got size \(1, 512, 1, 1\), expected more than one value a channel"):
+        norm(torch.randn(1, 512, 1, 1), relu=True)
+    assert torch.equal(norm.running_var, before)
