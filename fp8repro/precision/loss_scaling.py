@@ -123,6 +123,8 @@ class DynamicScale(ConstantScale):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
+        if state["step"] < 0:
+            raise UserError(f"scaler.step: got {state['step']}, expected a number of steps")
         super().load_state_dict(state)
         self.step, self.good_steps = state["step"], state["good_steps"]
         self._raise_floor()

@@ -262,7 +262,8 @@ def _compose(overrides: list[str]) -> DictConfig:
     try:
         with our_configs():
             return compose("config", overrides=overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        # Hydra's own mistakes about an override (`~=0`) are plain ValueErrors.
         raise UserError(_first_line(error)) from error
 
 

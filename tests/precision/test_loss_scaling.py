@@ -140,3 +140,9 @@ def test_a_restored_scaler_goes_on_as_if_nothing_had_happened(overflows: list[bo
 def test_contradictory_settings_are_named(config: LossScalingConfig, setting: str) -> None:
     with pytest.raises(UserError, match=setting):
         make_scaler(config, 10)
+
+
+def test_a_state_before_the_first_step_is_refused():
+    scaler = make_scaler(LossScalingConfig("dynamic", scale=8.0), total_steps=10)
+    with pytest.raises(UserError, match=r"scaler\.step: got -1, expected a number of steps"):
+        scaler.load_state_dict(scaler.state_dict() | {"step": -1})
