@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -120,7 +121,14 @@ def join_world(device: str) -> World:
             store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        # Threads of a group that still runs when the interpreter ends abort the process now and then.
+        atexit.register(_leave)
     return World(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def environment_rank() -> tuple[int, int]:
