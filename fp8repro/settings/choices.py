@@ -78,7 +78,7 @@ def compose_group(group: str, name: str) -> dict[str, Any]:
 
 def nearest(given: str, valid: Iterable[str], otherwise: Iterable[str] | None = None) -> str:
     """The valid names that resemble the given one; if none does, `otherwise` (default: all)."""
-    valid = list(valid)
+    valid = list(dict.fromkeys(valid))
     # `epochs` stands for `trainer.epochs`.
     same_end = [name for name in valid if name.endswith(f".{given}")]
     return ", ".join(same_end or difflib.get_close_matches(given, valid, n=3, cutoff=0.6) or otherwise or valid)

@@ -209,3 +209,8 @@ def test_what_other_libraries_keep_in_hydras_store_is_no_schema_of_ours():
         assert "adam.yaml" in store.repo["optimizer"]
     finally:
         store.repo = before
+
+
+def test_a_suggestion_stands_once():
+    with pytest.raises(UserError, match=r"^precison: unknown setting, expected one of precision, precision\.name"):
+        jobs(["precison=fp8"], sweep=False)
