@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -119,9 +120,11 @@ def join_world(device: str) -> World:
         # the count differs between them: there, torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        # Threads of a group that still runs when the interpreter ends abort the process now and then. This module,
+        # which torch loads when it compiles something, keeps the group that it finds as a default argument.
+        importlib.import_module("torch.distributed.nn.functional")
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-        # Threads of a group that still runs when the interpreter ends abort the process now and then.
         atexit.register(_leave)
     return World(dist.get_rank(), dist.get_world_size(), chosen)
 
