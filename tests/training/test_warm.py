@@ -200,6 +200,24 @@ def test_a_cache_that_cannot_be_written_is_one_line(compiled, monkeypatch, capsy
     assert capsys.readouterr().err.startswith("fp8repro: TRITON_INTERPRET: got 1, ")
 
 
+def test_progress_is_a_line_now_and_then_or_a_bar(monkeypatch, capsys):
+    with Display(0, 0).counting("compiling kernels") as show:
+        show(1, 60)
+        show(2, 60)
+    assert capsys.readouterr().out == "compiling kernels 1/60\n"
+    with Display(9, 0, visible=False).counting("compiling kernels") as show:
+        show(1, 60)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    display = Display(9, 0)
+    with display.counting("compiling kernels") as show:
+        show(30, 60)
+        training, compiling = display._bar.tasks
+        assert (compiling.completed, compiling.total, compiling.fields["figures"]) == (30, 60, "compiling kernels")
+    assert display._bar.tasks == [training]
+    display.close()
+
+
 def run_on(device, backend, **settings):
     config = replace(config_of(), **settings)
     world = SimpleNamespace(device=torch.device(device), wait=lambda: None)
