@@ -33,7 +33,7 @@ from fp8repro.training.tasks import make_task
 from fp8repro.training.tasks.task import Examples, Task
 
 LEAST_CAPABILITY = 89
-# Multiprocessors of GPUs that need not be there: A larger one may choose other tiles.
+# Multiprocessors of GPUs that need not be there; tiles are chosen by them.
 PROCESSORS = {89: 142, 90: 132, 100: 148, 120: 170}
 # `-c`, so that the processes which compile do not import what lists.
 PROGRAM = "from fp8repro.training.warm_steps import main; main()"
@@ -122,8 +122,8 @@ def warm_config(config: RunConfig, capability: int | None, processors: int | Non
         if not torch.cuda.is_available():
             raise UserError("capability: missing where there is no GPU, expected capability=90 or that of another GPU")
         capability, processors = _gpu(torch.device("cuda"))
-    replayed = config.graphs == "auto" and config.precision.autocast == "none"
-    work = work_of(config, make_task(config, World()), replayed, capability, processors)
+    task = make_task(config, World())
+    work = work_of(config, task, config.graphs == "auto" and task.fixed_shapes, capability, processors)
     display = Display(0, 0)
     try:
         with display.counting("compiling kernels") as show:
@@ -146,16 +146,21 @@ def compile_kernels(run: Run, display: Display, stop: StopRequest) -> None:
     device = run.world.device
     if device.type != "cuda" or run.report.backend != "triton" or run.config.warm == "off":
         return
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    alone = run.world.size == 1
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         try:
             work = work_of(run.config, run.task, run.replays.why_not is None, *_gpu(device))
             with display.counting("compiling kernels") as show:
-                warmed = warm(work, show, lambda: bool(stop.signal))
+                # Runs beside each other share the cores by OMP_NUM_THREADS, which torchrun sets to 1 for all.
+                warmed = warm(work, show, lambda: bool(stop.signal), torch.get_num_threads() if alone else 0)
             display.say(str(warmed))
         # Whatever it was: a run needs no kernel early.
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             display.say(f"warning: kernels are compiled when they are first launched, not before ({reason})")
+        except KeyboardInterrupt:
+            display.close()
+            raise
     run.world.wait()
 
 

@@ -88,8 +88,11 @@ class _Progress:
         self.add(done=1, compiled=error is None)
 
     def write(self, values: dict[str, Any]) -> None:
-        """A line."""
-        print(json.dumps(values), file=self._output, flush=True)
+        """A line; where nobody reads it, the process ends."""
+        try:
+            print(json.dumps(values), file=self._output, flush=True)
+        except BrokenPipeError:
+            os._exit(1)
 
 
 def _begin_worker() -> None:
@@ -107,6 +110,8 @@ def _end_with_parent() -> None:
 
 def main() -> None:
     """Entry point of the process."""
+    # Somebody who was started in the background may have had it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Nothing that a library prints may come between.
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
