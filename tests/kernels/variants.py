@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from fp8repro.kernels.listing import Gpu, pretend
 from fp8repro.models.resnet import make_resnet
+from fp8repro.precision import carrier  # noqa: F401 (imported before its names are replaced)
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.injection import inject
 from fp8repro.settings.recipes import load_recipe
