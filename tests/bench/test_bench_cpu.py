@@ -117,7 +117,7 @@ def test_images_are_counted_however_they_are_loaded(tmp_path, monkeypatch, capsy
     record = json.loads((tmp_path / "images.json").read_text())
     assert record["pinned"] is None
     groups = {row["group"]: row["images"] for row in record["rows"]}
-    assert list(groups.values()) == [6, 24, 6, 24]
+    assert list(groups.values()) == [6, 48, 6, 48]
     for row in record["rows"]:
         assert row["images_per_second"] == pytest.approx(row["images"] / row["median_ms"] * 1e3)
     assert "images/s" in capsys.readouterr().out
