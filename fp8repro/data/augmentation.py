@@ -47,7 +47,7 @@ class Geometry:
         return np.asarray(self.steps(Image.fromarray(image) if given else image))
 
     def _shifted(self, pixels: Pixels, margin: int) -> Pixels:
-        """What the steps come to, without images of PIL: these would cost several times as much as decoding."""
+        """What the steps come to, without images of PIL: these cost more than decoding."""
         if margin:
             # Torchvision's draws: the crop's first row and column within the border, then the flip.
             down, right = (margin - int(torch.randint(0, 2 * margin + 1, (1,))) for _ in range(2))

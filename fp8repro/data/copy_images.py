@@ -80,7 +80,7 @@ def copied_images(
         try:
             with _locked(plan.folder):
                 # Another process may have made it meanwhile.
-                _make(plan, _found(plan), workers)
+                _make(plan, _found(plan, say=True), workers)
         except OSError as error:
             raise _unwritable(plan.folder, error) from None
         shards = _found(plan)
@@ -116,8 +116,8 @@ def _source(path: str, root: str) -> Source:
     return path.removeprefix(root), status.st_size, status.st_mtime_ns
 
 
-def _found(plan: Plan) -> list[Shard | None]:
-    """The shards that are there and whole."""
+def _found(plan: Plan, say: bool = False) -> list[Shard | None]:
+    """The shards that are there and whole; `say` why others cannot be used."""
     shards: list[Shard | None] = []
     for path, part in zip(plan.files, plan.paths, strict=True):
         shard = None
@@ -128,8 +128,10 @@ def _found(plan: Plan) -> list[Shard | None]:
         except FileNotFoundError:
             pass
         except (Damaged, OSError) as error:
-            print(f"data.cache: {str(path)!r} is damaged ({error}): it is made again", flush=True)
             shard = None
+            if say:
+                reason = getattr(error, "strerror", None) or error
+                print(f"data.cache: {str(path)!r} cannot be used ({reason}): it is made again", flush=True)
         shards.append(shard)
     return shards
 
@@ -224,7 +226,9 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"data.cache: waiting for another process that makes {str(folder)!r}", flush=True)
+            # Of the processes of a run, one makes the copy, and one speaks.
+            if os.environ.get("RANK", "0") == "0":
+                print(f"data.cache: waiting for another process that makes {str(folder)!r}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
