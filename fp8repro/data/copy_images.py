@@ -239,9 +239,11 @@ def _progress(total: int, done: int) -> Iterator[Any]:
     if sys.stdout.isatty():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        with Progress(TextColumn("images"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        columns = (TextColumn("images"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
+        # Processes are started meanwhile: a thread of the bar's might hold a lock that they inherit.
+        with Progress(*columns, auto_refresh=False) as bar:
             task = bar.add_task("images", total=total, completed=done)
-            yield lambda count: bar.advance(task, count)
+            yield lambda count: bar.update(task, advance=count, refresh=True)
         return
     last = time.monotonic()
 

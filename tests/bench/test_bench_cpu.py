@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fp8repro
-from fp8repro.bench import images, quantize, step
+from fp8repro.bench import data, quantize, step
 from fp8repro.bench.cpu import PINNING, ForeignLoad, interleaved_medians, relaunch_pinned, report, rows
 from fp8repro.engines.cpu import native
 from fp8repro.numerics.reference import round_to_format
@@ -110,11 +110,11 @@ def test_a_measured_step_trains(model):
 def test_images_are_counted_however_they_are_loaded(tmp_path, monkeypatch, capsys):
     # The benchmark has a cache of its own.
     monkeypatch.setenv("FP8REPRO_CACHE", str(tmp_path / "none"))
-    monkeypatch.setattr(images, "PHOTOS", (48, 40, 16, 6, 3))
-    monkeypatch.setattr(images, "SMALL", (16, 16, 16, 6, 3))
-    monkeypatch.setattr(images, "SHORTER_SIDE", 32)
-    assert images.main(["--repeats", "1", "--workers", "1", "--out", str(tmp_path)]) == 0
-    record = json.loads((tmp_path / "images.json").read_text())
+    monkeypatch.setattr(data, "PHOTOS", (48, 40, 16, 6, 3))
+    monkeypatch.setattr(data, "SMALL", (16, 16, 16, 6, 3))
+    monkeypatch.setattr(data, "SHORTER_SIDE", 32)
+    assert data.main(["--repeats", "1", "--workers", "1", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "data.json").read_text())
     assert record["pinned"] is None
     groups = {row["group"]: row["images"] for row in record["rows"]}
     assert list(groups.values()) == [6, 48, 6, 48]

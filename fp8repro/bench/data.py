@@ -1,6 +1,6 @@
-"""`fp8repro bench images`: images a second from files and from their decoded copy, through the loader that trains.
+"""`fp8repro bench data`: images a second from files and from their decoded copy, through the loader that trains.
 
-Writes results/cpu/images.json and .md. Ends where a batch can go to its device. Times are those of cores, in this
+Writes results/cpu/data.json and .md. Ends where a batch can go to its device. Times are those of cores, in this
 process and in the workers, so a rate is that of one core; starting the workers counts.
 """
 
@@ -90,7 +90,7 @@ def measured_rows(root: Path, photos: tuple[int, int, int, int, int], workers: i
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; gives the exit code."""
-    parser = argparse.ArgumentParser(prog="fp8repro bench images", description=__doc__)
+    parser = argparse.ArgumentParser(prog="fp8repro bench data", description=__doc__)
     parser.add_argument("--repeats", type=int, default=15, help="measured calls of each")
     parser.add_argument("--workers", type=int, default=2, help="processes of the second measurement")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the results")
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for workers in (0, options.workers):
                 repeats = max(1, options.repeats // 3) if workers else options.repeats
                 measured += measured_rows(Path(root), photos, workers, repeats)
-    report("Images a second of a core", measured, foreign.cores, "images", options.out, unit="images", pinned=False)
+    report("Images a second of a core", measured, foreign.cores, "data", options.out, unit="images", pinned=False)
     return 0
 
 
