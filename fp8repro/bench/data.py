@@ -98,13 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     keep_freed_memory()
     measured: list[Row] = []
+    few = max(1, options.repeats // 3)
     with tempfile.TemporaryDirectory() as root, ForeignLoad() as foreign:
         os.environ["FP8REPRO_CACHE"] = str(Path(root) / "cache")
         for photos in (PHOTOS, SMALL):
             for workers in (0, options.workers):
-                repeats = max(1, options.repeats // 3) if workers else options.repeats
-                measured += measured_rows(Path(root), photos, workers, repeats)
-    report("Images a second of a core", measured, foreign.cores, "data", options.out, unit="images", pinned=False)
+                measured += measured_rows(Path(root), photos, workers, few if workers else options.repeats)
+    title = f"Images a second of a core ({options.repeats} calls of each, {few} with workers)"
+    report(title, measured, foreign.cores, "data", options.out, unit="images", pinned=False)
     return 0
 
 

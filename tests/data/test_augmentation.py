@@ -94,3 +94,11 @@ def test_normalization_is_torchvisions_in_every_order(order):
     before = values.clone()
     assert torch.equal(Normalization(MEAN, STD)(values), T.Normalize(MEAN, STD)(values))
     assert torch.equal(values, before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU")
+def test_normalization_gives_the_same_bits_on_a_gpu():
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(2, 3, 6, 1).contiguous(memory_format=torch.channels_last)
+    normalization = Normalization(MEAN, STD)
+    for images in (pixels, pixels.float() / 256):
+        assert torch.equal(normalization(images.cuda()).cpu(), normalization(images))
