@@ -222,11 +222,14 @@ def _tma_cases(generation: str, promoted: int, plain: dict[str, Any]) -> Iterato
 
 
 def _update_cases(capability: tuple[int, int]) -> Iterator[Case]:
-    pointers = {"table": "*i64", "chunks": "*i64", "control_ptr": "*fp64"}
-    numbers = updates.Numbers(*["fp32"] * len(updates.Numbers._fields))
-    types = {**pointers, "inverse_scale": "fp32", "numbers": numbers, "seed0": "i32", "seed1": "i32"}
-    constants: dict[str, Any] = {"NESTEROV": False, "HAS_MOMENTUM": True, "FIRST": False, "MASTER_TYPE": tl.float16}
-    constants |= {"MASTER_ENCODING": codec.encoding(Rounding(FP16, "stochastic"), capability)}
+    table = {"table": "*i64", "chunks": "*i64", "terms_ptr": "*fp64"}
+    types = {**table, "control_ptr": "*fp64", "numbers_ptr": "*fp64", "seed0": "i32", "seed1": "i32"}
+    types |= {"master_streams": "*i64"}
+    constants: dict[str, Any] = {"weight_streams": None, "NESTEROV": False, "HAS_MOMENTUM": True}
+    constants |= {
+        "MASTER_TYPE": tl.float16,
+        "MASTER_ENCODING": codec.encoding(Rounding(FP16, "stochastic"), capability),
+    }
     constants |= {"WEIGHT_ENCODING": codec.encoding(Rounding(E5M2), capability)}
     constants |= {"HAS_UPDATED": True, "ALIGNED": True, "BLOCK": update.BLOCK}
     for rule, name in enumerate(("sgd", "adam", "adamw")):
@@ -234,9 +237,18 @@ def _update_cases(capability: tuple[int, int]) -> Iterator[Case]:
             specific = {"RULE": rule, "PERMUTED": permuted}
             layout = " permuted" if permuted else ""
             yield Case(f"update {name}{layout}", updates.update, types, constants | specific, group="update")
-    types = {"table": "*i64", "chunks": "*i64", "partial_ptr": "*fp64", "inverse_scale": "fp32"}
+    constants |= {"WEIGHT_ENCODING": None, "HAS_UPDATED": False, "RULE": 0, "PERMUTED": False}
+    for name, kind in (("FP16", tl.float16), ("FP32", tl.float32)):
+        # As a run launches it.
+        yield Case(
+            f"update sgd, {name} alone", updates.update, types, constants | {"MASTER_TYPE": kind}, group="update"
+        )
     constants = {"ALIGNED": True, "BLOCK": update.BLOCK}
+    types = {**table, "partial_ptr": "*fp64"}
     yield Case("gradient norms", updates.gradient_norms, types, constants, group="update")
+    types = {"partial_ptr": "*fp64", "count": "i32", "terms_ptr": "*fp64", "control_ptr": "*fp64"}
+    constants = {"BLOCK": update.SUMS}
+    yield Case("gradient control", updates.gradient_control, types, constants, update.SUM_WARPS, group="update")
 
 
 def _norm_cases(capability: tuple[int, int]) -> Iterator[Case]:
