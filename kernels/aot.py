@@ -29,6 +29,8 @@ from fp8repro.kernels.norm import launch as norms
 from fp8repro.kernels.optimizer import device as updates
 from fp8repro.kernels.optimizer import launch as update
 from fp8repro.kernels.quantize import device as rounding
+from fp8repro.kernels.quantize import device_grouped as group_rounding
+from fp8repro.kernels.quantize import grouped
 from fp8repro.kernels.quantize import launch as quantize
 from fp8repro.kernels.shared import codec, configs
 from fp8repro.kernels.shared.launch import INTERPRETED
@@ -105,6 +107,24 @@ def _quantize_cases(capability: tuple[int, int]) -> Iterator[Case]:
     for mode in ("nearest", "stochastic"):
         name, constants = f"quantize + transpose e5m2 {mode}", {**options(E5M2, mode), **tile}
         yield Case(name, rounding.round_transpose, types, constants, aligned=aligned, values=rows * width)
+
+
+def _grouped_cases(capability: tuple[int, int]) -> Iterator[Case]:
+    """Weights as a step rounds them: FP16 masters, addresses and streams in device memory."""
+    types = {"table": "*i64", "seed0": "i32", "seed1": "i32"}
+    for mode in ("nearest", "stochastic"):
+        constants = {"X_TYPE": tl.float16, "ENCODING": codec.encoding(Rounding(E5M2, mode), capability)}
+        constants["ALIGNED"] = True
+        flat = {**constants, "CODE_TYPE": tl.uint8, "WHOLE": True, "BLOCK": grouped.BLOCK}
+        for permuted in (False, True)[: 1 + (mode == "stochastic")]:
+            name, options = f"quantize grouped e5m2 {mode}", {**flat, "PERMUTED": permuted}
+            name += ", permuted" if permuted else ""
+            chunks = {**types, "chunks": "*i64"}
+            yield Case(name, group_rounding.round_group, chunks, options, values=grouped.BLOCK)
+        rows, width = grouped.TILE
+        tile = {**constants, "WHOLE_GROUPS": True, "PACKED": 4, "TILE_ROWS": rows, "TILE_COLUMNS": width}
+        name, kernel = f"quantize grouped + transpose e5m2 {mode}", group_rounding.round_group_transposed
+        yield Case(name, kernel, {**types, "tiles": "*i64"}, tile, values=rows * width)
 
 
 def _integers(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
@@ -284,6 +304,7 @@ def cases(capability: int) -> Iterator[Case]:
     """Every kernel, in the configurations that training launches."""
     version = (capability // 10, capability % 10)
     yield from _quantize_cases(version)
+    yield from _grouped_cases(version)
     yield from _product_cases(version)
     yield from _update_cases(version)
     yield from _norm_cases(version)

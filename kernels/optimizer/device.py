@@ -143,6 +143,7 @@ def update(
             value -= lr * gradient
         else:
             beta2 = _fp32(numbers_ptr, BETA2)
+            eps = _fp32(numbers_ptr, EPS)
             correction1 = _fp32(numbers_ptr, CORRECTION1)
             correction2 = _fp32(numbers_ptr, CORRECTION2)
             state1_ptr = tensor_at(row, STATE1, tl.float32, ALIGNED) + offset
@@ -151,7 +152,7 @@ def update(
             square = beta2 * tl.load(state1_ptr, mask=mask, other=0.0) + (1 - beta2) * gradient * gradient
             tl.store(state0_ptr, mean, mask=mask)
             tl.store(state1_ptr, square, mask=mask)
-            value -= lr / correction1 * mean / (tl.sqrt(square) / tl.sqrt(correction2) + _fp32(numbers_ptr, EPS))
+            value -= lr / correction1 * mean / (tl.sqrt(square) / tl.sqrt(correction2) + eps)
 
         if HAS_UPDATED:
             tl.store(tensor_at(row, UPDATED, tl.float32, ALIGNED) + offset, value, mask=mask)
