@@ -14,6 +14,7 @@ import fp8repro
 from fp8repro.errors import UserError
 from fp8repro.numerics.reference import BITS_VERSION
 from fp8repro.precision.context import StepContext
+from fp8repro.precision.grouped_weights import GroupedWeights
 from fp8repro.precision.injection import InjectionReport, inject
 from fp8repro.precision.loss_scaling import LossScaler, make_scaler
 from fp8repro.precision.master import MasterWeights
@@ -68,6 +69,7 @@ class Run:
     scaler: LossScaler
     statistics: NormalizationStatistics
     replays: Replays
+    weights: GroupedWeights
     steps_per_epoch: int
     total_steps: int
     step: int = 0
@@ -157,9 +159,8 @@ def build(config: RunConfig, world: World) -> Run:
     scaler = make_scaler(config.loss_scaling, total_steps, config.trainer.epochs)
     statistics = NormalizationStatistics(model)
     replays = Replays(config.graphs, config.precision, world, task, model)
-    return Run(
-        config, world, task, model, context, report, masters, scaler, statistics, replays, steps_per_epoch, total_steps
-    )  # fmt: skip
+    parts = (config, world, task, model, context, report, masters, scaler, statistics, replays, GroupedWeights(model))
+    return Run(*parts, steps_per_epoch, total_steps)
 
 
 def resume(run: Run, record: RunFolder, display: Display) -> None:

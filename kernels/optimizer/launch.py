@@ -32,6 +32,7 @@ from fp8repro.numerics.streams import signed64
 BLOCK = (1 << 15) if INTERPRETED else 1024
 # Partial sums that one program adds at a time.
 SUMS, SUM_WARPS = 4096, 16
+TERMS, NUMBERS = updates.TERMS, updates.NUMBERS
 RULES = {"sgd": 0, "adam": 1, "adamw": 2}
 MASTER_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16}
 
@@ -138,7 +139,7 @@ def groups_of(parameters: Sequence[Parameter], rule: Rule, weight: Rounding) -> 
     for p in parameters:
         if p.master.numel():
             outputs = (p.weight is not None, p.updated is not None)
-            key = (p.master.device, p.master.dtype, outputs, p.order, _matrix(p)[0] > 0)
+            key = (p.master.device, p.master.dtype, outputs, _matrix(p)[0] > 0)
             groups.setdefault(key, []).append(p)
     return list(groups.values())
 
@@ -257,7 +258,7 @@ def update(
             spell(weight),
             scale,
             signed64(seed),
-            members[0].order,
+            [p.order == "channels_last" for p in members],
         )
 
 
@@ -278,7 +279,7 @@ def update_group(
     weight_rounding: str,
     scale: float,
     seed: int,
-    order: str = "row_major",
+    channels_last: list[bool],
 ) -> None:
     """One launch of `update`, for parameters of the same dtypes and kind of layout. No fake: it makes no tensor.
 
@@ -291,7 +292,7 @@ def update_group(
         rule: sgd, adam or adamw.
         numbers: learning rate, momentum or first beta, second beta, epsilon, weight decay.
         nesterov, step, scale, seed: as in `update`; the seed is signed.
-        order: how elements are counted for their random bits.
+        channels_last: whether the elements of a parameter are counted so for their random bits, else row-major.
         master_rounding, weight_rounding: as `guards.spell` gives them.
     """
     count = len(masters)
@@ -305,7 +306,7 @@ def update_group(
             weights[i] if weights else None,
             streams[2 * i + 1],
             updated[i] if updated else None,
-            order=order,
+            order="channels_last" if channels_last[i] else "row_major",
         )
         for i in range(count)
     ]
@@ -336,7 +337,7 @@ def _update(
         last = first + len(group.members)
         weight_streams = streams[count + first : count + last] if weight.is_stochastic else None
         both = (streams[first:last], weight_streams)
-        group.update(rule, memory[updates.TERMS :], memory, control, both, master, weight, seed)
+        group.update(rule, memory[TERMS:], memory, control, both, master, weight, seed)
         first = last
 
 

@@ -130,7 +130,8 @@ def group(rule):
     roundings = (spell(Rounding(FP16, "stochastic")), spell(FP8))
     control = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64, device=DEVICE)
     streams = [1, 2, 3, 4, -5, 6]
-    return grads, masters, states, [], [], control, streams, rule.name, numbers, rule.nesterov, 2, *roundings, 8.0, -7
+    rest = (rule.name, numbers, rule.nesterov, 2, *roundings, 8.0, -7, [False, True, False])
+    return grads, masters, states, [], [], control, streams, *rest
 
 
 def test_operators_hold_what_torch_asks_of_them():
