@@ -25,7 +25,7 @@ COLUMNS = tl.constexpr(9)
 
 # What the loss scale and the clipping are, FP64 in device memory.
 INVERSE_SCALE = tl.constexpr(0)
-CLIP_NORM = tl.constexpr(1)  # infinity: none
+CLIP_NORM = tl.constexpr(1)  # the largest number: none
 TERMS = 2
 # An optimizer's numbers at a step, FP64 in device memory, as torch names them. Momentum is SGD's, or the first beta;
 # the corrections are 1 - beta^step, for either beta; at the first step SGD's momentum begins.
@@ -81,7 +81,8 @@ def gradient_control(partial_ptr, count, terms_ptr, control_ptr, BLOCK: tl.const
         bad += tl.load(partial_ptr + 2 * (first + local) + 1, mask=mask, other=0.0)
     norm = tl.sqrt(tl.sum(squares))
     tl.store(control_ptr + BAD, tl.sum(bad))
-    tl.store(control_ptr + FACTOR, tl.minimum(tl.load(terms_ptr + CLIP_NORM) / (norm + 1e-6), 1.0))
+    clip_norm = tl.load(terms_ptr + CLIP_NORM)
+    tl.store(control_ptr + FACTOR, clip_norm / tl.maximum(clip_norm, norm + 1e-6))
     tl.store(control_ptr + NORM, norm)
 
 

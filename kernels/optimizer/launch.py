@@ -8,7 +8,7 @@ operators, so that compiled graphs and the profiler know it by name.
 
 from __future__ import annotations
 
-import math
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ MASTER_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16}
 
 def terms_of(scale: float, clip_norm: float | None) -> list[float]:
     """Loss scale and clipping as `Check` and `Group` find them in device memory (FP64)."""
-    return [1 / scale, math.inf if clip_norm is None else clip_norm]
+    return [1 / scale, sys.float_info.max if clip_norm is None else min(clip_norm, sys.float_info.max)]
 
 
 def numbers_of(rule: Rule, step: int) -> list[float]:
