@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from distributed_worker import fp8_config, synchronized_config, without_dropout
 from torch import nn
-from training_tools import rows
+from training_tools import rows, write_images
 
 import fp8repro.training.tasks.classification
 from fp8repro.errors import UserError
@@ -92,6 +92,26 @@ def test_a_signal_to_one_rank_ends_the_evaluation_of_all(fp8_run):
     # So short a run is told that it guesses.
     assert [(row["what"], row["step"]) for row in rows(stopped, "event")] == [("resume", 3), ("guessing", 3)]
     assert [row["step"] for row in rows(stopped, "eval")] == [3]
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="stands in for the graph that a GPU has")
+def test_processes_that_replay_their_steps_are_those_that_do_not(tmp_path):
+    write_images(tmp_path / "images", count=14, size=8)
+    torchrun(tmp_path / "run", "graphed")
+    replayed, eager = tmp_path / "run-auto", tmp_path / "run-off"
+    for given, expected in zip(ranks(replayed), ranks(eager), strict=True):
+        assert given["scales"] == expected["scales"]
+        assert {applied for _, applied in given["scales"]} == {True, False}
+        for name, value in expected["model"].items():
+            assert given["model"][name].numpy().tobytes() == value.numpy().tobytes(), name
+    a, b = ranks(replayed)
+    for name, value in a["model"].items():
+        assert value.numpy().tobytes() == b["model"][name].numpy().tobytes(), name
+    # On either rank, with gradients that were summed in the graphs' memory.
+    assert all(given["updates"] and all(given["updates"]) for given in (a, b))
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (replayed, eager)]
+    assert [summary["graphs"] for summary in summaries] == ["replayed for batches of 2", "graphs=off"]
+    assert summaries[0]["best"] == summaries[1]["best"]
 
 
 def test_another_number_of_processes_is_refused(fp8_run, monkeypatch):
