@@ -88,7 +88,7 @@ def prepare(jobs: Sequence[Job], seed: int) -> list[Launch]:
 def _kind(job: Job) -> Any:
     """What all tensors of a launch have in common."""
     flat = job.transposed is None
-    layout: Any = (_permuted(job), _whole(job.x)) if flat else (_whole_groups(job.x), _packed(job.x))
+    layout: Any = (_permuted(job), _whole(job.x)) if flat else (_whole_groups(job.x), _packed(job))
     return job.x.device, job.x.dtype, job.how, flat, layout
 
 
@@ -110,9 +110,10 @@ def _whole_groups(x: Tensor) -> bool:
     return x.shape[1] % PER_CALL == 0
 
 
-def _packed(x: Tensor) -> int:
+def _packed(job: Job) -> int:
     """Rows whose codes are stored as one 32-bit integer; codes of 8 bits."""
-    return 4 if x.shape[0] % 4 == 0 else 1
+    assert job.transposed is not None
+    return 4 if job.x.shape[0] % 4 == 0 and address(job.transposed) % 4 == 0 else 1
 
 
 def _table(members: Sequence[Job], matrices: Sequence[tuple[int, int]]) -> tuple[Tensor, bool]:
@@ -150,7 +151,7 @@ def _tiled(members: Sequence[Job], seed: int) -> Launch:
     options = {
         **_types(first),
         "WHOLE_GROUPS": _whole_groups(first.x),
-        "PACKED": _packed(first.x),
+        "PACKED": _packed(first),
         "ALIGNED": aligned,
         "TILE_ROWS": TILE[0],
         "TILE_COLUMNS": TILE[1],

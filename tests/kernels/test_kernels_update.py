@@ -12,6 +12,7 @@ from fp8repro.engines.guards import spell
 from fp8repro.kernels.optimizer import launch as engine
 from fp8repro.kernels.optimizer.launch import gradient_control, update
 from fp8repro.kernels.shared.launch import INTERPRETED, counted_launches
+from fp8repro.kernels.shared.tables import table_of
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import E5M2, FP16
 from fp8repro.numerics.rounding import ORDERS, RandomBits, Rounding
@@ -120,6 +121,21 @@ def test_launches_do_not_grow_with_the_number_of_tensors():
         update(parameters, Rule("sgd", 1.0, 0.0), 1, EXACT, FP8, gradient_control(parameters))
     assert launches == {"update": 1, "gradient_norms": 1, "gradient_control": 1}
     assert all((p.master == -1).all() for p in parameters)
+
+
+def test_tables_of_addresses_are_made_once_for_the_same_tensors():
+    masters, grads = tensors(), tensors(seed=1)
+    parameters = [Parameter(m, g, (torch.zeros_like(m),)) for m, g in zip(masters, grads, strict=True)]
+    made = []
+    for step in (1, 2, 3):
+        before = table_of.cache_info().misses
+        update(parameters, RULES["sgd"], step, EXACT, FP8, gradient_control(parameters), seed=step)
+        made.append(table_of.cache_info().misses - before)
+    assert made[0] > 0
+    assert made[1:] == [0, 0]
+    grads[0] = grads[0].clone()
+    gradient_control([replace(parameters[0], grad=grads[0])])
+    assert table_of.cache_info().misses > before
 
 
 def group(rule):

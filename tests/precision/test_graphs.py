@@ -57,6 +57,18 @@ def test_refreshed_slots_are_the_eager_streams_of_any_step(moment):
         assert [low | high << 32 for low, high in words] == [context.stream(*operand) for operand in operands]
 
 
+def test_a_span_of_slots_is_one_tensor_of_streams():
+    slots = StreamTable(DEVICE, capacity=5)
+    first = slots.slot(("a", 0, "x", "error"))
+    names = [(f"w{i}", 0, "master", "master") for i in range(3)]
+    span = slots.span(names)
+    slots.refresh(lambda name, *_: 2**64 - 1 if name == "a" else 2**40 + int(name[1:]))
+    assert span.tolist() == [2**40, 2**40 + 1, 2**40 + 2]
+    assert [int(word) for word in first.words()] == [-1, -1]
+    with pytest.raises(ValueError, match=r"^names: got .*'w1'.*, which has a slot, expected operands without one"):
+        slots.span([("new", 0, "master", "master"), names[1]])
+
+
 @pytest.mark.parametrize("layout", ["flat", "columns", "strided"])
 def test_a_kernel_draws_the_same_bits_from_memory_as_by_value(layout):
     x = draw(4, 12, 6, 7).to(DEVICE)

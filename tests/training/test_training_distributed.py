@@ -15,6 +15,8 @@ from training_tools import rows, write_images
 
 import fp8repro.training.tasks.classification
 from fp8repro.errors import UserError
+from fp8repro.precision.graphs import why_not_graphed
+from fp8repro.precision.injection import inject
 from fp8repro.training import train
 from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint
 from fp8repro.training.distributed import World, join_world
@@ -180,6 +182,18 @@ def test_one_process_is_a_world_whatever_slurm_says(environment, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert join_world("cpu") == World()
+
+
+def test_a_model_that_sums_its_own_gradients_is_not_graphed(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        inject(model, "fp8", backend="triton")
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        expected = "the model: DistributedDataParallel sums gradients inside the backward pass"
+        assert why_not_graphed(wrapped) == expected
+    finally:
+        dist.destroy_process_group()
 
 
 def test_synchronized_normalization_keeps_no_copy_in_fp64_for_backward(tmp_path):
