@@ -165,15 +165,22 @@ def group_members(
     return groups
 
 
+def in_place(p: nn.Parameter) -> Tensor | None:
+    """The gradient as the engine reads it, in its own memory; None where that is laid out otherwise than the master."""
+    assert p.grad is not None
+    grad = p.grad.detach()
+    sizes_and_steps = zip(grad.shape, grad.stride(), p.data.stride(), strict=True)
+    if grad.is_neg() or any(own != other for size, own, other in sizes_and_steps if size > 1):
+        return None
+    # The steps of dimensions of one element are anybody's.
+    return grad if grad.stride() == p.data.stride() else grad.as_strided(p.data.shape, p.data.stride())
+
+
 def _like_master(p: nn.Parameter) -> Tensor:
     """The gradient in the master's memory layout."""
+    grad = in_place(p)
     assert p.grad is not None
-    grad = p.grad.detach().resolve_neg()
-    sizes_and_steps = zip(grad.shape, grad.stride(), p.data.stride(), strict=True)
-    if all(own == other for size, own, other in sizes_and_steps if size > 1):
-        # The steps of dimensions of one element are anybody's.
-        return grad if grad.stride() == p.data.stride() else grad.as_strided(p.data.shape, p.data.stride())
-    return torch.empty_like(p.data, dtype=grad.dtype).copy_(grad)
+    return torch.empty_like(p.data, dtype=p.grad.dtype).copy_(p.grad.detach()) if grad is None else grad
 
 
 def state_names(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from fp8repro.precision.fused_step import (
     Member,
     count_step,
     group_members,
+    in_place,
     next_steps,
     rule_of,
     state_names,
@@ -238,6 +239,12 @@ class GraphedUpdate:
         groups = group_members(self._optimizer, moving, masters.orders)
         self._members = [member for _, members in groups for member in members]
         self._gradients = [member.parameter.grad for member in self._members]
+        # Of gradients that lie otherwise than their masters.
+        self._copies = [
+            (member.made.grad, gradient)
+            for member, gradient in zip(self._members, self._gradients, strict=True)
+            if gradient is not None and in_place(member.parameter) is None
+        ]
         self._check = kernels.prepare_check([member.made.grad for member in self._members])
         device = self._check.table.device
         self.streams = StreamTable(device, capacity=len(self._members))
@@ -312,10 +319,8 @@ class GraphedUpdate:
 
     def _launch(self) -> None:
         """What a replay repeats on the device alone."""
-        for member, gradient in zip(self._members, self._gradients, strict=True):
-            # Where it lies in another order than the master.
-            if gradient is not None and gradient.data_ptr() != member.made.grad.data_ptr():
-                member.made.grad.copy_(gradient)
+        for copy, gradient in self._copies:
+            copy.copy_(gradient)
         self._check.run(self._terms)
         what = (self._master, IDENTITY, self._context.seed)
         for (*_, rule, placed), numbers in zip(self._parts, self._numbers, strict=True):
