@@ -52,6 +52,7 @@ class Run:
 
     Attributes:
         config: its learning rate settled.
+        weights: rounds the model's weights for eager passes on a GPU; replayed ones round their own.
         step: updates so far, skipped ones counted.
         seconds: spent in the loop, by former processes too.
         results: plain values that a checkpoint keeps: last evaluation, its step, the best one; rollbacks; last logged
