@@ -30,4 +30,4 @@ def test_weights_and_update_of_resnet50_take_few_launches(parts):
 
 def test_launches_of_a_step_of_resnet50(parts):
     launches = sum(sum(kind.values()) for part in parts.values() for kind in part.values())
-    assert 300 < launches <= 815
+    assert 300 < launches <= 645
