@@ -91,8 +91,14 @@ class _Driver:
         return 0
 
 
-def pretend(gpu: Gpu, found: Callable[[Kernel], None]) -> None:
+def pretend(
+    gpu: Gpu,
+    found: Callable[[Kernel], None],
+    launched: Callable[[str, tuple[Any, ...]], None] = lambda name, arguments: None,
+) -> None:
     """Send meta tensors to the kernels as if they lay on the GPU, and give each kernel once, when it is first launched.
+
+    `launched` gets the name of the kernel and its arguments at each launch.
 
     Holds until the process ends, and for all modules that are imported: call it in a process that does nothing else.
     """
@@ -111,6 +117,7 @@ def pretend(gpu: Gpu, found: Callable[[Kernel], None]) -> None:
 
     def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
         if 0 not in grid:
+            launched(kernel.fn.__name__, arguments)
             kernel.run(*arguments, grid=grid, warmup=True, **options)
 
     triton.runtime.driver.set_active(_Driver(gpu.number))

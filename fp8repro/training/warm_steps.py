@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context, parent_process
 from typing import IO, Any
 
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from fp8repro.kernels.listing import Gpu, HostReadsZeros, Kernel, pretend
-from fp8repro.numerics.streams import StreamTable
+from fp8repro.precision import graphs, grouped_weights
 from fp8repro.precision.context import StepContext
+from fp8repro.precision.graphs import GraphedStep
+from fp8repro.precision.grouped_weights import GroupedWeights
 from fp8repro.precision.injection import inject
 from fp8repro.precision.master import MasterWeights
 from fp8repro.precision.telemetry import Telemetry
@@ -38,29 +41,44 @@ def take_steps(work: Work) -> None:
     masters = MasterWeights(model, make_optimizer(model, config.optimizer), config.precision, context, narrow=True)
     model.train()
     with HostReadsZeros():
+        weights = GroupedWeights(model)
         for step, arguments in enumerate([*work.examples.training[:1], *work.examples.training]):
             # The first one is measured, where any is, and begins the optimizer's state.
             context.telemetry.active = step == 0 and config.trainer.telemetry_every > 0
             context.begin(step)
             with context.fixed_weights():
-                _backward(model, arguments)
+                weights.round()
+                loss, _ = _loss(model, *arguments)
+                loss.backward()
             if step < 2:
                 masters.step(1.0, config.trainer.clip_norm)
         if work.replayed:
-            for arguments in work.examples.training[:MOST_SHAPES]:
-                context.begin(context.step)
-                with context.streams_in_memory(StreamTable(torch.device("meta"))), context.fixed_weights():
-                    _backward(model, arguments)
+            for step, arguments in enumerate(work.examples.training[:MOST_SHAPES]):
+                context.begin(step)
+                masters.optimizer.zero_grad()
+                graphed = GraphedStep(model, partial(_loss, model), arguments)
+                graphed(arguments)
+                if step == 0:
+                    graphed.step(masters, 1.0, config.trainer.clip_norm)
         model.eval()
         with torch.no_grad():
             for arguments in work.examples.evaluation:
                 model(*arguments)
 
 
-def _backward(model: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-    """A forward and a backward pass; the loss launches none of our kernels."""
-    output = model(*arguments)
-    output.backward(torch.empty_like(output))
+def _loss(model: nn.Module, *arguments: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """A loss that launches none of our kernels, as the run's own; its gradient is a tensor of its own."""
+    return model(*arguments).square().sum(), {}
+
+
+def pretend_to_capture() -> None:
+    """Let steps on the meta device do what they do on a GPU: replay, and round their weights together.
+
+    As lasting as `kernels.listing.pretend`.
+    """
+    graphs.capture = lambda run, device, pool=None: run
+    graphs.why_not_graphed = lambda model: None
+    grouped_weights.reachable = lambda weight: True
 
 
 class _Progress:
@@ -130,6 +148,7 @@ def main() -> None:
 
     try:
         pretend(Gpu(work.capability, work.processors), found)
+        pretend_to_capture()
         take_steps(work)
         pool.shutdown()
     except BaseException as error:

@@ -131,7 +131,10 @@ def implicit_gemm_tma(
         store_rounded(y_ptr + place, y, place, groups, mask, words, ENCODING)
 
 
-@triton.jit(do_not_specialize=["inverse_scale"])
+GRADIENT_POSITIONS = ["grid_h", "grid_w", "first_h", "first_w", "taps_h", "taps_w", "apart_h", "apart_w"]
+
+
+@triton.jit(do_not_specialize=[*GRADIENT_POSITIONS, "chunk", "inverse_scale"])
 def wgrad_tma(
     error_desc,
     x_desc,
@@ -140,7 +143,14 @@ def wgrad_tma(
     chunk,
     channels,
     outputs,
-    positions,
+    grid_h,
+    grid_w,
+    first_h,
+    first_w,
+    taps_h,
+    taps_w,
+    apart_h,
+    apart_w,
     inverse_scale,
     ACCUMULATE: tl.constexpr,
     STEP: tl.constexpr,
@@ -152,24 +162,22 @@ def wgrad_tma(
 ):
     """partial[split, outputs, height, width, channels] sums `chunk` boxes of output pixels; a program does one tile.
 
-    error_desc is of [batch, grid_h, grid_w, outputs]; `positions`: see `wgrad`.
+    error_desc is of [batch, grid_h, grid_w, outputs]. Of `Positions` come those that `wgrad` reads, one by one, as in
+    `implicit_gemm_tma`.
     """
-    at = positions
-    height = at.taps_h
-    width = at.taps_w
     BK: tl.constexpr = IMAGES * ROWS * COLUMNS
-    across = tl.cdiv(at.grid_w, COLUMNS)
-    down = tl.cdiv(at.grid_h, ROWS)
+    across = tl.cdiv(grid_w, COLUMNS)
+    down = tl.cdiv(grid_h, ROWS)
     boxes = tl.cdiv(batch, IMAGES) * down * across
     tiles_m = tl.cdiv(outputs, BM)
     blocks = tl.cdiv(channels, BN)
     work = tl.program_id(0)
     m0 = work % tiles_m * BM
     channel0 = work // tiles_m % blocks * BN
-    tap = work // tiles_m // blocks % (height * width)
-    split = work // tiles_m // blocks // (height * width)
-    away_h = tap // width * at.apart_h + at.first_h
-    away_w = tap % width * at.apart_w + at.first_w
+    tap = work // tiles_m // blocks % (taps_h * taps_w)
+    split = work // tiles_m // blocks // (taps_h * taps_w)
+    away_h = tap // taps_w * apart_h + first_h
+    away_w = tap % taps_w * apart_w + first_w
     accumulator = tl.zeros((BM, BN), dtype=tl.float32)
     for box in range(split * chunk, tl.minimum(split * chunk + chunk, boxes)):
         column = box % across * COLUMNS
@@ -180,5 +188,5 @@ def wgrad_tma(
         accumulator = multiply_add(error.T, x, accumulator, ACCUMULATE)
     m = m0 + tl.arange(0, BM)
     n = channel0 + tl.arange(0, BN)
-    place = ((split.to(tl.int64) * outputs + m[:, None]) * (height * width) + tap) * channels + n[None, :]
+    place = ((split.to(tl.int64) * outputs + m[:, None]) * (taps_h * taps_w) + tap) * channels + n[None, :]
     tl.store(partial_ptr + place, accumulator * inverse_scale, mask=(m < outputs)[:, None] & (n < channels)[None, :])

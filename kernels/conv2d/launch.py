@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fp8repro.engines.products import Conv2dGeometry
 from fp8repro.kernels.conv2d.device import Axis, Positions, implicit_gemm, sum_splits, wgrad
-from fp8repro.kernels.conv2d.device_tma import FARTHEST, implicit_gemm_tma, wgrad_tma
+from fp8repro.kernels.conv2d.device_tma import FARTHEST, GRADIENT_POSITIONS, implicit_gemm_tma, wgrad_tma
 from fp8repro.kernels.matmul.launch import (
     Epilogue,
     accumulation_of,
@@ -412,6 +412,7 @@ def _wgrad_tma(
         splits = max(1, min(cdiv(programs, tiles), boxes // 8))
     chunk = cdiv(boxes, splits)
     splits = cdiv(boxes, chunk)
+    positions = Positions.of(*axes)
     partial = torch.empty((splits, outputs, height, width, channels), dtype=torch.float32, device=errors.device)
     launch(
         wgrad_tma,
@@ -421,7 +422,7 @@ def _wgrad_tma(
         describe(source, (images, rows, 1, columns, tile.n)),
         partial,
         *(batch, chunk, channels, outputs),
-        Positions.of(*axes),
+        *(getattr(positions, name) for name in GRADIENT_POSITIONS),
         inverse_scale,
         ACCUMULATE=accumulation_of(errors, "fp16_mma"),
         STEP=axes[0].step,

@@ -17,7 +17,7 @@ from triton.compiler.compiler import get_cache_invalidating_env_vars, make_backe
 from triton.runtime.cache import get_cache_key
 
 from fp8repro.kernels.listing import Gpu, pretend
-from fp8repro.training.warm_steps import take_steps
+from fp8repro.training.warm_steps import pretend_to_capture, take_steps
 
 
 def hits(work):
@@ -25,6 +25,7 @@ def hits(work):
     triton.knobs.compilation.listener = lambda src, cache_hit, **_: found.append((src.name, cache_hit))
     pretend(Gpu(work.capability, work.processors), lambda kernel: None)
     triton.compiler.compile = compiler
+    pretend_to_capture()
     take_steps(work)
     return found
 
@@ -43,6 +44,7 @@ def keys(work):
         return object()
 
     triton.compiler.compile = compile
+    pretend_to_capture()
     take_steps(work)
     return found
 

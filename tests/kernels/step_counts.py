@@ -1,0 +1,127 @@
+"""Counts what a training step of a ResNet takes on an H100, as a run replays it; no GPU takes part.
+
+    env -u TRITON_INTERPRET python tests/kernels/step_counts.py resnet50 fp8
+
+The step runs on the meta device. Prints as JSON: the kernels that Triton compiles for it ("variants"), launches and
+bytes of Triton's kernels and of torch's operators in each part of the step, and the bytes of activations that are saved
+for the backward pass, in the recipe and in BF16.
+"""
+
+import json
+import sys
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fp8repro.kernels.listing import Gpu, HostReadsZeros, pretend
+from fp8repro.models.resnet import make_resnet
+from fp8repro.precision.context import StepContext
+from fp8repro.precision.graphs import GraphedStep
+from fp8repro.precision.injection import inject
+from fp8repro.precision.master import MasterWeights
+from fp8repro.settings.recipes import load_recipe
+from fp8repro.training import warm_steps
+
+BATCH, SIDE, CLASSES = 256, 224, 1000
+# Operators that start nothing on a device.
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "is_same_size"}
+
+
+def size(t):
+    """Bytes of a tensor."""
+    return t.numel() * t.element_size()
+
+
+class Operators(TorchDispatchMode):
+    """Counts torch's operators that launch a kernel or a copy, and the bytes that they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches, self.bytes = Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        name = function.overloadpacket.__name__
+        if not function.is_view and name not in FREE:
+            self.launches[name] += 1
+            tensors = [t for t in tree_leaves((arguments, options, result)) if isinstance(t, torch.Tensor)]
+            self.bytes[name] += sum(map(size, tensors))
+        return result
+
+
+def made(name):
+    """A model, images and labels without data."""
+    with torch.device("meta"):
+        model = make_resnet(name, CLASSES, image_size=SIDE).to(memory_format=torch.channels_last)
+        images = torch.empty(BATCH, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
+        return model, images, torch.empty(BATCH, dtype=torch.long)
+
+
+def saved(model, images, labels):
+    """Bytes that a forward pass saves for the backward pass, without weights and images."""
+    storages = {}
+
+    def note(t):
+        storages[t.untyped_storage()._cdata] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss = F.cross_entropy(model(images).float(), labels)
+    for t in (*model.parameters(), *model.buffers(), images, labels):
+        storages.pop(t.untyped_storage()._cdata, None)
+    del loss
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def counts(name, recipe):
+    """What a step takes."""
+    launched, moved, parts, variants = Counter(), Counter(), {}, []
+
+    def note(kernel, arguments):
+        launched[kernel] += 1
+        tensors = (getattr(a, "base", a) for a in arguments)
+        moved[kernel] += sum(size(t) for t in tensors if isinstance(t, torch.Tensor))
+
+    @contextmanager
+    def part(name):
+        launched.clear()
+        moved.clear()
+        with Operators() as torchs:
+            yield
+        parts[name] = {
+            "triton": dict(launched),
+            "torch": dict(torchs.launches),
+            "bytes": {**moved, **torchs.bytes},
+        }
+
+    pretend(Gpu((9, 0), 132), lambda kernel: variants.append(kernel.name), note)
+    warm_steps.pretend_to_capture()
+    model, images, labels = made(name)
+    precision, context = load_recipe(recipe), StepContext(seed=1)
+    inject(model, precision, context, "triton")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4)
+    masters = MasterWeights(model, optimizer, precision)
+    with HostReadsZeros():
+        step = GraphedStep(model, lambda x, y: (F.cross_entropy(model(x), y), {}), (images, labels))
+        for number in (1, 2):
+            # The first one makes tables and the optimizer's state.
+            context.begin(number)
+            optimizer.zero_grad()
+            with part("forward and backward"):
+                step((images, labels), 1e4)
+            with part("update"):
+                step.step(masters, 1e4)
+        compiled = Counter(variants)
+        context.begin(3)
+        kept = saved(model, images, labels)
+    model, images, labels = made(name)
+    kept_in_bf16 = saved(model.to(torch.bfloat16), images.to(torch.bfloat16), labels)
+    return {"variants": compiled, "parts": parts, "saved": kept, "saved in BF16": kept_in_bf16}
+
+
+if __name__ == "__main__":
+    print(json.dumps(counts(*sys.argv[1:])))

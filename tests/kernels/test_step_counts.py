@@ -1,0 +1,60 @@
+"""What a replayed training step takes on an H100, counted on the meta device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Convolutions and matrix products, whose operands FP8 halves anyway.
+PRODUCTS = {"implicit_gemm", "implicit_gemm_tma", "multiply", "wgrad", "wgrad_tma"}
+
+
+def counted(name, recipe):
+    # In a process of its own, because this one may interpret kernels.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).with_name("step_counts.py"), name, recipe]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def resnet50():
+    return counted("resnet50", "fp8")
+
+
+def test_weights_and_update_of_resnet50_take_few_launches(resnet50):
+    parts = resnet50["parts"]
+    # E5M2, and FP16 in the first and the last layer; the layers round none themselves.
+    weights = {k: v for k, v in parts["forward and backward"]["triton"].items() if "group" in k}
+    assert weights == {"round_group": 2}
+    # FP16 masters and FP32 ones. The copies are the optimizer's numbers and the streams.
+    update = parts["update"]
+    assert update["triton"] == {"gradient_norms": 1, "gradient_control": 1, "update": 2}
+    assert update["torch"]["copy_"] == 2
+
+
+def test_a_step_of_resnet50_takes_few_launches(resnet50):
+    launches = [sum(part[kind].values()) for part in resnet50["parts"].values() for kind in ("triton", "torch")]
+    assert 300 < sum(launches) <= 650
+
+
+def test_a_step_of_resnet50_moves_few_bytes(resnet50):
+    moved = [
+        size for part in resnet50["parts"].values() for kernel, size in part["bytes"].items() if kernel not in PRODUCTS
+    ]
+    # 152 GB with FP32 tensors between the layers.
+    assert 30e9 < sum(moved) <= 64e9
+    assert 0.3 < resnet50["saved"] / resnet50["saved in BF16"] <= 0.53
+
+
+# A run waits once for each kernel that it compiles, for forward and backward pass and for the update.
+@pytest.mark.parametrize(("name", "recipe", "most"), [("resnet18", "fp8", 60), ("resnet50", "fp8", 75)])
+def test_a_step_needs_few_compiled_kernels(resnet50, name, recipe, most):
+    step = resnet50 if name == "resnet50" else counted(name, recipe)
+    update = step["parts"]["update"]["triton"]
+    assert 30 < sum(count for kernel, count in step["variants"].items() if kernel not in update) <= most
+    assert sum(step["variants"][kernel] for kernel in update) == 4
