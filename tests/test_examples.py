@@ -10,7 +10,8 @@ import torch
 
 from fp8repro.cli.help import TRAIN
 from fp8repro.cli.main import main
-from fp8repro.precision.layers import FP8Conv2d, FP8Linear
+from fp8repro.precision.convolutions import FP8Conv2d
+from fp8repro.precision.layers import FP8Linear
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_loop.py"
 

@@ -255,7 +255,9 @@ def quantized_product(
     if shared is not None:
         b, bias = shared.weight, shared.bias
     site.check(a, b, bias)
-    result: Tensor = _QuantizedProduct.apply(a, b, bias, site, op, training, shared)
+    # Modes that give a module's own products to the recipe must not see these.
+    with torch._C.DisableTorchFunction():
+        result: Tensor = _QuantizedProduct.apply(a, b, bias, site, op, training, shared)
     return result
 
 

@@ -22,9 +22,10 @@ from fp8repro.numerics.recipe import Recipe
 from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.precision.bypass import watch_first_pass
 from fp8repro.precision.context import StepContext
+from fp8repro.precision.convolutions import FP8Convolution
 from fp8repro.precision.fused_step import Engine, fused_step, guard_step, unsupported
 from fp8repro.precision.injection import context_of, sites
-from fp8repro.precision.layers import FP8Conv2d, FP8Linear, MasterEmbedding
+from fp8repro.precision.layers import FP8Linear, MasterEmbedding
 
 
 class MasterWeights:
@@ -292,7 +293,7 @@ def _stored_parameters(model: nn.Module) -> set[int]:
     able: set[int] = set()
     unable: set[int] = set()
     for module in model.modules():
-        reads = isinstance(module, (FP8Linear, FP8Conv2d))
+        reads = isinstance(module, (FP8Linear, FP8Convolution))
         reads = reads or (isinstance(module, MasterEmbedding) and module.reads_any_dtype)
         for name, parameter in module.named_parameters(recurse=False):
             (able if reads and name == "weight" else unable).add(id(parameter))

@@ -65,6 +65,11 @@ class Site:
         """Without the rounded weight: a copy makes its own."""
         return {**self.__dict__, "_kept": None}
 
+    @property
+    def formats(self) -> str:
+        """For people: what each role is rounded to."""
+        return ", ".join(f"{role} {spec}" for role, spec in self.roles.items())
+
     def next_call(self, training: bool) -> int:
         """See `StepContext.next_call`; evaluation draws no bits, and its calls are not counted."""
         if not training:
