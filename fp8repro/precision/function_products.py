@@ -127,8 +127,8 @@ class FP8Attention(nn.Module):
     def __init__(self, site: Site) -> None:
         """The products are named after the site's layer."""
         super().__init__()
-        self.scores = matmul_product(replace(site, name=f"{site.name}.scores"))
-        self.context = matmul_product(replace(site, name=f"{site.name}.context"))
+        self.scores = matmul_product(site.part("scores"))
+        self.context = matmul_product(site.part("context"))
 
     def forward(
         self,

@@ -76,7 +76,7 @@ class InjectionReport:
         """Converted and exempt layers that the first pass did not use; all of them before it."""
         ran = [name for (name, what, _), n in self.multiply_adds.items() if what == "layer" and n]
         known = [row.name for row in self.rows if row.status in ("converted", "exempt")]
-        return [name for name in known if not any(other == name or other.startswith(f"{name}.") for other in ran)]
+        return [name for name in known if not any(_within(other, name) for other in ran)]
 
     def without_owner(self) -> list[str]:
         """Products of the first pass that do not follow the recipe: `module: function`, the largest first."""
@@ -88,7 +88,7 @@ class InjectionReport:
         if not converted:
             return "left"
         exempt = self.names("exempt")
-        return "exempt" if any(name == layer or name.startswith(f"{layer}.") for layer in exempt) else "converted"
+        return "exempt" if any(_within(name, layer) for layer in exempt) else "converted"
 
     def coverage(self) -> str:
         """What share follows the recipe, and what does not, in lines."""
@@ -116,3 +116,8 @@ class InjectionReport:
         if self.backend != "torch":
             head = f"{head}\n{self.coverage()}"
         return f"{head}\n{aligned(('layer', 'type', 'status', 'formats or reason'), rows, 'plain')}"
+
+
+def _within(name: str, layer: str) -> bool:
+    """Whether a product is a layer's, or one of its parts'."""
+    return not layer or name == layer or name.startswith(f"{layer}.")

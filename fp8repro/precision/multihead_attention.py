@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,8 +33,8 @@ class FP8MultiheadAttention(nn.MultiheadAttention):
     def prepare(self) -> None:
         """Make the products."""
         for name in ("projection", "query", "key", "value"):
-            setattr(self, name, WeightProduct(replace(self.site, name=f"{self.site.name}.{name}")))
-        self.attention = FP8Attention(replace(self.site, name=f"{self.site.name}.attention"))
+            setattr(self, name, WeightProduct(self.site.part(name)))
+        self.attention = FP8Attention(self.site.part("attention"))
 
     def forward(
         self,

@@ -8,7 +8,6 @@ gates are FP32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ class FP8Recurrent(nn.RNNBase):
             for suffix in ("", "_reverse")[: 1 + self.bidirectional]:
                 for kind in kinds:
                     name = f"{kind}_l{layer}{suffix}"
-                    self.products[name] = WeightProduct(replace(self.site, name=f"{self.site.name}.products.{name}"))
+                    self.products[name] = WeightProduct(self.site.part(f"products.{name}"))
 
     def run(self, cell: Cell, x: Tensor, batch_sizes: list[int], hx: States, dropout: float) -> tuple[Tensor, ...]:
         """All layers over packed sequences.

@@ -41,7 +41,7 @@ def register_layer(kind: type[nn.Module], converted: type[nn.Module]) -> None:
             in the recipe, and then calls their `prepare()` where there is one. Its forward pass multiplies by
             `quantized_product(x, weight, bias, self.site, LINEAR, self.training)` of `fp8repro.precision.functional`,
             or by modules that `prepare` makes: `WeightProduct`, `ConvolutionProduct` and `FP8Attention` of
-            `fp8repro.precision.function_products`, each with `replace(self.site, name=...)`. With a method
+            `fp8repro.precision.function_products`, each with `self.site.part(name)`. With a method
             `multiply_adds(inputs, output)` the report counts its products.
 
     Raises:
