@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fp8repro.precision.loss_scaling import make_scaler
     from fp8repro.precision.master import MasterWeights
     from fp8repro.precision.registry import register_layer
+    from fp8repro.precision.sensitivity import sensitivity
     from fp8repro.settings.recipes import load_recipe
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "make_scaler",
     "quantize",
     "register_layer",
+    "sensitivity",
 ]
 
 _HOMES = {
@@ -36,6 +38,7 @@ _HOMES = {
     "make_scaler": "precision.loss_scaling",
     "quantize": "engines.quantizer",
     "register_layer": "precision.registry",
+    "sensitivity": "precision.sensitivity",
 }
 
 

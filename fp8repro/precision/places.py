@@ -34,6 +34,7 @@ class Places:
         """The place of a layer or product of that name (without the prefix)."""
         recipe = self.recipe
         roles = {role: recipe.exempt_roles if exempt else getattr(recipe, role) for role in OPERAND_ROLES}
+        self.context.telemetry.roundings[self.prefix + name] = roles
         options = (recipe.round_outputs, recipe.round_input_errors, recipe.recurrent_gradients)
         return Site(self.prefix + name, roles, self.context, self.backend, *options)
 
