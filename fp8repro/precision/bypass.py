@@ -7,12 +7,14 @@ Only the first pass is watched. Nothing here may change what a pass computes in 
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 
 from fp8repro.errors import UserError
@@ -48,10 +50,13 @@ class FirstPass:
         self.model: nn.Module | None = model
         self.places, self.report = places, report
         self.mode: _Watch | None = None
+        # Modules that may multiply by functions, which torch's own and ours do not.
+        kinds = {type(module).__module__ for module in model.modules()}
+        self.foreign = places is not None and any(not kind.startswith(("torch.nn.", "fp8repro.")) for kind in kinds)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies of a part must not bring the whole along: theirs watch what is called."""
-        return {"model": None, "places": self.places, "report": None, "mode": None}
+        return {"model": None, "places": self.places, "report": None, "mode": None, "foreign": self.foreign}
 
     def start(self) -> None:
         """Put the hooks."""
@@ -64,6 +69,8 @@ class FirstPass:
     def enter(self, module: nn.Module, inputs: Any) -> None:
         """Before a module's forward pass."""
         if torch.compiler.is_compiling():
+            if self.foreign:
+                self.compiled()
             return
         if self.mode is None:
             self.model = self.model or module
@@ -71,6 +78,18 @@ class FirstPass:
             self.mode = _Watch(self.model, self.places)
             self.mode.__enter__()
         self.mode.enter(module)
+
+    # A compiler takes the pass as it is: it cannot be watched.
+    @_disable_dynamo
+    def compiled(self) -> None:
+        """Say once that products by functions stay unseen in a compiled first pass."""
+        if self.foreign:
+            self.foreign = False
+            warnings.warn(
+                "inject: the first forward pass is compiled, products by functions are neither seen nor rounded in it; "
+                "make one without torch.compile before",
+                stacklevel=2,
+            )
 
     def leave(self, module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
         """After it; raises UserError for what was found."""

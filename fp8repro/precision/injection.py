@@ -214,7 +214,7 @@ def exempt_layers(recipe: Recipe, modules: dict[str, nn.Module], candidates: lis
         UserError: a pattern matches no convertible layer.
     """
     if recipe.exempt == AUTO:
-        convolutions = [name for name in candidates if isinstance(modules[name], nn.Conv2d)]
+        convolutions = [name for name in candidates if isinstance(modules[name], (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
         linears = [name for name in candidates if isinstance(modules[name], nn.Linear)]
         return set(convolutions[:1] + linears[-1:])
     return _matching(recipe.exempt, candidates, "precision.exempt")

@@ -85,13 +85,13 @@ RANDOM_WORDS = list(RandomWords._fields)
 @triton.constexpr_function
 def e5m2() -> Encoding:
     """E5M2 to nearest, at compile time; kernels cannot read a NamedTuple that is a global variable."""
-    return Encoding(57344.0, 5, 2, True, 0, False, False)
+    return Encoding(57344.0, 5, 2, True, 0, False, False, 15)
 
 
 @triton.constexpr_function
 def e4m3() -> Encoding:
     """E4M3 to nearest, at compile time."""
-    return Encoding(448.0, 4, 3, False, 0, False, False)
+    return Encoding(448.0, 4, 3, False, 0, False, False, 7)
 
 
 @triton.jit
