@@ -29,6 +29,38 @@ def test_the_own_loop_trains_in_fp8(capsys: pytest.CaptureFixture[str]) -> None:
     assert int(match[2]) < 10
 
 
+def said(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What an example prints, run in this process."""
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    torch.manual_seed(0)
+    runpy.run_path(str(EXAMPLE.parent / f"{name}.py"))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["accumulation", "averaging"])
+def test_habits_train_in_fp8(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(name, monkeypatch, capsys)
+    scores = [float(score) for score in re.findall(r"([\d.]+) %", out)]
+    assert scores
+    assert min(scores) > 85
+    assert name != "averaging" or "resumed to the same bits: True" in out
+
+
+def test_a_compiled_model_trains_to_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said("compiled", monkeypatch, capsys).endswith(": the same\n")
+
+
+@pytest.mark.parametrize(("name", "package"), [("lightning_loop", "lightning"), ("accelerate_loop", "accelerate")])
+def test_loops_of_other_packages_train_in_fp8(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(package)
+    (score,) = re.findall(r"held-out digits: ([\d.]+) %", said(name, monkeypatch, capsys))
+    assert float(score) > 85
+
+
 def test_the_readme_shows_the_example_that_runs() -> None:
     readme = (EXAMPLE.parents[1] / "README.md").read_text()
     (shown,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)

@@ -51,7 +51,8 @@ def one_process() -> tuple[str, list[str]]:
     return weights.hexdigest(), [digest.hexdigest() for digest in digests]
 
 
-@pytest.mark.parametrize("example", ["replicated", "sharded"])
+# Starting two processes takes most of the time; parts of masters are the harder case.
+@pytest.mark.parametrize("example", [pytest.param("replicated", marks=pytest.mark.long), "sharded"])
 def test_two_processes_have_the_bits_of_one(example: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     command += [str(ROOT / "tests" / "sharded_worker.py"), str(ROOT / "examples" / f"{example}.py"), str(tmp_path)]
