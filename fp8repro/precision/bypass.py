@@ -7,6 +7,7 @@ Only the first pass is watched. Nothing here may change what a pass computes in 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 
+from fp8repro.engines.products import Operand
 from fp8repro.errors import UserError
+from fp8repro.precision.convolutions import FP8Convolution
 from fp8repro.precision.functions import PRODUCTS, FunctionProducts, multiply_adds
 from fp8repro.precision.injection_report import InjectionReport, InjectionRow
 from fp8repro.precision.layers import MasterEmbedding
@@ -77,6 +80,8 @@ class FirstPass:
             _check_replicas(self.model)
             self.mode = _Watch(self.model, self.places)
             self.mode.__enter__()
+            if self.places is not None:
+                self.places.context.observers.append(self.mode.note)
         self.mode.enter(module)
 
     # A compiler takes the pass as it is: it cannot be watched.
@@ -101,6 +106,8 @@ class FirstPass:
             return
         self.mode = None
         mode.__exit__(None, None, None)
+        if self.places is not None:
+            self.places.context.observers.remove(mode.note)
         for seen in mode.seen:
             _unhook(seen, self)
         for products in mode.owners.values():
@@ -155,6 +162,8 @@ class _Watch(TorchFunctionMode):
         self.found: set[str] = set()
         self.counted: Counter[tuple[str, str, bool]] = Counter()
         self.weights: dict[int, tuple[str, int]] = {}
+        sites = {module: getattr(module, "site", None) for module in self.names}
+        self.layers = {site.name: module for module, site in sites.items() if isinstance(site, Site)}
 
     def enter(self, module: nn.Module) -> None:
         """A module begins."""
@@ -175,6 +184,17 @@ class _Watch(TorchFunctionMode):
     def count(self, name: str, what: str, converted: bool, number: int) -> None:
         """Add to the multiply-adds of a module."""
         self.counted[name, what, converted] += number
+
+    def note(self, layer: str, product: str, operands: tuple[Operand, ...]) -> None:
+        """Count a convolution whose product was computed without calling it, from codes to codes."""
+        module = self.layers.get(layer)
+        if product != "forward" or not isinstance(module, FP8Convolution) or module in self.running:
+            return
+        x, weight = (operand.codes.shape for operand in operands)
+        padding: Any = module.padding
+        options = zip(x[2:], weight[2:], module.stride, padding, module.dilation, strict=True)
+        sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in options]
+        self.count(self._name(module), "layer", True, x[0] * math.prod(sizes) * math.prod(weight))
 
     def rows(self) -> Iterable[InjectionRow]:
         """A row of a report for each product by a function that follows the recipe."""

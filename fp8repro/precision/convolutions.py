@@ -75,13 +75,13 @@ class FP8Convolution(nn.modules.conv._ConvNd):
         """Fix the geometry, and the order in which elements are counted, once."""
         self.site.order = "channels_last"
         zeros = (0,) * len(self.stride)
-        padding = zeros if self._pads_apart() else tuple(self.padding)
+        padding = zeros if self.pads_apart() else tuple(self.padding)
         self.op = self._op(tuple(self.stride), padding, tuple(self.dilation))  # type: ignore[arg-type]
 
     def _op(self, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]) -> Op:
         raise NotImplementedError
 
-    def _pads_apart(self) -> bool:
+    def pads_apart(self) -> bool:
         """True where the product's own zero padding cannot serve."""
         return self.padding_mode != "zeros" or isinstance(self.padding, str)
 
@@ -89,7 +89,7 @@ class FP8Convolution(nn.modules.conv._ConvNd):
         """[B, C, ...] (or [C, ...]) -> [B, O, ...], FP32."""
         batched = input.dim() == len(self.stride) + 2
         x = input if batched else input.unsqueeze(0)
-        if self._pads_apart():
+        if self.pads_apart():
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
         result = quantized_product(x, self.weight, self.bias, self.site, self.op, self.training)

@@ -20,6 +20,7 @@ from fp8repro.models.parts import MatMul
 from fp8repro.numerics.recipe import AUTO, Recipe
 from fp8repro.precision.become import become
 from fp8repro.precision.bypass import watch_first_pass
+from fp8repro.precision.carrier import carry_codes
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.function_products import FP8MatMul
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, fuse_normalizations, use_kernels
@@ -112,6 +113,7 @@ def inject(
             fuse_normalizations(model, context)
             if products.name == "triton":
                 use_kernels(model, recipe.activation, context)
+                carry_codes(model)
         watch_first_pass(model, places, report)
         if not candidates:
             warnings.warn(
