@@ -21,6 +21,8 @@ from fp8repro.settings.recipes import load_recipe
 
 FP8 = replace(load_recipe("fp8"), exempt=())
 IDENTITY = Rounding(format="fp32")
+# Some are a single product by a function, which is found later.
+pytestmark = pytest.mark.filterwarnings("ignore:inject. the model has no layer")
 
 
 def unrounded(model: nn.Module, *inputs: Any) -> nn.Module:
