@@ -5,7 +5,7 @@ RUNS ?= runs
 SEEDS ?= 0,1,2
 WORKERS ?= 2
 PROFILE ?= embedded
-# EXTRAS=dev,fairseq adds fairseq's own Transformer, and its tests.
+# EXTRAS=dev,fairseq,models adds fairseq's own Transformer, other people's models and loops, and their tests.
 EXTRAS ?= dev
 
 BIN := .venv/bin

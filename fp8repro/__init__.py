@@ -12,10 +12,22 @@ if TYPE_CHECKING:
     from fp8repro.precision.injection import inject
     from fp8repro.precision.loss_scaling import make_scaler
     from fp8repro.precision.master import MasterWeights
+    from fp8repro.precision.registry import register_layer
+    from fp8repro.precision.sensitivity import sensitivity
     from fp8repro.settings.recipes import load_recipe
 
 __version__ = "0.1.0"
-__all__ = ["MasterWeights", "Recipe", "StepContext", "inject", "load_recipe", "make_scaler", "quantize"]
+__all__ = [
+    "MasterWeights",
+    "Recipe",
+    "StepContext",
+    "inject",
+    "load_recipe",
+    "make_scaler",
+    "quantize",
+    "register_layer",
+    "sensitivity",
+]
 
 _HOMES = {
     "MasterWeights": "precision.master",
@@ -25,6 +37,8 @@ _HOMES = {
     "load_recipe": "settings.recipes",
     "make_scaler": "precision.loss_scaling",
     "quantize": "engines.quantizer",
+    "register_layer": "precision.registry",
+    "sensitivity": "precision.sensitivity",
 }
 
 

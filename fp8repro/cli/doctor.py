@@ -22,14 +22,15 @@ from fp8repro.errors import UserError
 
 USAGE = """\
 usage: fp8repro doctor [data.root=FOLDER ...]
-       fp8repro doctor run=FOLDER
+       fp8repro doctor run=FOLDER [figure=FILE]
 
   fp8repro doctor data.root=/data/imagenet data.root=/data/wmt16
   fp8repro doctor run=runs/resnet18-digits-fp8-seed0
 
 Checks whether this machine can train, and says how to get what is missing; exit code 0 if it can, else 1.
-With run=, explains a run: how it ended, skipped steps, where it first went wrong, whether its checkpoints are whole;
-exit code 1 if it failed or a checkpoint is damaged."""
+With run=, explains a run: how it ended, skipped steps, where it first went wrong, what its roundings cost each layer
+(with trainer.telemetry_every=), whether its checkpoints are whole; exit code 1 if it failed or a checkpoint is damaged.
+With figure=FILE, also draws what the roundings cost."""
 
 OK, NOTE, MISSING = "ok", "note", "missing"
 SHOWN = ("torch", "torchvision", "triton")
@@ -60,7 +61,7 @@ def doctor(settings: Iterable[str]) -> int:
     """Print what the settings ask for.
 
     Args:
-        settings: `data.root=FOLDER` (any number), or one `run=FOLDER`.
+        settings: `data.root=FOLDER` (any number), or one `run=FOLDER`, which may have a `figure=FILE`.
 
     Returns:
         The exit code.
@@ -70,17 +71,21 @@ def doctor(settings: Iterable[str]) -> int:
     """
     roots: list[Path] = []
     runs: list[Path] = []
+    figures: list[Path] = []
     for setting in settings:
         name, _, value = setting.partition("=")
-        if name not in ("data.root", "run") or not value:
+        places = {"data.root": roots, "run": runs, "figure": figures}
+        if name not in places or not value:
             raise UserError(f"doctor: got {setting!r}, expected data.root=FOLDER or run=FOLDER")
-        (runs if name == "run" else roots).append(Path(value))
+        places[name].append(Path(value))
+    if figures and not runs:
+        raise UserError("doctor: got figure= without run=, expected run=FOLDER figure=FILE")
     if runs:
         if roots or len(runs) > 1:
             raise UserError("doctor: got run= beside other settings, expected it alone")
         from fp8repro.cli.explain import explain
 
-        lines, sound = explain(runs[0])
+        lines, sound = explain(runs[0], *figures[-1:])
         print("\n".join(lines))
         return 0 if sound else 1
     findings = list(examine(roots))

@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from fp8repro.errors import UserError
+from fp8repro.numerics.formats import FORMATS
 from fp8repro.paper.run_folder import CHECKPOINTS, LOCK, METRICS, SUMMARY, Unreadable, metrics_rows, read_file
+from fp8repro.precision.noise import NoiseRow, draw, expected_snr, layers_to_exempt, table, worst_first
 from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint
 
 WORST = 3
+TABLE = 12
+# Signal to noise over this many dB is that of 16 bits.
+FINE = 40.0
 ADVICE = {
     "forward": "lower optimizer.lr, or give schedule.warmup= or trainer.clip_norm=",
     "fixed": "lower loss_scaling.scale, or take loss_scaling=dynamic or enhanced",
@@ -22,17 +27,18 @@ ADVICE = {
 }
 
 
-def explain(folder: Path) -> tuple[list[str], bool]:
+def explain(folder: Path, figure: Path | None = None) -> tuple[list[str], bool]:
     """How a run stands, and why.
 
     Args:
         folder: the run's.
+        figure: where to draw the signal to noise of each layer and role in the last measured step.
 
     Returns:
         Lines to print; and False if it failed or a checkpoint is damaged.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder holds no run, or there is nothing to draw.
     """
     if not any((folder / name).exists() for name in (METRICS, SUMMARY, CHECKPOINTS)):
         raise UserError(f"run: {str(folder)!r} holds no run, expected a folder with {METRICS}")
@@ -45,7 +51,21 @@ def explain(folder: Path) -> tuple[list[str], bool]:
     checkpoints, damaged = _checkpoints(folder / CHECKPOINTS)
     lines += [("checkpoints", checkpoints)]
     lines += [("advice", text) for text in _advice(summary, history)]
-    return [f"{name:<12} {text}" for name, text in lines], not (failed or damaged)
+    noise = history.noise()
+    if figure is not None:
+        if not noise:
+            raise UserError(f"figure: got a run without telemetry ({folder}), expected trainer.telemetry_every=")
+        _draw(noise, figure)
+        lines += [("figure", str(figure))]
+    text = [f"{name:<12} {text}" for name, text in lines]
+    return text + (["", table(noise, TABLE)] if noise else []), not (failed or damaged)
+
+
+def _draw(noise: list[NoiseRow], figure: Path) -> None:
+    try:
+        draw(noise, figure)
+    except (OSError, ValueError) as error:
+        raise UserError(f"figure: cannot write {str(figure)!r} ({error})") from None
 
 
 class _History:
@@ -89,12 +109,46 @@ class _History:
             else:
                 where = "not found when the step was repeated"
             yield "non-finite", f"step {_number(diagnosis.get('step'))}: first at {where}"
+        yield from self._noise()
         telemetry = diagnosis or self.last.get("telemetry", {})
         rows = telemetry.get("rows")
         if isinstance(rows, list):
             for share_of in ("underflow", "overflow"):
                 if worst := _worst(rows, share_of):
                     yield share_of, f"step {_number(telemetry.get('step'))}, largest: {worst}"
+
+    def noise(self) -> list[NoiseRow]:
+        """What each rounding of the last measured step cost, as far as the record tells."""
+        rows = self.last.get("telemetry", {}).get("rows")
+        found = [noise_row(row) for row in rows] if isinstance(rows, list) else []
+        return [row for row in found if row is not None]
+
+    def _noise(self) -> Iterator[tuple[str, str]]:
+        rows = self.noise()
+        if not rows:
+            return
+        worst = [f"{row.layer} {row.role} {row.snr:.1f} dB" for row in worst_first(rows)[:WORST]]
+        yield "noise", f"step {_number(self.last['telemetry'].get('step'))}, least signal: {', '.join(worst)}"
+        # An exempt layer has 16 bits already.
+        coarse = [row for row in rows if row.snr < FINE]
+        yield "exempt first", ", ".join(layers_to_exempt(coarse)[:WORST]) or "none"
+
+
+def noise_row(row: Any) -> NoiseRow | None:
+    """What a row of telemetry says of a rounding; None where it says nothing of it."""
+    if not isinstance(row, Mapping) or row.get("format") not in FORMATS:
+        return None
+    exponents, nonzero = row.get("exponents"), _number(row.get("nonzero"))
+    if not (isinstance(exponents, list) and len(exponents) == 2 and isinstance(exponents[1], list) and nonzero):
+        return None
+    lowest, counts = exponents
+    whole = isinstance(lowest, int) and -126 <= lowest <= 127 and 0 < len(counts) <= 127 - lowest + 1
+    if not whole or not all(isinstance(count, int) and 0 <= count < 2**63 for count in counts):
+        return None
+    snr = expected_snr(lowest, counts, FORMATS[row["format"]], str(row.get("rounding")))
+    layer, role, operand = (_text(row.get(name)) for name in ("layer", "role", "operand"))
+    underflow, overflow = (min(_number(row.get(name)) / nonzero, 1.0) for name in ("underflow", "overflow"))
+    return NoiseRow(layer, role, operand, snr, underflow, overflow)
 
 
 def _state(folder: Path, summary: Mapping[str, Any], history: _History) -> str:

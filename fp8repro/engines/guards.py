@@ -122,12 +122,15 @@ def check_format(format: FloatFormat) -> None:
 
 
 def _check_own_format(format: FloatFormat) -> None:
-    bits = (format.exponent_bits, format.mantissa_bits, format.has_infinity)
-    fits = 1 <= format.exponent_bits <= 8 and 1 <= format.mantissa_bits <= 23
-    if not fits or format.max > FORMATS["fp32"].max:
-        given = f"{format.name} with {bits[0]} exponent and {bits[1]} mantissa bits"
-        raise ValueError(f"format: got {given}, expected 1 to 8 and 1 to 23, and no values beyond FP32's")
-    stored = {f.dtype: (f.exponent_bits, f.mantissa_bits, f.has_infinity) for f in FORMATS.values() if f.dtype}
+    bits = (format.exponent_bits, format.mantissa_bits, format.has_infinity, format.bias)
+    known = {(f.exponent_bits, f.mantissa_bits, f.has_infinity, f.bias) for f in FORMATS.values()}
+    fits = 2 <= format.exponent_bits <= 7 and 1 <= format.mantissa_bits <= 13
+    # Engines round by FP32 additions of numbers up to 2^23 times as large, and count subnormals in 2^-17 quanta.
+    fits = fits and format.min_exponent - format.mantissa_bits >= -100 and format.max_exponent < 100
+    if not fits and bits not in known:
+        given = f"{format.name} with {bits[0]} exponent and {bits[1]} mantissa bits and a bias of {bits[3]}"
+        raise ValueError(f"format: got {given}, expected 2 to 7, 1 to 13, and values from 2^-100 to under 2^100")
+    stored = {f.dtype: (f.exponent_bits, f.mantissa_bits, f.has_infinity, f.bias) for f in FORMATS.values() if f.dtype}
     if format.dtype is not None and stored.get(format.dtype) != bits:
         raise ValueError(
             f"format: got {format.name} stored in {format.dtype}, expected a dtype of the same bits or None"
@@ -139,7 +142,8 @@ def spell_format(format: FloatFormat) -> str:
     if FORMATS.get(format.name) == format:
         return format.name
     dtype = "" if format.dtype is None else str(format.dtype).removeprefix("torch.")
-    return f"{format.name}/{format.exponent_bits}/{format.mantissa_bits}/{int(format.has_infinity)}/{dtype}"
+    numbers = (format.exponent_bits, format.mantissa_bits, int(format.has_infinity), format.bias)
+    return "/".join((format.name, *map(str, numbers), dtype))
 
 
 def read_format(spelled: str) -> FloatFormat:
@@ -148,11 +152,13 @@ def read_format(spelled: str) -> FloatFormat:
     Raises:
         ValueError: nobody spelled it so.
     """
-    name, *fields = spelled.rsplit("/", 4)
-    if len(fields) != 4:
+    name, *fields = spelled.rsplit("/", 5)
+    if len(fields) != 5:
         return get_format(spelled)
-    dtype = getattr(torch, fields[3]) if fields[3] else None
-    return FloatFormat(name, int(fields[0]), int(fields[1]), fields[2] == "1", dtype)
+    dtype = getattr(torch, fields[4]) if fields[4] else None
+    exponent_bits, mantissa_bits, bias = (int(fields[i]) for i in (0, 1, 3))
+    usual = bias == 2 ** (exponent_bits - 1) - 1
+    return FloatFormat(name, exponent_bits, mantissa_bits, fields[2] == "1", dtype, None if usual else bias)
 
 
 @functools.cache

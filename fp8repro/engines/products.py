@@ -71,6 +71,22 @@ class Conv2dGeometry:
     groups: int = 1
 
 
+@dataclass(frozen=True)
+class ConvolutionGeometry:
+    """A convolution of any number of spatial dimensions, or a transposed one; a number for each spatial dimension.
+
+    Attributes:
+        output_padding: what is added to the size of a transposed convolution's result.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+
 class Backend(Protocol):
     """What multiplies: three products for each kind of layer, all with FP32 results that are not rounded."""
 
@@ -176,6 +192,25 @@ class EmulateBackend:
         weight = torch.empty_like(like, dtype=torch.float32)
         return _convolution_backward(error.decoded(), x.decoded(), weight, geometry, (False, True, False))[1]
 
+    def convolution(self, x: Operand, weight: Operand, bias: Tensor | None, geometry: ConvolutionGeometry) -> Tensor:
+        """x [B, C, ...], weight as torch's layer of that geometry holds it, bias [O] -> [B, O, ...].
+
+        These three are no part of `Backend`: only FP32 values are multiplied so.
+        """
+        g = geometry
+        options = (g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups)
+        return torch.convolution(x.decoded(), weight.decoded(), bias, *options)
+
+    def convolution_error(self, error: Operand, weight: Operand, geometry: ConvolutionGeometry, like: Tensor) -> Tensor:
+        """error [B, O, ...], weight -> [B, C, ...], in shape and memory layout like the input `like`."""
+        x = torch.empty_like(like, dtype=torch.float32)
+        return _convolution_backward(error.decoded(), x, weight.decoded(), geometry, (True, False, False))[0]
+
+    def convolution_gradient(self, error: Operand, x: Operand, geometry: ConvolutionGeometry, like: Tensor) -> Tensor:
+        """error [B, O, ...], x [B, C, ...] -> gradient in shape and memory layout like the weight `like`."""
+        weight = torch.empty_like(like, dtype=torch.float32)
+        return _convolution_backward(error.decoded(), x.decoded(), weight, geometry, (False, True, False))[1]
+
     def matmul(self, a: Operand, b: Operand) -> Tensor:
         """See `Backend`."""
         return torch.matmul(a.decoded(), b.decoded())
@@ -190,10 +225,17 @@ class EmulateBackend:
 
 
 def _convolution_backward(
-    error: Tensor, x: Tensor, weight: Tensor, geometry: Conv2dGeometry, wanted: tuple[bool, bool, bool]
+    error: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Conv2dGeometry | ConvolutionGeometry,
+    wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, ...]:
     g = geometry
+    transposed, output_padding = False, (0,) * len(g.stride)
+    if isinstance(g, ConvolutionGeometry):
+        transposed, output_padding = g.transposed, g.output_padding
     result: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
-        error, x, weight, None, g.stride, g.padding, g.dilation, False, (0, 0), g.groups, wanted
+        error, x, weight, None, g.stride, g.padding, g.dilation, transposed, output_padding, g.groups, wanted
     )
     return result

@@ -40,8 +40,7 @@ class FairseqState:
 class FairseqTransformer(nn.Module):
     """fairseq's `TransformerModel` (transformer_wmt_en_de) behind the interface of our models.
 
-    Its projections are nn.Linear modules. Its attention products are calls inside fairseq's code, so no recipe can
-    reach them.
+    Its projections are nn.Linear modules. Its attention products are calls of functions inside fairseq's code.
     """
 
     def __init__(self, config: TransformerConfig) -> None:

@@ -12,7 +12,10 @@ import torch
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """A binary floating-point format with a sign bit, subnormals and IEEE-style bias.
+    """A binary floating-point format with a sign bit and subnormals.
+
+    All engines take one of your own: 2 to 7 exponent and 1 to 13 stored significand bits, values from 2^-100 to under
+    2^100 (docs/formats.md).
 
     Attributes:
         name: the name by which configurations refer to it.
@@ -21,6 +24,7 @@ class FloatFormat:
         has_infinity: False for "finite only" formats (E4M3 of OCP/NVIDIA), whose top binade holds
             numbers and whose only special encoding is NaN with all magnitude bits set.
         dtype: the torch dtype that stores it, or None (then values are carried in FP32).
+        exponent_bias: what the stored exponent exceeds the real one by; None for IEEE's 2^(exponent_bits - 1) - 1.
     """
 
     name: str
@@ -28,11 +32,12 @@ class FloatFormat:
     mantissa_bits: int
     has_infinity: bool = True
     dtype: torch.dtype | None = None
+    exponent_bias: int | None = None
 
     @property
     def bias(self) -> int:
-        """Exponent bias, 2^(exponent_bits - 1) - 1."""
-        return 2 ** (self.exponent_bits - 1) - 1
+        """Exponent bias."""
+        return 2 ** (self.exponent_bits - 1) - 1 if self.exponent_bias is None else self.exponent_bias
 
     @property
     def max_exponent(self) -> int:

@@ -62,7 +62,7 @@ class Rounding:
     @cached_property
     def is_identity(self) -> bool:
         """True where FP32 tensors stay as they are."""
-        return self.format.mantissa_bits == FP32.mantissa_bits
+        return self.format.mantissa_bits == FP32.mantissa_bits and self.format.exponent_bits == FP32.exponent_bits
 
     @cached_property
     def is_stochastic(self) -> bool:

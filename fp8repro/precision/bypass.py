@@ -1,92 +1,117 @@
-"""Finds weights that functions use behind their layers' backs: such a product is not rounded, whatever a report says.
+"""Watches a model's first forward pass: counts its products, and finds those that functions compute.
 
-A model's first forward pass is watched, and only that one. Nothing here may change what a pass computes.
+Products by functions in other people's modules are handed to the recipe (functions.py), there and from then on. A
+weight that is used behind its layer's back in any other way is an error: it is not rounded, whatever a report says.
+Only the first pass is watched. Nothing here may change what a pass computes in any other way.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
+from fp8repro.engines.products import Operand
 from fp8repro.errors import UserError
+from fp8repro.precision.convolutions import FP8Convolution
+from fp8repro.precision.functions import PRODUCTS, FunctionProducts, multiply_adds
+from fp8repro.precision.injection_report import InjectionReport, InjectionRow
 from fp8repro.precision.layers import MasterEmbedding
+from fp8repro.precision.places import FUNCTION_PRODUCTS, Places
 from fp8repro.precision.site import Site
 
-_PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
-    (
-        *(F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d),
-        *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.multi_head_attention_forward),
-        *(torch.matmul, torch.mm, torch.bmm, torch.mv, torch.dot, torch.einsum, torch.tensordot),
-        *(torch.addmm, torch.addbmm, torch.baddbmm, torch.addmv, torch.inner, torch.chain_matmul),
-        *(torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention),
-        *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.dot),
-        *(Tensor.addmm, Tensor.addbmm, Tensor.baddbmm, Tensor.addmv, Tensor.inner),
-    )
-)
 
-
-def watch_first_pass(model: nn.Module) -> None:
+def watch_first_pass(model: nn.Module, places: Places | None = None, report: InjectionReport | None = None) -> None:
     """Watch the first forward pass of a converted model, and of its parts where they are called by themselves.
 
     The pass ends in a UserError where a function multiplied by the weight of a converted layer, or by one that is
-    stored in 16 bit, or where `DistributedDataParallel` holds parameters in 16 bit.
+    stored in 16 bit, and could not be given to the recipe, or where `DistributedDataParallel` holds parameters in 16
+    bit.
+
+    Args:
+        model: the model.
+        places: gives products by functions their places; by default those of the `inject` before.
+        report: is told what was counted.
     """
     hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
-    if not any(isinstance(owner, FirstPass) and owner.model is model for owner in hooks):
-        FirstPass(model).start()
+    if not any(isinstance(owner, FirstPass) for owner in hooks):
+        FirstPass(model, places or getattr(model, "fp8_places", None), report).start()
 
 
 class FirstPass:
-    """Hooks around the forward passes of all modules that hold converted layers; each goes after its first pass."""
+    """Hooks around the forward passes of all modules; each goes after the first pass in which it was called."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, places: Places | None, report: InjectionReport | None) -> None:
         """Nothing is hooked yet."""
         self.model: nn.Module | None = model
-        self.depth = 0
+        self.places, self.report = places, report
         self.mode: _Watch | None = None
-        self.handles: dict[nn.Module, tuple[RemovableHandle, RemovableHandle]] = {}
+        # Modules that may multiply by functions, which torch's own and ours do not.
+        kinds = {type(module).__module__ for module in model.modules()}
+        self.foreign = places is not None and any(not kind.startswith(("torch.nn.", "fp8repro.")) for kind in kinds)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies of a part must not bring the whole along: theirs watch nothing."""
-        return {"model": None, "depth": 0, "mode": None, "handles": {}}
+        """Copies of a part must not bring the whole along: theirs watch what is called."""
+        return {"model": None, "places": self.places, "report": None, "mode": None, "foreign": self.foreign}
 
     def start(self) -> None:
         """Put the hooks."""
         assert self.model is not None
         for module in self.model.modules():
-            if any(_watched(part) for part in module.modules() if part is not module):
-                before = module.register_forward_pre_hook(self.enter)
-                # Called after an error, too, so that the mode is left.
-                self.handles[module] = (before, module.register_forward_hook(self.leave, always_call=True))
+            module.register_forward_pre_hook(self.enter)
+            # Called after an error, too, so that the mode is left.
+            module.register_forward_hook(self.leave, always_call=True, with_kwargs=True)
 
     def enter(self, module: nn.Module, inputs: Any) -> None:
         """Before a module's forward pass."""
-        if module not in self.handles or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            if self.foreign:
+                self.compiled()
             return
-        assert self.model is not None
-        if self.depth == 0:
+        if self.mode is None:
+            self.model = self.model or module
             _check_replicas(self.model)
-            self.mode = _Watch(_storages(self.model))
+            self.mode = _Watch(self.model, self.places)
             self.mode.__enter__()
-        self.depth += 1
+            if self.places is not None:
+                self.places.context.observers.append(self.mode.note)
+        self.mode.enter(module)
 
-    def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    # A compiler takes the pass as it is: it cannot be watched.
+    @_disable_dynamo
+    def compiled(self) -> None:
+        """Say once that products by functions stay unseen in a compiled first pass."""
+        if self.foreign:
+            self.foreign = False
+            warnings.warn(
+                "inject: the first forward pass is compiled, products by functions are neither seen nor rounded in it; "
+                "make one without torch.compile before",
+                stacklevel=2,
+            )
+
+    def leave(self, module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
         """After it; raises UserError for what was found."""
-        if module not in self.handles or torch.compiler.is_compiling() or self.depth == 0:
+        mode = self.mode
+        if torch.compiler.is_compiling() or mode is None or not mode.running:
             return
-        self.depth -= 1
-        for handle in self.handles.pop(module):
-            handle.remove()
-        if self.depth or self.mode is None:
+        mode.leave(inputs or tuple(kwargs.values()), output)
+        if mode.running:
             return
-        mode, self.mode = self.mode, None
+        self.mode = None
         mode.__exit__(None, None, None)
+        if self.places is not None:
+            self.places.context.observers.remove(mode.note)
+        for seen in mode.seen:
+            _unhook(seen, self)
+        for products in mode.owners.values():
+            products.install()
         if mode.found:
             names = sorted(mode.found)
             some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
@@ -94,27 +119,139 @@ class FirstPass:
                 f"model: functions multiply by the weights of {some} without calling these layers, which rounds "
                 f"nothing; expected inject(..., leave={names[:4]!r}) or calls of the layers"
             )
+        if self.report is not None:
+            self.report.measured(mode.counted, list(mode.rows()))
+
+
+def _unhook(module: nn.Module, owner: FirstPass) -> None:
+    tables = (
+        *(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        *(module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+    )
+    gone = [
+        key
+        for hooks in (tables[0], tables[2])
+        for key, hook in hooks.items()
+        if getattr(hook, "__self__", None) is owner
+    ]
+    for table in tables:
+        for key in gone:
+            table.pop(key, None)
 
 
 class _Watch(TorchFunctionMode):
-    def __init__(self, storages: Mapping[int, str]) -> None:
+    """The running modules, and what they multiply.
+
+    Attributes:
+        running: the innermost last.
+        seen: all modules that ran.
+        owners: those that multiply by functions.
+        found: weights that were multiplied by behind their layers' backs.
+        counted: multiply-adds by (layer or module, what multiplied, whether under the recipe).
+        weights: by their ids, the product that first took each weight of another module, and its number of elements.
+    """
+
+    def __init__(self, model: nn.Module, places: Places | None) -> None:
         super().__init__()
-        self.storages = storages
+        self.places, self.model = places, model
+        self.names = {module: name for name, module in model.named_modules()}
+        self.storages: Mapping[int, str] = _storages(model)
+        self.running: list[nn.Module] = []
+        self.seen: set[nn.Module] = set()
+        self.owners: dict[nn.Module, FunctionProducts] = {}
         self.found: set[str] = set()
+        self.counted: Counter[tuple[str, str, bool]] = Counter()
+        self.weights: dict[int, tuple[str, int]] = {}
+        sites = {module: getattr(module, "site", None) for module in self.names}
+        self.layers = {site.name: module for module, site in sites.items() if isinstance(site, Site)}
+
+    def enter(self, module: nn.Module) -> None:
+        """A module begins."""
+        self.running.append(module)
+        self.seen.add(module)
+        if module in self.owners:
+            self.owners[module].counts.append(Counter())
+
+    def leave(self, inputs: Any, output: Any) -> None:
+        """The innermost module ends."""
+        module = self.running.pop()
+        if module in self.owners:
+            self.owners[module].counts.pop()
+        count = getattr(module, "multiply_adds", None)
+        if isinstance(getattr(module, "site", None), Site) and count is not None and isinstance(output, Tensor):
+            self.count(self._name(module), "layer", True, count(inputs, output))
+
+    def count(self, name: str, what: str, converted: bool, number: int) -> None:
+        """Add to the multiply-adds of a module."""
+        self.counted[name, what, converted] += number
+
+    def note(self, layer: str, product: str, operands: tuple[Operand, ...]) -> None:
+        """Count a convolution whose product was computed without calling it, from codes to codes."""
+        module = self.layers.get(layer)
+        if product != "forward" or not isinstance(module, FP8Convolution) or module in self.running:
+            return
+        x, weight = (operand.codes.shape for operand in operands)
+        padding: Any = module.padding
+        options = zip(x[2:], weight[2:], module.stride, padding, module.dilation, strict=True)
+        sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in options]
+        self.count(self._name(module), "layer", True, x[0] * math.prod(sizes) * math.prod(weight))
+
+    def rows(self) -> Iterable[InjectionRow]:
+        """A row of a report for each product by a function that follows the recipe."""
+        parameters: Counter[str] = Counter()
+        for name, size in self.weights.values():
+            parameters[name] += size
+        for owner in self.owners.values():
+            products = owner.module._modules.get(FUNCTION_PRODUCTS)
+            for part, module in () if products is None else products.named_modules():
+                site = getattr(module, "site", None)
+                if isinstance(site, Site):
+                    name = ".".join(filter(None, (owner.name, FUNCTION_PRODUCTS, part)))
+                    status = "exempt" if owner.places.is_exempt(site) else "converted"
+                    yield InjectionRow(name, type(module).__name__, status, site.formats, parameters[name])
+
+    def _name(self, module: nn.Module) -> str:
+        return self.names.get(module) or next((n for n, m in self.model.named_modules() if m is module), "")
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _PRODUCTS:
-            args = tuple(self._seen(arg) for arg in args)
-            kwargs = {key: self._seen(value) for key, value in kwargs.items()}
-        return func(*args, **kwargs)
+        if func not in PRODUCTS:
+            return func(*args, **kwargs)
+        innermost = self.running[-1]
+        ours = type(innermost).__module__.startswith("fp8repro.")
+        if not ours and self.places is not None:
+            result = self._owner(innermost).multiply(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        args = tuple(self._checked(arg) for arg in args)
+        kwargs = {key: self._checked(value) for key, value in kwargs.items()}
+        with torch._C.DisableTorchFunction():
+            result = func(*args, **kwargs)
+        if not ours or not isinstance(getattr(innermost, "site", None), Site):
+            self.count(self._name(innermost), func.__name__, False, multiply_adds(func, args, kwargs, result))
+        return result
 
-    def _seen(self, arg: Any) -> Any:
+    def _owner(self, module: nn.Module) -> FunctionProducts:
+        if module not in self.owners:
+            assert self.places is not None
+            owner = FunctionProducts(module, self._name(module), self.places, self.model)
+            owner.counts += [Counter() for running in self.running if running is module]
+            owner.tell = self._told
+            self.owners[module] = owner
+        return self.owners[module]
+
+    def _told(self, name: str, number: int, weight: Tensor | None) -> None:
+        self.count(name, "layer", True, number)
+        whole = None if weight is None else weight if isinstance(weight, nn.Parameter) else weight._base
+        if isinstance(whole, nn.Parameter):
+            self.weights.setdefault(id(whole), (name, whole.numel()))
+
+    def _checked(self, arg: Any) -> Any:
         """The argument; a weight that is found is noted, and FP32, so that the pass goes on and finds all."""
         if isinstance(arg, (list, tuple)):
-            return type(arg)(self._seen(part) for part in arg) if type(arg) in (list, tuple) else arg
+            return type(arg)(self._checked(part) for part in arg) if type(arg) in (list, tuple) else arg
         name = self.storages.get(_address(arg)) if isinstance(arg, Tensor) else None
         if name is None:
             return arg
@@ -130,10 +267,6 @@ def _check_replicas(model: nn.Module) -> None:
             "DistributedDataParallel: got master weights in 16 bit, whose gradients are FP32, expected "
             "MasterWeights(..., narrow=False)"
         )
-
-
-def _watched(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "site", None), Site) or isinstance(module, MasterEmbedding)
 
 
 def _storages(model: nn.Module) -> dict[int, str]:

@@ -21,9 +21,9 @@ from torch.nn.modules import module as global_hooks
 from fp8repro.engines.guards import plain
 from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.precision.bypass import FirstPass
+from fp8repro.precision.convolutions import FP8Conv2d
 from fp8repro.precision.functional import product_of_codes
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, check_size
-from fp8repro.precision.layers import FP8Conv2d
 
 if TYPE_CHECKING:
     from fp8repro.models.fused_resnet import ResidualBlock

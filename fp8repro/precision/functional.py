@@ -255,7 +255,10 @@ def quantized_product(
     if shared is not None:
         b, bias = shared.weight, shared.bias
     site.check(a, b, bias)
-    result: Tensor = _QuantizedProduct.apply(a, b, bias, site, op, training, shared, site.next_call(training), False)
+    call = site.next_call(training)
+    # Modes that give a module's own products to the recipe must not see these.
+    with torch._C.DisableTorchFunction():
+        result: Tensor = _QuantizedProduct.apply(a, b, bias, site, op, training, shared, call, False)
     return result
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from fp8repro.engines.guards import plain
 from fp8repro.engines.products import Operand
 from fp8repro.numerics.streams import StreamTable
+from fp8repro.precision.convolutions import FP8Conv2d
 from fp8repro.precision.injection import context_of
-from fp8repro.precision.layers import FP8Conv2d, FP8Linear
+from fp8repro.precision.layers import FP8Linear
 from fp8repro.precision.site import Site
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ It must never change a model's mathematics in any other way.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,85 +16,33 @@ from torch import nn
 
 from fp8repro.engines.select import select_backend
 from fp8repro.errors import UserError
-from fp8repro.models.parts import MatMul, RepeatedLinear
-from fp8repro.numerics.recipe import AUTO, ROLES, Recipe
-from fp8repro.numerics.rounding import Rounding
+from fp8repro.models.parts import MatMul
+from fp8repro.numerics.recipe import AUTO, Recipe
 from fp8repro.precision.become import become
 from fp8repro.precision.bypass import watch_first_pass
 from fp8repro.precision.carrier import carry_codes
 from fp8repro.precision.context import StepContext
+from fp8repro.precision.function_products import FP8MatMul
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, fuse_normalizations, use_kernels
-from fp8repro.precision.layers import (
-    FP8Conv2d,
-    FP8Linear,
-    FP8MatMul,
-    FP8RepeatedLinear,
-    MasterEmbedding,
-    SteadyMultiheadAttention,
-)
+from fp8repro.precision.injection_report import InjectionReport, InjectionRow
+from fp8repro.precision.layers import MasterEmbedding
+from fp8repro.precision.places import FUNCTION_PRODUCTS, Places
+from fp8repro.precision.registry import converted_type
 from fp8repro.precision.site import Site
 from fp8repro.settings.recipes import load_recipe
 
-CONVERTED = {
-    nn.Linear: FP8Linear,
-    RepeatedLinear: FP8RepeatedLinear,
-    nn.Conv2d: FP8Conv2d,
-    MatMul: FP8MatMul,
-}
-OPERAND_ROLES = ROLES[:4]
 # Modules with parameters, or products, that stay as they are; everything else without parameters is not worth a line.
 _LEFT: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.modules.batchnorm._NormBase, "normalization stays in FP32"),
     (nn.LayerNorm, "normalization stays in FP32"),
     (nn.GroupNorm, "normalization stays in FP32"),
     (nn.Embedding, "a lookup, no product; FP32 values"),
-    (nn.RNNBase, "fused recurrent layer: its products cannot be reached; build it from linear layers"),
-    (nn.MultiheadAttention, "calls its products without its layers: they cannot be reached"),
-    (nn.modules.conv._ConvNd, "no FP8 form of this convolution"),
-    (nn.Linear, "a subclass of Linear with a forward pass of its own"),
+    (nn.Linear, "a subclass of Linear with a forward pass of its own: functions multiply in it"),
+    (nn.modules.conv._ConvNd, "a subclass of a convolution with a forward pass of its own: functions multiply in it"),
+    (nn.RNNBase, "a subclass of a recurrent layer: its products cannot be reached"),
+    (nn.MultiheadAttention, "a subclass of MultiheadAttention: its products cannot be reached"),
     (nn.Bilinear, "no FP8 form of this layer"),
 )
-
-
-@dataclass(frozen=True)
-class InjectionRow:
-    """One layer: qualified name, type, "converted", "exempt" or "left", and its formats or the reason."""
-
-    name: str
-    kind: str
-    status: str
-    detail: str
-    parameters: int
-
-
-@dataclass
-class InjectionReport:
-    """What `inject` did.
-
-    Attributes:
-        backend: what multiplies; "torch" where nothing is converted.
-        why: what kept "auto" from FP8 tensor cores, or "".
-    """
-
-    recipe: str
-    backend: str
-    why: str = ""
-    rows: list[InjectionRow] = field(default_factory=list)
-
-    def names(self, status: str) -> list[str]:
-        """Names of the layers of that status."""
-        return [row.name for row in self.rows if row.status == status]
-
-    def table(self) -> str:
-        """A plain-text table, one layer a line."""
-        # Imported here: who never prints a report need not wait for it.
-        from fp8repro.tabular import aligned
-
-        rows = [(row.name, row.kind, row.status, row.detail) for row in self.rows]
-        counts = ", ".join(f"{len(self.names(s))} {s}" for s in ("converted", "exempt", "left"))
-        why = f" ({self.why})" if self.why else ""
-        head = f"recipe {self.recipe}, products: {self.backend}{why}; {counts}"
-        return f"{head}\n{aligned(('layer', 'type', 'status', 'formats or reason'), rows, 'plain')}"
 
 
 def inject(
@@ -131,8 +79,9 @@ def inject(
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     modules = dict(model.named_modules())
-    candidates = [name for name, module in modules.items() if type(module) in CONVERTED]
-    left = _matching(leave, [*candidates, *_embeddings(modules)], "leave")
+    candidates = [name for name, module in modules.items() if converted_type(type(module)) is not None]
+    layers = [*candidates, *_embeddings(modules)]
+    left = _matching(leave, layers, "leave", [name for name in modules if name not in layers]) & set(layers)
     candidates = [name for name in candidates if name not in left]
     _check_fresh(modules)
     if recipe.converts:
@@ -149,11 +98,13 @@ def inject(
     report = InjectionReport(recipe.name, products.name if recipe.converts else "torch", why)
     kinds = {name: type(module).__name__ for name, module in modules.items()}
     if recipe.converts:
+        places = Places(recipe, context, products, prefix, tuple(leave))
+        model.fp8_places = places  # type: ignore[assignment]
         for name in candidates:
             if recipe.attention_products or type(modules[name]) is not MatMul:
-                roles = _roles(recipe, name in exempt)
-                options = (recipe.round_outputs, recipe.round_input_errors, recipe.recurrent_gradients)
-                _convert(modules[name], Site(prefix + name, roles, context, products, *options))
+                _convert(modules[name], places.site(name, name in exempt))
+        if not recipe.attention_products:
+            _leave_attention_products(model)
         for name in _embeddings(modules):
             if name not in left:
                 become(modules[name], MasterEmbedding)
@@ -163,13 +114,19 @@ def inject(
             if products.name == "triton":
                 use_kernels(model, recipe.activation, context)
                 carry_codes(model)
-        watch_first_pass(model)
+        watch_first_pass(model, places, report)
+        if not candidates:
+            warnings.warn(
+                "inject: the model has no layer to convert; products by functions are found in its first forward pass",
+                stacklevel=2,
+            )
     for name, module in modules.items():
         described = ("left", "asked for") if name in left else None
         described = described or _describe(module, recipe, name in exempt, name in candidates)
         if described is not None:
             parameters = sum(p.numel() for p in module.parameters(recurse=False))
             report.rows.append(InjectionRow(name, kinds[name], *described, parameters))
+    report.parameters = sum(p.numel() for p in model.parameters())
     return report
 
 
@@ -212,8 +169,14 @@ def _leave_fast_paths(modules: dict[str, nn.Module]) -> None:
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
-        elif type(module) is nn.MultiheadAttention:
-            become(module, SteadyMultiheadAttention)
+
+
+def _leave_attention_products(model: nn.Module) -> None:
+    """Give products of two activations inside converted layers back to torch."""
+    for module in model.modules():
+        if type(module) is FP8MatMul:
+            del module.site
+            become(module, MatMul)
 
 
 def _describe(module: nn.Module, recipe: Recipe, exempt: bool, candidate: bool) -> tuple[str, str] | None:
@@ -223,8 +186,7 @@ def _describe(module: nn.Module, recipe: Recipe, exempt: bool, candidate: bool) 
         return "left", f"the recipe rounds nothing{autocast}"
     site = getattr(module, "site", None)
     if isinstance(site, Site):
-        formats = ", ".join(f"{role} {spec}" for role, spec in site.roles.items())
-        return "exempt" if exempt else "converted", formats
+        return "exempt" if exempt else "converted", site.formats
     if candidate:
         return "left", "attention_products is off"
     if isinstance(module, FusedBatchNorm2d):
@@ -237,9 +199,12 @@ def _describe(module: nn.Module, recipe: Recipe, exempt: bool, candidate: bool) 
 
 
 def _convert(module: nn.Module, site: Site) -> None:
-    become(module, CONVERTED[type(module)], site=site)
-    if isinstance(module, FP8Conv2d):
-        module.prepare()
+    kind = converted_type(type(module))
+    assert kind is not None
+    become(module, kind, site=site)
+    prepare = getattr(module, "prepare", None)
+    if prepare is not None:
+        prepare()
 
 
 def exempt_layers(recipe: Recipe, modules: dict[str, nn.Module], candidates: list[str]) -> set[str]:
@@ -251,30 +216,26 @@ def exempt_layers(recipe: Recipe, modules: dict[str, nn.Module], candidates: lis
         UserError: a pattern matches no convertible layer.
     """
     if recipe.exempt == AUTO:
-        convolutions = [name for name in candidates if isinstance(modules[name], nn.Conv2d)]
+        convolutions = [name for name in candidates if isinstance(modules[name], (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
         linears = [name for name in candidates if isinstance(modules[name], nn.Linear)]
         return set(convolutions[:1] + linears[-1:])
     return _matching(recipe.exempt, candidates, "precision.exempt")
 
 
-def _matching(patterns: Sequence[str], names: Sequence[str], setting: str) -> set[str]:
-    """The names that match any of the patterns.
+def _matching(patterns: Sequence[str], names: Sequence[str], setting: str, others: Sequence[str] = ()) -> set[str]:
+    """The names, and other modules' names, that match any of the patterns.
 
     Raises:
-        UserError: a pattern that matches none.
+        UserError: a pattern that matches none, and names no product that is found later.
     """
     matched: set[str] = set()
     for pattern in patterns:
-        hits = [name for name in names if fnmatchcase(name, pattern)]
-        if not hits:
+        hits = [name for name in (*names, *others) if fnmatchcase(name, pattern)]
+        if not hits and FUNCTION_PRODUCTS not in pattern:
             some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
             raise UserError(f"{setting}: got {pattern!r}, which matches none of the layers ({some})")
         matched.update(hits)
     return matched
-
-
-def _roles(recipe: Recipe, exempt: bool) -> dict[str, Rounding]:
-    return {role: recipe.exempt_roles if exempt else getattr(recipe, role) for role in OPERAND_ROLES}
 
 
 def sites(model: nn.Module) -> dict[str, Site]:

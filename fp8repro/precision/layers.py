@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp8repro.engines.products import Conv2dGeometry
-from fp8repro.models.parts import MatMul
-from fp8repro.precision.functional import LINEAR, MATMUL, Op, SharedWeight, conv2d_op, quantized_product, share_weight
+from fp8repro.precision.functional import LINEAR, SharedWeight, quantized_product, share_weight
 from fp8repro.precision.site import Site
 
 
@@ -27,6 +25,10 @@ class FP8Linear(nn.Linear):
         result = quantized_product(x, self.weight, self.bias, self.site, LINEAR, self.training)
         return result if input.dim() > 1 else result.squeeze(0)
 
+    def multiply_adds(self, inputs: tuple[Any, ...], output: Tensor) -> int:
+        """Of one forward pass."""
+        return output.numel() * self.in_features
+
 
 class FP8RepeatedLinear(FP8Linear):
     """`RepeatedLinear` under a recipe: one weight gradient for all calls of a forward pass, rounded once."""
@@ -40,47 +42,6 @@ class FP8RepeatedLinear(FP8Linear):
         if shared is None:
             return super().forward(input)
         return quantized_product(input, self.weight, self.bias, self.site, LINEAR, self.training, shared)
-
-
-class FP8Conv2d(nn.Conv2d):
-    """`nn.Conv2d` (strided, dilated, grouped, any padding mode) whose three products follow a recipe."""
-
-    site: Site
-    op: Op
-
-    def prepare(self) -> None:
-        """Fix the geometry, and the order in which elements are counted, once."""
-        self.site.order = "channels_last"
-        padding = (0, 0) if self.pads_apart() else tuple(self.padding)
-        geometry = Conv2dGeometry(tuple(self.stride), padding, tuple(self.dilation), self.groups)  # type: ignore[arg-type]
-        self.op = conv2d_op(geometry)
-
-    def pads_apart(self) -> bool:
-        """True where the product's own zero padding cannot serve."""
-        return self.padding_mode != "zeros" or isinstance(self.padding, str)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, C, H, W] (or [C, H, W]) -> [B, O, P, Q], FP32."""
-        x = input if input.dim() == 4 else input.unsqueeze(0)
-        if self.pads_apart():
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
-        result = quantized_product(x, self.weight, self.bias, self.site, self.op, self.training)
-        return result if input.dim() == 4 else result.squeeze(0)
-
-
-class FP8MatMul(MatMul):
-    """Product of two activations (attention scores and contexts) under a recipe."""
-
-    site: Site
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """[..., M, K] @ [..., K, N] -> [..., M, N], FP32; leading dimensions must agree."""
-        return quantized_product(a, b, None, self.site, MATMUL, self.training)
-
-    def keep(self, b: Tensor) -> Tensor:
-        """The codes of `b`, where they are all that later products take."""
-        return self.site.codes(b, self.training)
 
 
 class MasterEmbedding(nn.Embedding):
@@ -116,19 +77,3 @@ class _Lookup(torch.autograd.Function):
         padding = -1 if ctx.padding_idx is None else ctx.padding_idx
         gradient = torch.ops.aten.embedding_dense_backward(grad, indices, ctx.rows, padding, ctx.by_frequency)
         return None, gradient, None, None
-
-
-class SteadyMultiheadAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` that evaluates by the operations that it trains by.
-
-    torch's fast path adds in another order: a last bit that differs may fall on the other side of the next rounding.
-    """
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """See `nn.MultiheadAttention`."""
-        enabled = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(enabled)

@@ -22,9 +22,11 @@ from fp8repro.numerics.recipe import Recipe
 from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.precision.bypass import watch_first_pass
 from fp8repro.precision.context import StepContext
+from fp8repro.precision.convolutions import FP8Convolution
 from fp8repro.precision.fused_step import Engine, fused_step, guard_step, has_state, unsupported
 from fp8repro.precision.injection import context_of, sites
-from fp8repro.precision.layers import FP8Conv2d, FP8Linear, MasterEmbedding
+from fp8repro.precision.layers import FP8Linear, MasterEmbedding
+from fp8repro.precision.sharded import is_sharded, round_shard
 
 
 class UpdateGraph(Protocol):
@@ -133,7 +135,8 @@ class MasterWeights:
         """Raise UserError for a parameter whose values could not be kept."""
         if self.spec.is_identity:
             return
-        if type(parameter.data) is not Tensor or parameter.layout != torch.strided:
+        plain = type(parameter.data) is Tensor or is_sharded(parameter.data)
+        if not plain or parameter.layout != torch.strided:
             given = f"{type(parameter.data).__name__} ({parameter.layout})"
             raise UserError(f"optimizer: {name} is a {given}, expected a plain dense tensor")
         if parameter.dtype != torch.float32 and id(parameter) not in _stored_parameters(self.model):
@@ -218,7 +221,7 @@ class MasterWeights:
         """What does the optimizer's step in one pass, where that can be had."""
         if self.spec.is_identity or unsupported(self.optimizer) is not None:
             return None
-        if any(p.grad.layout != torch.strided for p in moving.values()):  # type: ignore[union-attr]
+        if any(is_sharded(p) or p.grad.layout != torch.strided for p in moving.values()):  # type: ignore[union-attr]
             return None
         if self._real_products:
             if self.spec.format != FP16:
@@ -274,10 +277,13 @@ class MasterWeights:
 
     def _round(self, name: str, parameter: nn.Parameter, values: Tensor, how: Rounding) -> None:
         """Round FP32 values once into a parameter's storage."""
-        target = parameter.data
+        target: Any = parameter.data
         stream = self.context.stream_number(name, self.context.updates, "master", "master")
         values_out, codes = (target, None) if target.dtype == torch.float32 else (None, target)
         bits = RandomBits(self.context.seed, stream, self._order(parameter))
+        if is_sharded(target):
+            round_shard(values, how, bits, target)
+            return
         round_into(values, how, bits, values=values_out, codes=codes)
 
     def _order(self, parameter: nn.Parameter) -> str:
@@ -316,7 +322,7 @@ def _stored_parameters(model: nn.Module) -> set[int]:
     able: set[int] = set()
     unable: set[int] = set()
     for module in model.modules():
-        reads = isinstance(module, (FP8Linear, FP8Conv2d))
+        reads = isinstance(module, (FP8Linear, FP8Convolution))
         reads = reads or (isinstance(module, MasterEmbedding) and module.reads_any_dtype)
         for name, parameter in module.named_parameters(recurse=False):
             (able if reads and name == "weight" else unable).add(id(parameter))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,15 @@ class Site:
     def __getstate__(self) -> dict[str, Any]:
         """Without the rounded weight: a copy makes its own."""
         return {**self.__dict__, "_kept": None}
+
+    def part(self, name: str) -> Site:
+        """The place of one of several products of the layer."""
+        return replace(self, name=f"{self.name}.{name}".lstrip("."))
+
+    @property
+    def formats(self) -> str:
+        """For people: what each role is rounded to."""
+        return ", ".join(f"{role} {spec}" for role, spec in self.roles.items())
 
     def next_call(self, training: bool) -> int:
         """See `StepContext.next_call`; evaluation draws no bits, and its calls are not counted."""

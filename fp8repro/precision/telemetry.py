@@ -12,16 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8repro.numerics.rounding import Rounding
+
 SAMPLED_VALUES = 16384
 FP32_BIAS = 127
 
 
 @dataclass
 class Telemetry:
-    """Statistics of the current step, collected every `every` steps (0: never)."""
+    """Statistics of the current step, collected every `every` steps (0: never).
+
+    Attributes:
+        roundings: how each layer rounds each role; parts of a layer round as it does.
+    """
 
     every: int = 0
     active: bool = False
+    roundings: dict[str, dict[str, Rounding]] = field(default_factory=dict)
     _buffers: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
     _exponents: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
     _lost: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -98,6 +105,9 @@ class Telemetry:
                     "absmax": absmax,
                 }
             )
+            how = self._rounding(layer, role)
+            if how is not None:
+                rows[-1] |= {"format": how.format.name, "rounding": how.rounding}
             counts = self._exponents.get((layer, role, operand))
             if counts is not None:
                 rows[-1]["exponents"] = _trimmed(counts.tolist())
@@ -113,6 +123,11 @@ class Telemetry:
                 }
             )
         return rows
+
+    def _rounding(self, layer: str, role: str) -> Rounding | None:
+        while layer and layer not in self.roundings:
+            layer = layer.rpartition(".")[0]
+        return self.roundings.get(layer, {}).get(role)
 
     def share(self, role: str, operand: str | None = None) -> float:
         """Underflow share of a role (and operand) over all layers of this step; NaN when nothing was counted."""

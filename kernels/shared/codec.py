@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fp8repro.numerics.formats import FloatFormat
+from fp8repro.numerics.formats import E4M3, E5M2, FloatFormat
 from fp8repro.numerics.rounding import Rounding
 
 NEAREST = tl.constexpr(0)
@@ -25,7 +25,7 @@ ROUNDING_CODES = {"nearest": 0, "stochastic": 1, "toward_zero": 2}
 
 def rounding_code(format: FloatFormat, rounding: str, capability: tuple[int, int]) -> int:
     """How `encode` rounds to a format on a GPU of that compute capability; (0, 0): in the interpreter."""
-    if rounding == "nearest" and format.name in ("e5m2", "e4m3") and capability >= (8, 9):
+    if rounding == "nearest" and format in (E5M2, E4M3) and capability >= (8, 9):
         return NEAREST_IN_HARDWARE.value
     return ROUNDING_CODES[rounding]
 
@@ -35,7 +35,7 @@ class Encoding(NamedTuple):
 
     Attributes:
         max: largest finite value.
-        exponent_bits, mantissa_bits, has_infinity: as in `FloatFormat`.
+        exponent_bits, mantissa_bits, has_infinity, bias: as in `FloatFormat`.
         rounding: what `rounding_code` gives.
         saturate: overflow becomes the largest finite value.
         subnormal_nearest: magnitudes below the smallest normal value are rounded to nearest, whatever `rounding` says.
@@ -48,6 +48,7 @@ class Encoding(NamedTuple):
     rounding: int
     saturate: bool
     subnormal_nearest: bool
+    bias: int
 
 
 def encoding(how: Rounding, capability: tuple[int, int]) -> Encoding:
@@ -61,6 +62,7 @@ def encoding(how: Rounding, capability: tuple[int, int]) -> Encoding:
         rounding_code(format, how.rounding, capability),
         how.overflow == "saturate",
         how.subnormal_rounding == "nearest",
+        format.bias,
     )
 
 
@@ -83,13 +85,13 @@ RANDOM_WORDS = list(RandomWords._fields)
 @triton.constexpr_function
 def e5m2() -> Encoding:
     """E5M2 to nearest, at compile time; kernels cannot read a NamedTuple that is a global variable."""
-    return Encoding(57344.0, 5, 2, True, 0, False, False)
+    return Encoding(57344.0, 5, 2, True, 0, False, False, 15)
 
 
 @triton.constexpr_function
 def e4m3() -> Encoding:
     """E4M3 to nearest, at compile time."""
-    return Encoding(448.0, 4, 3, False, 0, False, False)
+    return Encoding(448.0, 4, 3, False, 0, False, False, 7)
 
 
 @triton.jit
@@ -212,7 +214,7 @@ def _encode_bits(x, draw, ENCODING: tl.constexpr):
     SATURATE: tl.constexpr = ENCODING.saturate
     SUBNORMAL_NEAREST: tl.constexpr = ENCODING.subnormal_nearest
     DROPPED: tl.constexpr = 23 - MANTISSA_BITS
-    MIN_EXPONENT: tl.constexpr = 2 - (1 << (EXPONENT_BITS - 1))
+    MIN_EXPONENT: tl.constexpr = 1 - ENCODING.bias
     # A code counts the values from zero up, so in every binade it is the FP32 code, shifted, less a constant.
     REBIAS: tl.constexpr = (126 + MIN_EXPONENT) << MANTISSA_BITS
     SMALLEST_NORMAL: tl.constexpr = (MIN_EXPONENT + 127) << 23
@@ -232,7 +234,9 @@ def _encode_bits(x, draw, ENCODING: tl.constexpr):
     bits = x.to(tl.uint32, bitcast=True)
     absolute = tl.abs(x)
     if BOUNDED and HAS_INFINITY:
-        absolute = tl.minimum(absolute, 2.0 ** (1 << (EXPONENT_BITS - 1)), propagate_nan=tl.PropagateNan.ALL)
+        # The power of two after the largest value.
+        PAST: tl.constexpr = 2.0 ** ((1 << EXPONENT_BITS) - 1 - ENCODING.bias)
+        absolute = tl.minimum(absolute, PAST, propagate_nan=tl.PropagateNan.ALL)
     magnitude = absolute.to(tl.uint32, bitcast=True)
     nearest = magnitude + ((1 << (DROPPED - 1)) - 1) + ((magnitude >> DROPPED) & 1)
     if ROUNDING == NEAREST:
@@ -293,12 +297,12 @@ def decode(code, ENCODING: tl.constexpr):
     MANTISSA_BITS: tl.constexpr = ENCODING.mantissa_bits
     HAS_INFINITY: tl.constexpr = ENCODING.has_infinity
     DROPPED: tl.constexpr = 23 - MANTISSA_BITS
-    MIN_EXPONENT: tl.constexpr = 2 - (1 << (EXPONENT_BITS - 1))
+    MIN_EXPONENT: tl.constexpr = 1 - ENCODING.bias
     REBIAS: tl.constexpr = (126 + MIN_EXPONENT) << MANTISSA_BITS
     TOP_CODE: tl.constexpr = (1 << (EXPONENT_BITS + MANTISSA_BITS)) - 1
     MAX_CODE: tl.constexpr = (TOP_CODE >> MANTISSA_BITS << MANTISSA_BITS) - 1 if HAS_INFINITY else TOP_CODE - 1
 
-    if EXPONENT_BITS == 5 and HAS_INFINITY:
+    if EXPONENT_BITS == 5 and HAS_INFINITY and ENCODING.bias == 15:
         # The upper bits of an FP16 value, which converts exactly.
         half = (code << (10 - MANTISSA_BITS)).to(tl.uint16).to(tl.float16, bitcast=True)
         value = half.to(tl.float32)

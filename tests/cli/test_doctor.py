@@ -246,3 +246,36 @@ def test_a_foreign_record_leaves_the_terminal_alone(tmp_path: Path, capsys: pyte
     assert code == 1
     assert "\x1b" not in text
     assert len(text) < 2000
+
+
+def test_what_roundings_cost_each_layer_is_told_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = f"run={tmp_path / 'run'}"
+    train(tiny_config(tmp_path / "run", "fp8", epochs=1, telemetry_every=5))
+    code, text = run(capsys, folder, f"figure={tmp_path / 'noise.png'}")
+    assert code == 0
+    noise = next(line for line in text.splitlines() if line.startswith("noise "))
+    layer, role, decibels = noise.split("least signal: ")[1].split(", ")[0].split()[:3]
+    assert role in ("weight", "activation", "error", "gradient")
+    assert 0 < float(decibels) < 30
+    first = next(line for line in text.splitlines() if line.startswith("exempt first")).split()
+    assert first[2].rstrip(",") == layer
+    header, _, row = text.splitlines()[text.splitlines().index("") + 1 :][:3]
+    assert header.split()[:3] == ["layer", "role", "operand"]
+    assert row.split()[:2] == [layer, role]
+    assert (tmp_path / "noise.png").stat().st_size > 1000
+    code, text = run(capsys, folder, f"figure={tmp_path / 'nowhere' / 'noise.png'}")
+    assert (code, text.count("\n")) == (2, 1)
+    assert "figure: cannot write" in text
+
+
+def test_figures_need_a_run_with_telemetry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"kind": "telemetry", "rows": [{"format": "e5m2", "exponents": [1]}, 3]}\n'
+    )
+    for settings, message in (
+        ([f"run={tmp_path}", "figure=x.png"], "figure: got a run without telemetry"),
+        (["figure=x.png"], "doctor: got figure= without run="),
+    ):
+        code, text = run(capsys, *settings)
+        assert (code, text.count("\n")) == (2, 1)
+        assert message in text

@@ -206,3 +206,13 @@ def test_a_layer_gives_codes_as_the_gradient_of_codes(trained: nn.Module) -> Non
     x = values.clone().requires_grad_()
     with pytest.raises(RuntimeError, match=r"not implemented for 'Float8_e5m2'"):
         (layer(x).sum() + layer(x).sum()).backward()
+
+
+def test_the_report_counts_convolutions_that_take_codes() -> None:
+    plain, model = (small().to(DEVICE, memory_format=torch.channels_last) for _ in range(2))  # type: ignore[call-overload]
+    report = inject(model, "fp8", backend="triton")
+    assert used(model)
+    right = inject(plain, "fp8", backend="emulate")
+    plain(images())
+    assert report.never_ran() == []
+    assert report.multiply_adds == right.multiply_adds

@@ -261,7 +261,8 @@ def test_encoders_evaluate_as_they_train_padded_ones_too() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2)
     report = inject(encoder, replace(FP8, exempt=()))
-    assert report.names("converted") == [f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2)]
+    parts = ("self_attn", "self_attn.out_proj", "linear1", "linear2")
+    assert report.names("converted") == [f"layers.{i}.{part}" for i in range(2) for part in parts]
     encoder.eval()
     x, padding = torch.randn(3, 5, 16), torch.arange(5) >= torch.tensor([[5], [3], [2]])
     for mask in (None, padding):
@@ -284,35 +285,65 @@ class Tied(nn.Module):
         return self.inner(self.embedding(tokens)) @ self.embedding.weight.t()
 
 
-def test_an_embedding_that_is_stored_in_16_bit_and_multiplied_by_is_named() -> None:
-    model = Tied()
-    inject(model, FP8)
-    tokens = torch.arange(9)
-    # In FP32 it is what the report says: a lookup, no product of ours.
-    model(tokens)
-    MasterWeights(model, sgd(model), FP8)
-    with pytest.raises(UserError, match=r"weights of embedding without calling .* leave=\['embedding'\]"):
-        model(tokens)
+def test_an_embedding_that_is_multiplied_by_follows_the_recipe_in_16_bit_too() -> None:
+    model, tokens = Tied(), torch.arange(9)
+    report = inject(model, FP8)
+    masters = MasterWeights(model, sgd(model), FP8)
+    assert model.embedding.weight.dtype == torch.float16
+    F.cross_entropy(model(tokens), tokens).backward()
+    assert report.names("converted") == ["fp8_products.linear_0"]
+    assert model.embedding.weight.grad.dtype == torch.float32
+    assert masters.step()
     left = Tied()
     report = inject(left, FP8, leave=["embedding"])
+    left(tokens)
+    assert report.without_owner() == ["the model: matmul"]
     assert report.names("left") == ["embedding"]
     masters = MasterWeights(left, sgd(left), FP8)
     F.cross_entropy(left(tokens), tokens).backward()
     assert masters.step()
 
 
-def test_torchvisions_swin_names_all_of_its_projections_and_trains_without_them() -> None:
+def test_a_part_of_a_weight_that_is_stored_in_16_bit_is_refused_and_may_be_left() -> None:
+    class Halves(Tied):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.inner(self.embedding(tokens)) @ self.embedding.weight[:4].t()
+
+    tokens = torch.arange(9)
+    for narrow, leave, message in ((True, (), "a part of a weight"), (False, (), ""), (True, ("embedding",), "")):
+        model = Halves()
+        inject(model, FP8, leave=leave)
+        MasterWeights(model, sgd(model), FP8, narrow=narrow)
+        if message:
+            with pytest.raises(UserError, match=rf"{message} \(9, 8\) that is stored in 16 bit, expected inject"):
+                model(tokens)
+        else:
+            assert model(tokens).shape == (9, 4)
+
+
+def test_a_weight_that_one_of_our_own_layers_uses_behind_another_ones_back_is_named() -> None:
+    model = network()
+    inject(model, FP8)
+    inner, outer = model[2], model[0]
+    inner.register_forward_pre_hook(lambda module, inputs: torch.mm(X, outer.weight.t()).sum().backward())
+    with pytest.raises(UserError, match=r"functions multiply by the weights of 0 without .* leave=\['0'\]"):
+        model(X)
+
+
+def test_torchvisions_swin_multiplies_by_its_projections_under_the_recipe_or_is_left() -> None:
     def swin() -> nn.Module:
         torch.manual_seed(0)
         return SwinTransformer([2, 2], 16, [1, 1], [2, 2], [2, 2], num_classes=4)
 
     x = torch.randn(2, 3, 16, 16)
     model = swin()
-    inject(model, FP8)
-    MasterWeights(model, sgd(model), FP8)
-    with pytest.raises(UserError, match=r"functions multiply by the weights of features\.1\.0\.attn\.proj") as error:
-        model(x)
-    assert "features.1.0.attn.qkv" in str(error.value)
+    report = inject(model, FP8)
+    masters = MasterWeights(model, sgd(model), FP8)
+    F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+    assert masters.step()
+    assert report.never_ran() == []
+    assert report.without_owner() == []
+    assert "features.1.0.attn.fp8_products.matmul_1" in report.names("converted")
     model = swin()
     report = inject(model, FP8, leave=["*.attn.qkv", "*.attn.proj"])
     assert not [name for name in report.names("converted") if "attn" in name]

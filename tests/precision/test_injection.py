@@ -97,15 +97,16 @@ def test_resnet50_report_names_every_layer_and_the_papers_exemptions() -> None:
 
 
 def test_layers_that_cannot_be_reached_are_reported_with_the_reason() -> None:
-    class Own(nn.Linear):
-        pass
+    def own(kind: type[nn.Module]) -> type[nn.Module]:
+        return type(f"Own{kind.__name__}", (kind,), {})
 
     model = nn.ModuleDict(
         {
-            "lstm": nn.LSTM(4, 4),
-            "attention": nn.MultiheadAttention(4, 2),
-            "own": Own(4, 4),
-            "deconvolution": nn.ConvTranspose2d(2, 2, 3),
+            "lstm": own(nn.LSTM)(4, 4),
+            "attention": own(nn.MultiheadAttention)(4, 2),
+            "own": own(nn.Linear)(4, 4),
+            "deconvolution": own(nn.ConvTranspose2d)(2, 2, 3),
+            "bilinear": nn.Bilinear(4, 4, 2),
             "linear": nn.Linear(4, 4),
         }
     )
@@ -115,7 +116,8 @@ def test_layers_that_cannot_be_reached_are_reported_with_the_reason() -> None:
         ("lstm", "products cannot be reached"),
         ("attention", "cannot be reached"),
         ("own", "subclass"),
-        ("deconvolution", "no FP8 form"),
+        ("deconvolution", "subclass"),
+        ("bilinear", "no FP8 form"),
     ):
         assert rows[name].status == "left"
         assert reason in rows[name].detail
