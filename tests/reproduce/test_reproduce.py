@@ -170,7 +170,12 @@ configs = json.loads(Path(os.environ["CONFIGS"]).read_text())
 (folder / "config.yaml").write_text(configs[name])
 (folder / "metrics.jsonl").write_text(json.dumps(dict(kind="train", step=1, epoch=1.0)) + "\\n")
 failed = name in os.environ.get("DIVERGE", "").split()
-summary = dict(status="failed", reason="every step was skipped") if failed else dict(status="finished", top1=98.0)
+scores = json.loads(os.environ.get("SCORES", "{{}}")).get(name, [98.0])
+seed = int(settings["seed"])
+summary = dict(status="finished", experiment=name, model="resnet18", data="digits", precision="fp8", profile="embedded",
+               loss_scaling="constant", seed=seed, top1=scores[seed % len(scores)])
+if failed:
+    summary = dict(status="failed", reason="every step was skipped")
 (folder / "summary.json").write_text(json.dumps(summary))
 if failed:
     print("fp8repro: every step was skipped")
@@ -210,6 +215,54 @@ def test_what_is_done_is_left_alone(stand_in: Path) -> None:
     assert reproduce(stand_in) == (0, [])
     (stand_in / "runs/embedded/fp8_scale_1-seed0/summary.json").unlink()
     assert reproduce(stand_in, "--jobs", "2") == (0, ["fp8_scale_1-seed0"])
+
+
+@pytest.mark.parametrize(
+    ("scores", "seeds"),
+    [
+        # Decided, or an effect of note excluded, at the first look.
+        ([99.0, 99.1, 99.2], 3),
+        ([98.1, 98.0, 97.9], 3),
+        # Decided at the second, and never.
+        ([97.2, 98.0, 98.8, 98.05, 97.95, 98.0], 6),
+        ([96.0, 98.0, 100.0], 12),
+    ],
+)
+def test_seeds_are_added_until_the_statements_are_decided(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, scores: list[float], seeds: int
+) -> None:
+    monkeypatch.setenv("SCORES", json.dumps({"resnet18_fp8": scores}))
+    code, started = reproduce(stand_in, "--seeds", "auto", "--jobs", "4")
+    assert code == 0
+    compared = ("resnet18_fp8", "fp8_scale_1000")
+    wanted = {f"{name}-seed{seed}" for name in study_cells("C4", "embedded")
+              for seed in range(seeds if name in compared else 3)}  # fmt: skip
+    assert sorted(started) == sorted(wanted)
+    # What is there is looked at again, and nothing more runs.
+    assert reproduce(stand_in, "--seeds", "auto") == (0, [])
+
+
+def test_a_dry_run_lists_the_seeds_of_the_next_look(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SCORES", json.dumps({"resnet18_fp8": [96.0, 98.0, 100.0]}))
+    assert reproduce(stand_in, "--seeds", "auto", "--dry-run") == (0, [])
+    assert "12 runs" in capsys.readouterr().out
+    assert len(reproduce(stand_in, "--seeds", "3")[1]) == 12
+    capsys.readouterr()
+    assert reproduce(stand_in, "--seeds", "auto", "--dry-run") == (0, [])
+    out = capsys.readouterr().out
+    assert "look 1 of 3, at 3 seeds: resnet18_fp8, fp8_scale_1000 go on to 6" in out
+    states = Counter(line.split("  ")[0] for line in out.splitlines() if "-seed" in line)
+    assert states == {"done": 6, "to run": 6}
+
+
+def test_seeds_are_not_added_for_what_others_would_have_to_decide(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCORES", json.dumps({"resnet18_fp8": [96.0, 98.0, 100.0]}))
+    assert len(reproduce(stand_in, "--seeds", "3")[1]) == 12
+    assert reproduce(stand_in, "--seeds", "auto", "--only", "resnet18_fp8") == (0, [])
 
 
 def test_the_plan_keeps_going_past_a_crash_and_a_refusal(
