@@ -111,11 +111,12 @@ def _undecided(folder: Path, profile: str, names: Sequence[str]) -> set[str]:
 
 
 def _list(stages: Iterator[list[Job]], missing: Sequence[str]) -> None:
-    """Print the first stage that is not done."""
+    """Print the first stage that is not done, else the last one."""
+    jobs: list[Job] = []
     for jobs in stages:
-        print(listing(jobs))
         if any(state(job) != DONE for job in jobs):
             break
+    print(listing(jobs))
     for line in missing:
         print(f"missing: {line}")
 
