@@ -9,10 +9,13 @@ from fp8repro.paper.plan import plan_file, study_cells, study_models
 from fp8repro.paper.reported import paper_figures
 from fp8repro.results.cells import CellRuns, Cells, Run, comparable
 from fp8repro.results.paired import difference
-from fp8repro.results.sheet import Column, Sheet, stat
+from fp8repro.results.sheet import Column, Sheet, noise, stat
+from fp8repro.results.weights import weights_sheet
 from fp8repro.settings.choices import groups
 
 PERCENT, MEBI = 100.0, 1 / 2**20
+NOISE = "FP32 against FP32"
+NOISE_NOTE = "FP32 against FP32: mean size of the difference of two FP32 runs that differ in their seed alone."
 ROLES = ("weight", "activation", "error", "gradient")
 # Figure, title, decimals, factor.
 STUDY_COLUMNS: dict[str, list[tuple[str, str, int, float]]] = {
@@ -51,6 +54,7 @@ def sheets(cells: Cells, profile: str) -> list[Sheet]:
     return [
         accuracy_sheet("C1", cells, profile),
         accuracy_sheet("C2", cells, profile),
+        weights_sheet(cells, profile),
         conversion_sheet(cells, profile),
         *(study_sheet(study, cells, profile) for study in STUDY_COLUMNS),
     ]
@@ -81,6 +85,10 @@ def accuracy_sheet(study: str, cells: Cells, profile: str) -> Sheet:
                 "failed": _failed(cells, [f"{model}_fp32", f"{model}_fp8"]),
             }
         )
+        floor = noise(fp32)
+        rows.append(
+            {"model": f"{model}, {NOISE}", "gap": floor and floor.mean, "seeds": floor.seeds if floor else None}
+        )
     columns = [
         Column("model"),
         Column("fp32", f"FP32 {unit}", digits),
@@ -98,6 +106,7 @@ def accuracy_sheet(study: str, cells: Cells, profile: str) -> Sheet:
     notes = [
         f"Paper: {paper['data'][paper['figures'][models[0]]['data']]} ({known}).",
         *signatures(cells, names),
+        NOISE_NOTE,
     ]
     if profile != "paper":
         notes.insert(0, f"Ran on {_data(cells, names)}, not on the paper's data: compare the gaps, not the levels.")
@@ -156,6 +165,10 @@ def study_sheet(study: str, cells: Cells, profile: str) -> Sheet:
             row |= _scale_figures(cell)
         row["failed"] = _failed(cells, [name])
         rows.append(row)
+    reference = f"{'gnmt' if study == 'C5' else plan_file()['profiles'][profile]['convnet']}_fp32"
+    floors = {figure: noise(cells[reference].figures(figure), factor) for figure, _, _, factor in STUDY_COLUMNS[study]}
+    floors = {figure: floor for figure, floor in floors.items() if not figure.endswith("_bytes")}
+    rows.append({"cell": NOISE, "what": f"noise of {reference}", "seeds": len(cells[reference].runs), **floors})
     columns = [Column("cell"), Column("what", "what it is")]
     columns += [Column(figure, title, digits) for figure, title, digits, _ in STUDY_COLUMNS[study]]
     if study == "C5":
@@ -165,6 +178,7 @@ def study_sheet(study: str, cells: Cells, profile: str) -> Sheet:
         ]
     columns += [Column("seeds", digits=0), Column("failed", "failed runs")]
     notes = ["mean ± standard deviation over seeds."] if any(row["seeds"] > 1 for row in rows) else []
+    notes.append(NOISE_NOTE)
     title = plan_file()["studies"][study]["title"]
     return Sheet(
         study, title if study == "recipes" else f"{study}: {title}", columns, rows, notes + _left_out(cells, names)
