@@ -74,6 +74,11 @@ NEAREST = {"precision.error.rounding": "nearest", "precision.gradient.rounding":
             {**NEAREST, f"{MASTER}.rounding": "nearest", f"{MASTER}.format": "fp32", NAME: "fp8_nearest_fp32_master"},
         ),
         ("fp8_stochastic", {ACTIVATION: "stochastic", NAME: "fp8_stochastic"}),
+        (
+            "fp8_toolkit",
+            {f"precision.{role}.subnormal_rounding": "nearest" for role in ("error", "gradient", "master")}
+            | {NAME: "fp8_toolkit"},
+        ),
         ("fp8_nearest_master", {f"{MASTER}.rounding": "nearest", NAME: "fp8_nearest_master"}),
         ("fp8_wang", {f"{MASTER}.format": "fp16_1_6_9", NAME: "fp8_wang"}),
         ("fp8_fp32_master", {f"{MASTER}.rounding": "nearest", f"{MASTER}.format": "fp32", NAME: "fp8_fp32_master"}),
