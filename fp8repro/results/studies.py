@@ -8,6 +8,7 @@ from typing import Any
 from fp8repro.paper.plan import plan_file, study_cells, study_models
 from fp8repro.paper.reported import paper_figures
 from fp8repro.results.cells import CellRuns, Cells, Run, comparable
+from fp8repro.results.doses import STUDY, dose_sheet
 from fp8repro.results.paired import difference
 from fp8repro.results.sheet import Column, Sheet, noise, stat
 from fp8repro.results.weights import weights_sheet
@@ -56,8 +57,13 @@ def sheets(cells: Cells, profile: str) -> list[Sheet]:
         accuracy_sheet("C2", cells, profile),
         weights_sheet(cells, profile),
         conversion_sheet(cells, profile),
-        *(study_sheet(study, cells, profile) for study in STUDY_COLUMNS),
+        *(sheet for study in STUDY_COLUMNS for sheet in _of_study(study, cells, profile)),
     ]
+
+
+def _of_study(study: str, cells: Cells, profile: str) -> list[Sheet]:
+    found = [study_sheet(study, cells, profile)]
+    return [*found, dose_sheet(cells)] if study == "C4" and study_cells(STUDY, profile) else found
 
 
 def accuracy_sheet(study: str, cells: Cells, profile: str) -> Sheet:

@@ -9,8 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from fp8repro.numerics.formats import E5M2, FP16
 from fp8repro.paper.plan import plan_file, study_cells, study_models
 from fp8repro.paper.reported import paper_figures
+from fp8repro.results import doses
 from fp8repro.results.cells import Cells, comparable
 from fp8repro.results.paired import (
     FAILS,
@@ -35,6 +37,8 @@ from fp8repro.results.studies import ROLES, conversion
 MASTER_SHARE, SAVED_SHARE = 0.5, 0.35
 # An L2 loss that differs by less than this share of it is no growth.
 L2_SHARE = 0.02
+# How much smaller FP16's smallest value is than E5M2's: 2^-24 and 2^-16.
+OCTAVES = (E5M2.min_exponent - E5M2.mantissa_bits) - (FP16.min_exponent - FP16.mantissa_bits)
 NO_RUNS = "no run of this profile"
 APART = "the runs differ in more than precision and loss scaling"
 NOTES = (
@@ -103,17 +107,23 @@ class Claim:
         if not comparable(first, second):
             return replace(blank, evidence=APART)
         by_seed = gaps(first.figures(figure), second.figures(figure))
+        return self.decided(blank, by_seed, question, f"{a} - {b}", (a, b))
+
+    def decided(
+        self, blank: Verdict, by_seed: Mapping[int, float], question: Question, what: str, wants: tuple[str, ...]
+    ) -> Verdict:
+        """A statement decided by paired differences; `what` they are of, `wants`: the cells that they are from."""
         if not by_seed:
             return replace(blank, evidence="no common seed with this figure")
         decision = decide(by_seed, question, self.looks, self.statements)
         return replace(
             blank,
             verdict=decision.verdict,
-            evidence=f"{a} - {b}: {_evidence(decision, question)}",
+            evidence=f"{what}: {_evidence(decision, question)}",
             looks=f"{decision.looks} of {len(decision.planned)} (at {', '.join(map(str, decision.planned))} seeds)",
             level=_levels(decision),
             power=_power(decision, question),
-            wants=(a, b) if decision.verdict == UNDECIDED else (),
+            wants=wants if decision.verdict == UNDECIDED else (),
         )
 
 
@@ -128,7 +138,8 @@ def verdicts(cells: Cells, profile: str) -> list[Verdict]:
         *_accuracy(claim("C1", len(study_models("C1", profile))), profile),
         *_accuracy(claim("C2", len(study_models("C2", profile))), profile),
         _conversion(cells, profile),
-        *_loss_scale(claim("C4", 1), convnet),
+        _underflow(cells, convnet),
+        *(_doses(claim("C4", 5)) if study_cells(doses.STUDY, profile) else _loss_scales(claim("C4", 1), convnet)),
         *_enhanced(claim("C5", 1)),
         *_rounding(claim("C6", 4)),
         *_masters(claim("C7", 1), convnet),
@@ -288,24 +299,61 @@ def _ordered(cells: Cells, names: Sequence[str], figure: str) -> tuple[str, list
     return (HOLDS if all(falls) else FAILS), seeds
 
 
-def _loss_scale(claim: Claim, convnet: str) -> list[Verdict]:
+def _underflow(cells: Cells, convnet: str) -> Verdict:
     names = ["fp8_scale_1", "fp8_scale_1000", "fp8_scale_4000", f"{convnet}_fp8"]
-    verdict, seeds = _ordered(claim.cells, names, "underflow_error")
-    shares = [claim.cells[name].figures("underflow_error") for name in names]
+    verdict, seeds = _ordered(cells, names, "underflow_error")
+    shares = [cells[name].figures("underflow_error") for name in names]
     means = [f"{100 * sum(share.values()) / len(share):.3g} %" if share else "-" for share in shares]
-    falling = Verdict(
+    return Verdict(
         "C4",
         "a larger loss scale keeps more errors out of underflow",
         "share of underflowing errors falls strictly from scale 1 to 1,000, 4,000 and 10,000, in every seed",
         verdict,
-        f"{', '.join(means)} ({len(seeds)} seeds)" if seeds else _absent(claim.cells, names),
+        f"{', '.join(means)} ({len(seeds)} seeds)" if seeds else _absent(cells, names),
     )
-    statement = "scale 10,000 is more accurate than 1,000"
-    named = f"{claim.margin:g} points of top-1"
+
+
+def _loss_scales(claim: Claim, convnet: str) -> list[Verdict]:
+    """Where the paper's own scales are told apart: its data, or data like it."""
+    statement, named = "scale 10,000 is more accurate than 1,000", f"{claim.margin:g} points of top-1"
+    return [claim.greater(f"{convnet}_fp8", "fp8_scale_1000", "score", statement, claim.margin, named)]
+
+
+def _doses(claim: Claim) -> list[Verdict]:
+    """The loss scales that roundings of errors and gradients need, in octaves against each other."""
+    near, below, random, fp16 = doses.NEAREST, doses.SUBNORMAL, doses.STOCHASTIC, doses.IN_FP16
+    octave, up_to = greater(1.0), not_worse(1.0)
     return [
-        falling,
-        claim.greater(f"{convnet}_fp8", "fp8_scale_1000", "score", statement, claim.margin, named),
+        _octaves(claim, "E5M2 to nearest needs a larger loss scale than FP16", near, fp16, 0, octave),
+        _octaves(claim, "by eight octaves, not less", near, fp16, OCTAVES, up_to),
+        _octaves(claim, "by eight octaves, not more", fp16, near, -OCTAVES, up_to),
+        _octaves(claim, "its subnormal range alone makes it need as much", below, near, 0, up_to),
+        _octaves(claim, "stochastic rounding needs less", near, random, 0, octave),
     ]
+
+
+def _octaves(claim: Claim, statement: str, a: str, b: str, offset: float, question: Question) -> Verdict:
+    """A statement about how many octaves more one curve needs than another, less an offset."""
+    less = f" {-offset:+g}" if offset else ""
+    bound = "0 (of note: 1 octave)" if question.effect else f"{question.threshold:g} octave"
+    test = (
+        f"octaves of loss scale that {a} needs more than {b}{less}, paired by seed, one-sided bound (Student's t): "
+        f"above {bound}; needed: where top-1 falls {doses.DROP:g} points under that of the two largest scales"
+    )
+    blank = Verdict("C4", statement, test, UNDECIDED, "")
+    cells = (*doses.names(a), *doses.names(b))
+    if any(claim.cells[name].failures for name in cells):
+        return replace(blank, evidence=_failed(claim.cells, cells))
+    absent = [name for name in cells if claim.cells[name].empty]
+    if absent:
+        others = f" and {len(absent) - 1} others" if len(absent) > 1 else ""
+        return replace(blank, evidence=f"not run: {absent[0]}{others}")
+    if not all(comparable(claim.cells[cells[0]], claim.cells[name]) for name in cells):
+        return replace(blank, evidence=APART)
+    by_seed = gaps(doses.needs(claim.cells, a), doses.needs(claim.cells, b))
+    return claim.decided(
+        blank, {seed: gap - offset for seed, gap in by_seed.items()}, question, f"{a} - {b}{less}", cells
+    )
 
 
 def _enhanced(claim: Claim) -> list[Verdict]:
