@@ -117,6 +117,8 @@ def metrics(name: str, config: dict[str, Any], score: float, skips: tuple[int, .
                 figures = (
                     {"top1": min(100.0, reached + better), "top5": 100.0} if image else {"perplexity": 1 + 30 / step}
                 )
+                # A second a step; twice as many where operands are rounded.
+                figures["seconds"] = float(step * (2 if rounded else 1))
                 rows.append({"kind": "eval", "step": step, "epoch": EPOCHS * done, "split": split, **figures})
     return rows
 

@@ -54,6 +54,21 @@ class Run:
         rows = [row for row in self.rows(kind) if split in (None, row.get("split"))]
         return float(rows[-1][name]) if rows and _number(rows[-1].get(name)) else None
 
+    def seconds_to(self, name: str, target: float) -> float | None:
+        """Seconds of training until validation first reaches a target: "top1" from below, "perplexity" from above.
+
+        None where it never did, or the record says no seconds.
+        """
+        for row in self.rows("eval"):
+            value = row.get(name)
+            if (
+                row.get("split") == "val"
+                and _number(value)
+                and (value >= target if name == "top1" else value <= target)
+            ):
+                return float(row["seconds"]) if _number(row.get("seconds")) else None
+        return None
+
     @cached_property
     def converted(self) -> list[dict[str, Any]]:
         """Rows of the injection report."""
