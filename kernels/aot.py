@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from fp8repro.kernels.conv2d import device as convolutions
 from fp8repro.kernels.conv2d import device_tma as tma_convolutions
+from fp8repro.kernels.conv2d import launch as convolution_launch
 from fp8repro.kernels.matmul import device as products
 from fp8repro.kernels.matmul.launch import promoted_by_steps
 from fp8repro.kernels.norm import device as normalizations
@@ -180,45 +181,74 @@ def _product_cases(capability: tuple[int, int]) -> Iterator[Case]:
     summed = {"error_ptr": "*fp8e5", "x_ptr": "*fp8e5", "partial_ptr": "*fp32"}
     for label, tile in (("", large), (" small", little)):
         yield convolution(f"conv2d weight gradient{label}", convolutions.wgrad, tile, summed)
+    for name, split in (
+        ("conv2d weight gradient, summed", plain),
+        ("conv2d weight gradient, summed -> values", rounded),
+    ):
+        types = {"partial_ptr": "*fp32", "result_ptr": "*fp32", "count": "i32", "splits": "i32", **WORDS}
+        constants = {**split, "BLOCK": convolution_launch.SUMMED}
+        yield Case(name, convolutions.sum_splits, types, constants, group="norm", aligned=("count",))
     if generation in configs.TMA_TILES:
-        yield from _tma_cases(generation, promoted, plain)
+        yield from _tma_cases(generation, promoted, plain, configs.TMA_TILES, "")
+        to_codes = configs.rounding_tiles(stochastic=True, codes=True)
+        yield from _tma_cases(generation, promoted, rounded, to_codes, " -> codes stochastic")
 
 
-def _tma_cases(generation: str, promoted: int, plain: dict[str, Any]) -> Iterator[Case]:
-    """Products whose operands TMA loads, in every tile; results are FP32."""
+def _tma_cases(
+    generation: str,
+    promoted: int,
+    rounding: dict[str, Any],
+    tiles: dict[str, tuple[configs.Tile, ...]],
+    stored: str,
+) -> Iterator[Case]:
+    """Products whose operands TMA loads, in every tile; results are FP32, or `stored` as codes."""
+    result = "*u8" if stored else "*fp32"
+    results = {"c_ptr": result, "y_ptr": result, "partial_ptr": "*fp32", **(STREAM_IN_MEMORY if stored else {})}
 
     def case(
-        name: str, kernel: Any, blocks: dict[str, list[int]], result: str, tile: configs.Tile, constants: dict[str, Any]
+        name: str, kernel: Any, blocks: dict[str, list[int]], tile: configs.Tile, constants: dict[str, Any]
     ) -> Case:
         types = _integers(kernel, constants)
         types |= {argument: f"tensordesc<fp8e5{block}>" for argument, block in blocks.items()}
-        types |= {result: "*fp32", "inverse_scale": "fp32"}
+        types |= {name: kind for name, kind in results.items() if name in kernel.arg_names}
+        types |= {"inverse_scale": "fp32"}
         aligned = ("channels", "outputs", "M", "N", "K")
         return Case(name, kernel, types, constants, tile.warps, tile.stages, 90, "product", aligned)
 
     nothing = {"bias_ptr": None}
-    for tile in configs.TMA_TILES[generation]:
+    for tile in tiles[generation]:
         m, n, k = tile.m, tile.n, tile.k
-        constants = {**nothing, **plain, "ACCUMULATE": promoted, "SPLITS": 1, "BM": m, "BN": n, "BK": k, "HALVES": 1}
+        constants = {**nothing, **rounding, "ACCUMULATE": promoted, "SPLITS": 1, "BM": m, "BN": n, "BK": k, "HALVES": 1}
         constants |= {"GROUP": 8, "EVEN_K": True, "TMA": True, "WHOLE_GROUPS": True}
         blocks = {"a_ptr": [1, m, k], "b_ptr": [1, n, k]}
-        yield case(f"matmul e5m2 x e5m2, TMA, {m} x {n}", products.multiply, blocks, "c_ptr", tile, constants)
+        yield case(f"matmul e5m2 x e5m2, TMA, {m} x {n}{stored}", products.multiply, blocks, tile, constants)
     gather = tma_convolutions.implicit_gemm_tma
     for tile in configs.TMA_CONVOLUTION_TILES[generation]:
         m, n, k = tile.m, tile.n, tile.k
         boxes = {"IMAGES": m // 16, "ROWS": 4, "COLUMNS": 4}
         code = promoted_by_steps(promoted)
-        constants = {**nothing, **plain, **boxes, "ACCUMULATE": code, "STEP": 1, "BN": n, "BK": k, "WHOLE_GROUPS": True}
+        constants = {
+            **nothing,
+            **rounding,
+            **boxes,
+            "ACCUMULATE": code,
+            "STEP": 1,
+            "BN": n,
+            "BK": k,
+            "WHOLE_GROUPS": True,
+        }
         blocks = {"x_desc": [m // 16, 4, 1, 4, k], "weight_desc": [n, 1, k]}
         name = f"conv2d forward and error, TMA, {m} x {n}"
-        yield case(name, gather, blocks, "y_ptr", tile, constants)
-        yield case(f"{name}, stride 2", gather, blocks, "y_ptr", tile, constants | {"STEP": 2})
+        yield case(f"{name}{stored}", gather, blocks, tile, constants)
+        yield case(f"{name}, stride 2{stored}", gather, blocks, tile, constants | {"STEP": 2})
+    if stored:
+        return
     tile = configs.Tile(128, 64, 64, 4, 3)
     boxes = {"IMAGES": 4, "ROWS": 4, "COLUMNS": 4}
     constants = {**boxes, "ACCUMULATE": FP16_MMA.value, "STEP": 1, "BM": tile.m, "BN": tile.n}
     blocks = {"error_desc": [4, 4, 4, tile.m], "x_desc": [4, 4, 1, 4, tile.n]}
     gradient = tma_convolutions.wgrad_tma
-    yield case("conv2d weight gradient, TMA, fp16_mma", gradient, blocks, "partial_ptr", tile, constants)
+    yield case("conv2d weight gradient, TMA, fp16_mma", gradient, blocks, tile, constants)
 
 
 def _update_cases(capability: tuple[int, int]) -> Iterator[Case]:
@@ -240,32 +270,56 @@ def _update_cases(capability: tuple[int, int]) -> Iterator[Case]:
 
 
 def _norm_cases(capability: tuple[int, int]) -> Iterator[Case]:
-    """As a recipe launches them: FP32 in and out, rounded results beside; backward reads the kept FP8 input."""
-    rounded = codec.encoding(Rounding(E5M2), capability)
-    codes = ("codes_ptr", "flags_ptr", "kept_ptr")
+    """As a recipe launches them.
 
-    def norm(name: str, kernel: Any, fp8: tuple[str, ...] = (), warps: int = 4, **constants: Any) -> Case:
+    FP32 in and out, with rounded results beside, or "codes": 8-bit tensors between layers, errors rounded to random
+    bits; "residual": with the FP32 sum of a block.
+    """
+    rounded, stochastic, plain = (
+        codec.encoding(how, capability) for how in (Rounding(E5M2), Rounding(E5M2, "stochastic"), IDENTITY)
+    )
+
+    def norm(name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int = 4) -> Case:
+        """All other pointers are of FP32."""
+        special = dict.fromkeys(("codes_ptr", "flags_ptr", "kept_ptr"), "*u8") | {"batches_ptr": "*i64"} | pointers
         types = {}
         for argument in kernel.arg_names:
             if argument.islower() and argument not in constants:
-                pointer = "*fp8e5" if argument in fp8 else "*u8" if argument in codes else "*fp32"
-                pointer = "*i64" if argument == "batches_ptr" else pointer
                 scalar = "fp32" if argument in ("eps", "momentum", "inverse_rows") else "i32"
-                types[argument] = pointer if argument.endswith("_ptr") else scalar
-        return Case(name, kernel, types, constants, warps, group="norm", aligned=("channels", "count", "width"))
+                types[argument] = special.get(argument, "*fp32" if argument.endswith("_ptr") else scalar)
+        aligned, values = ("rows", "channels", "width"), constants.get("ROWS", 0) * constants.get("BLOCK", 0)
+        return Case(name, kernel, types, constants, warps, group="norm", aligned=aligned, values=values)
 
-    apply, block = normalizations.batch_apply, norms.FLAT_BLOCK
-    x = ("x_ptr",)
-    yield norm("batch norm statistics", normalizations.channel_statistics, ROWS=32, BLOCK=64)
-    kernels = (normalizations.combine_statistics, normalizations.combine_gradient_sums)
-    for name, kernel in zip(("statistics", "gradient sums"), kernels, strict=True):
-        sizes = {"CHUNKS": norms.COMBINE_CHUNKS, "BLOCK": norms.COMBINE_BLOCK}
-        yield norm(f"batch norm {name} combined", kernel, (), norms.COMBINE_WARPS, **sizes)
-    yield norm("batch norm apply", apply, ENCODING=rounded, KEPT=rounded, RELU=True, BLOCK=block, WIDE=False)
-    yield norm("batch norm gradient sums", normalizations.batch_gradient_sums, x, WHOLE_BYTES=True, ROWS=32, BLOCK=64)
-    yield norm("batch norm gradient", normalizations.batch_gradient_apply, x, BLOCK=block, WIDE=False)
-    yield norm("layer norm", normalizations.layer_forward, ENCODING=rounded, ROWS=2, BLOCK=1024)
-    yield norm("layer norm gradient", normalizations.layer_backward, ROWS=2, BLOCK=1024)
+    apply, sums = normalizations.batch_apply, normalizations.batch_gradient_sums
+    gradient = normalizations.batch_gradient_apply
+    part = {"ROWS": norms.SUMMED_ROWS, "BLOCK": norms.TILE_CHANNELS, "WHOLE": True}
+    tile = {"ROWS": norms.TILE // norms.TILE_CHANNELS, "BLOCK": norms.TILE_CHANNELS, "WHOLE": True}
+    x = {"x_ptr": "*fp8e5"}
+    yield norm("batch norm statistics", normalizations.channel_statistics, {}, part)
+    sizes = {"CHUNKS": norms.COMBINE_CHUNKS, "BLOCK": norms.COMBINE_BLOCK}
+    for name, kernel in (
+        ("batch norm statistics combined", normalizations.combine_statistics),
+        ("batch norm gradient sums combined", normalizations.combine_gradient_sums),
+    ):
+        yield norm(name, kernel, {}, sizes, norms.COMBINE_WARPS)
+    options: dict[str, Any] = {"ENCODING": rounded, "RELU": True, **tile}
+    codes = {"KEPT": None, "kept_ptr": None}
+    yield norm("batch norm apply", apply, {}, options | {"KEPT": rounded})
+    yield norm("batch norm apply, codes", apply, x, options | codes | {"y_ptr": None, "residual_ptr": None})
+    yield norm("batch norm apply, codes, residual", apply, x, options | codes)
+    more = {"more_ptr": None}
+    yield norm("batch norm gradient sums", sums, x, part | more)
+    yield norm("batch norm gradient sums, codes", sums, x | {"grad_ptr": "*fp8e5"}, part | more)
+    yield norm("batch norm gradient sums, codes, residual", sums, x | {"more_ptr": "*fp8e5"}, part)
+    options = {"ENCODING": plain, "WHOLE_GROUPS": True, **tile}
+    yield norm("batch norm gradient", gradient, x, options | more)
+    options |= {"ENCODING": stochastic}
+    x |= {"grad_x_ptr": "*u8", **STREAM_IN_MEMORY}
+    absent = more | {"grad_residual_ptr": None}
+    yield norm("batch norm gradient, codes", gradient, x | {"grad_ptr": "*fp8e5"}, options | absent)
+    yield norm("batch norm gradient, codes, residual", gradient, x | {"more_ptr": "*fp8e5"}, options)
+    yield norm("layer norm", normalizations.layer_forward, {}, {"ENCODING": rounded, "ROWS": 2, "BLOCK": 1024})
+    yield norm("layer norm gradient", normalizations.layer_backward, {}, {"ROWS": 2, "BLOCK": 1024})
 
 
 def cases(capability: int) -> Iterator[Case]:
