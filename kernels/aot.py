@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -287,15 +288,17 @@ def _norm_cases(capability: tuple[int, int]) -> Iterator[Case]:
             if argument.islower() and argument not in constants:
                 scalar = "fp32" if argument in ("eps", "momentum", "inverse_rows") else "i32"
                 types[argument] = special.get(argument, "*fp32" if argument.endswith("_ptr") else scalar)
-        aligned, values = ("rows", "channels", "width"), constants.get("ROWS", 0) * constants.get("BLOCK", 0)
+        values = 0 if kernel in (statistics, sums) else constants.get("ROWS", 0) * constants.get("BLOCK", 0)
+        aligned = ("rows", "channels", "width")
         return Case(name, kernel, types, constants, warps, group="norm", aligned=aligned, values=values)
 
-    apply, sums = normalizations.batch_apply, normalizations.batch_gradient_sums
-    gradient = normalizations.batch_gradient_apply
+    apply, gradient = normalizations.batch_apply, normalizations.batch_gradient_apply
+    # These have a loop, of which a program makes any number of turns.
+    statistics, sums = normalizations.channel_statistics, normalizations.batch_gradient_sums
     part = {"ROWS": norms.SUMMED_ROWS, "BLOCK": norms.TILE_CHANNELS, "WHOLE": True}
     tile = {"ROWS": norms.TILE // norms.TILE_CHANNELS, "BLOCK": norms.TILE_CHANNELS, "WHOLE": True}
     x = {"x_ptr": "*fp8e5"}
-    yield norm("batch norm statistics", normalizations.channel_statistics, {}, part)
+    yield norm("batch norm statistics", statistics, {}, part)
     sizes = {"CHUNKS": norms.COMBINE_CHUNKS, "BLOCK": norms.COMBINE_BLOCK}
     for name, kernel in (
         ("batch norm statistics combined", normalizations.combine_statistics),
@@ -360,7 +363,8 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     """Compile one case.
 
     Returns:
-        Row of name, capability, registers, spilled bytes, shared bytes, and counts of the instructions that matter.
+        Row of name, capability, registers, spilled bytes, shared bytes, counts of the instructions that matter, and
+        seconds of compilation (next to none for what Triton's cache has).
 
     Raises:
         ValueError: the compute capability is under what the case needs.
@@ -369,7 +373,9 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
         raise ValueError(f"{case.name}: got sm_{capability}, expected sm_{case.minimum} or later")
     source = ASTSource(case.kernel, *_arguments(case))
     options = {"num_warps": case.warps, "num_stages": case.stages}
+    start = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    seconds = time.perf_counter() - start
     ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -390,6 +396,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         # Padding at the end is never executed.
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!\s|NOP)", code, re.MULTILINE)) - 1,
+        "seconds": seconds,
         "values_a_thread": case.values // (32 * case.warps),
         "satfinite": len(re.findall(r"cvt[.\w]*satfinite", ptx)),
         "products": sorted(set(re.findall(r"(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[.\w:]*", ptx))),
@@ -398,10 +405,15 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    head = ("kernel", "sm", "registers", "spilled bytes", "shared bytes", "tensor-core instructions")
+    """The rows as Markdown. Instructions a value are those of element-wise kernels, with what is executed once."""
+    head = ("kernel", "sm", "registers", "spilled bytes", "shared bytes", "instructions a value", "seconds")
     keys = ("name", "capability", "registers", "spilled", "shared")
-    return markdown(head, ((*(str(row[key]) for key in keys), ", ".join(row["products"])) for row in rows))
+    lines = []
+    for row in rows:
+        values = row["values_a_thread"]
+        a_value = f"{row['instructions'] / values:.1f}" if values else ""
+        lines.append((*(str(row[key]) for key in keys), a_value, f"{row['seconds']:.1f}", ", ".join(row["products"])))
+    return markdown((*head, "tensor-core instructions"), lines)
 
 
 def main() -> int:
@@ -414,6 +426,8 @@ def main() -> int:
     if INTERPRETED:
         print("TRITON_INTERPRET: is set, expected unset to compile", file=sys.stderr)
         return 2
+    # What the cache has would tell no time.
+    triton.knobs.compilation.always_compile = not arguments.json
     rows = [
         compile_case(case, capability)
         for capability in arguments.capabilities

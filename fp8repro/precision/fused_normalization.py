@@ -229,10 +229,3 @@ def use_kernels(model: nn.Module, consumers: Rounding, context: StepContext) -> 
             become(module, FusedLayerNorm, consumers=consumers, context=context)
         elif isinstance(module, FusedBatchNorm2d):
             module.consumers = consumers
-    if "torchvision" in sys.modules:
-        from fp8repro.models.fused_resnet import FusedResNet
-        from fp8repro.precision.carrier import carried
-
-        for module in model.modules():
-            if type(module) is FusedResNet:
-                module.run_stages = carried

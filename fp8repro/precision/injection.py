@@ -21,6 +21,7 @@ from fp8repro.numerics.recipe import AUTO, ROLES, Recipe
 from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.become import become
 from fp8repro.precision.bypass import watch_first_pass
+from fp8repro.precision.carrier import carry_codes
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, fuse_normalizations, use_kernels
 from fp8repro.precision.layers import (
@@ -161,6 +162,7 @@ def inject(
             fuse_normalizations(model, context)
             if products.name == "triton":
                 use_kernels(model, recipe.activation, context)
+                carry_codes(model)
         watch_first_pass(model)
     for name, module in modules.items():
         described = ("left", "asked for") if name in left else None
