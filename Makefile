@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 RUNS ?= runs
+# Of the demo; reproduce-all adds seeds until its statements are decided.
 SEEDS ?= 0,1,2
 WORKERS ?= 2
 PROFILE ?= embedded
@@ -37,6 +38,7 @@ lint: $(INSTALLED) ## formatting, style and types
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/fp8repro && ln -s $(CURDIR)/fp8repro/* $(CURDIR)/kernels $(TYPED)/fp8repro/
 	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p fp8repro
 
+reproduce-all: SEEDS := $(if $(filter file,$(origin SEEDS)),auto,$(SEEDS))
 reproduce-all: $(INSTALLED) ## all tables and studies of the paper (PROFILE=, ONLY=, SEEDS=1, ARGS='--images ...')
 	@# The page is written when runs failed, too: it says which.
 	$(BIN)/fp8repro reproduce profile=$(PROFILE) --seeds $(SEEDS) --runs $(RUNS) $(if $(ONLY),--only $(ONLY)) $(ARGS); \

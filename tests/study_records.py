@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from fp8repro.fields import build_dataclass
-from fp8repro.paper.plan import make_plan
+from fp8repro.paper.plan import experiment_of, make_plan
 from fp8repro.precision.loss_scaling import make_scaler
 from fp8repro.settings.schema import LossScalingConfig
 
@@ -52,7 +52,8 @@ def write_run(root: Path, name: str, seed: int = 0, skips: tuple[int, ...] = (),
     )
     score = summary.pop("score", SCORES.get(name, 98.0) + 0.1 * seed)
     values = {
-        "status": "finished", "experiment": name, "model": config["model"]["name"], "data": config["data"]["name"],
+        "status": "finished", "experiment": experiment_of(name), "model": config["model"]["name"],
+        "data": config["data"]["name"],
         "precision": config["precision"]["name"], "loss_scaling": config["loss_scaling"]["policy"],
         "profile": "embedded", "seed": seed, "steps": STEPS, "skipped_steps": len(skips), "epochs": float(EPOCHS),
         "train_seconds": 30.0, "device": "cpu", "backend": "none" if "fp32" in name[-5:] else "emulate",
@@ -116,6 +117,8 @@ def metrics(name: str, config: dict[str, Any], score: float, skips: tuple[int, .
                 figures = (
                     {"top1": min(100.0, reached + better), "top5": 100.0} if image else {"perplexity": 1 + 30 / step}
                 )
+                # A second a step; twice as many where operands are rounded.
+                figures["seconds"] = float(step * (2 if rounded else 1))
                 rows.append({"kind": "eval", "step": step, "epoch": EPOCHS * done, "split": split, **figures})
     return rows
 

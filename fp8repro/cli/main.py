@@ -273,7 +273,7 @@ def reproduce(arguments: list[str]) -> int:
     parser = _Parser("reproduce")
     parser.add_argument("settings", nargs="*")
     parser.add_argument("--only", default="")
-    parser.add_argument("--seeds", default="3")
+    parser.add_argument("--seeds", default="auto")
     parser.add_argument("--images")
     parser.add_argument("--text")
     parser.add_argument("--runs", type=Path, default=Path(DEFAULT_RUNS))

@@ -65,9 +65,15 @@ class ImageData:
 
 @dataclass(frozen=True)
 class DigitsSettings:
-    """`shift`: training images are moved by up to so many pixels in each direction."""
+    """Settings of the digits.
+
+    Attributes:
+        shift: training images are moved by up to so many pixels in each direction.
+        val_fraction: share of the images that validates; the fewer are left to train, the harder is the task.
+    """
 
     shift: Annotated[int, Bound("0, 1 or 2 pixels", lambda x: 0 <= x <= 2)] = 0
+    val_fraction: Annotated[float, Bound("from 0.1 to 0.95", lambda x: 0.1 <= x <= 0.95)] = DIGITS_VAL_FRACTION
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,7 @@ def _load_digits(settings: DigitsSettings, seed: int) -> ImageData:
 
     digits = load_digits()
     labels = [int(label) for label in digits.target]
-    train, val = stratified_split(labels, DIGITS_VAL_FRACTION, "digits")
+    train, val = stratified_split(labels, settings.val_fraction, "digits")
     pixels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1)
     # Of the training split: 16 grey levels, mean and standard deviation in FP64.
     std, mean = torch.std_mean(pixels[train].double())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
@@ -19,6 +20,8 @@ from fp8repro.settings.choices import PROFILES, nearest
 from fp8repro.settings.overrides import jobs
 from fp8repro.settings.schema import run_config
 
+# Between an experiment and the power of two that is its loss scale.
+AT = "@2^"
 TRANSLATION_MODELS = ("gnmt", "transformer")
 DONE, FAILED, BEGUN, OPEN = "done", "failed", "begun", "to run"
 
@@ -28,7 +31,7 @@ class Cell:
     """One experiment of the plan.
 
     Attributes:
-        name: its file in conf/experiment/.
+        name: its file in conf/experiment/, and its loss scale where the study has several.
         model: what it trains. task: "image" or "translation".
         studies: the claims whose tables it serves.
         overrides: settings of its runs, all but seed and folder.
@@ -75,10 +78,35 @@ def plan_file() -> dict[str, Any]:
 
 
 def study_cells(study: str, profile: str) -> list[str]:
-    """Names of a study's cells in a profile."""
-    plan = plan_file()
+    """Names of a study's cells in a profile; none where it is no part of that."""
+    plan, found = plan_file(), plan_file()["studies"][study]
     convnet = plan["profiles"][profile]["convnet"]
-    return [name.format(convnet=convnet) for name in plan["studies"][study]["cells"]]
+    if profile not in found.get("profiles", plan["profiles"]):
+        return []
+    names: list[str] = []
+    for name in found["cells"]:
+        powers = found.get("scales", {}).get(name)
+        names += [name.format(convnet=convnet)] if powers is None else [at_scale(name, 2.0**power) for power in powers]
+    return names
+
+
+def at_scale(experiment: str, scale: float) -> str:
+    """The cell of an experiment that runs at several loss scales, by one of them."""
+    return f"{experiment}{AT}{math.log2(scale):g}"
+
+
+def cell_name(experiment: str, settings: Mapping[str, Any]) -> str:
+    """The cell to which a run of an experiment belongs, by its settings."""
+    scale = settings.get("loss_scaling.scale")
+    several = any(experiment in study.get("scales", {}) for study in plan_file()["studies"].values())
+    if not several or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        return experiment
+    return at_scale(experiment, scale)
+
+
+def experiment_of(cell: str) -> str:
+    """The experiment of a cell."""
+    return cell.partition(AT)[0]
 
 
 def study_models(study: str, profile: str) -> list[str]:
@@ -173,13 +201,15 @@ def _model(name: str, profile: str) -> str:
 def _cell(name: str, studies: list[str], profile: str, further: list[str], roots: dict[str, str | None]) -> Cell:
     options, model = plan_file()["profiles"][profile], _model(name, profile)
     task = "translation" if model in TRANSLATION_MODELS else "image"
-    overrides = [f"experiment={name}", f"profile={profile}"]
+    experiment, _, power = name.partition(AT)
+    overrides = [f"experiment={experiment}", f"profile={profile}"]
     if not name.startswith(f"{model}_"):
         overrides.insert(1, f"model={model}")
     overrides += [*options["settings"], *options[task]]
     for study in studies:
         overrides += options.get("studies", {}).get(study, [])
     overrides += options.get("cells", {}).get(name, [])
+    overrides += [f"loss_scaling.scale={2.0 ** int(power)!r}"] if power else []
     if roots.get(task):
         overrides.append(_assignment("data.root", roots[task]))
     overrides += further

@@ -17,6 +17,8 @@ from fp8repro.settings.lengths import with_units
 from fp8repro.settings.schema import LATER_SETTINGS, NO_EFFECT
 
 SUMMARY, CONFIG, METRICS, ENVIRONMENT = "summary.json", "config.yaml", "metrics.jsonl", "environment.json"
+# Bits of the last evaluation's images; translations of the test split and what they are scored against.
+CORRECT, HYPOTHESES, REFERENCES = "val.correct.json", "test.hypotheses.txt", "test.references.txt"
 CHECKPOINTS, TENSORBOARD, LOCK = "checkpoints", "tensorboard", ".lock"
 # A record's own files are a few kilobytes; whatever is larger is something else.
 MAX_BYTES = 1_000_000

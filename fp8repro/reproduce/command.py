@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fp8repro.errors import RunFailure, UserError
-from fp8repro.paper.plan import Job, make_jobs, make_plan, plan_file, state
+from fp8repro.paper.plan import DONE, Cell, Job, make_jobs, make_plan, plan_file, state
 from fp8repro.reproduce import needs
 from fp8repro.reproduce.board import Board
 from fp8repro.reproduce.runner import default_workers, lock_plan, run_jobs
+from fp8repro.results.cells import Cells, read_cells
+from fp8repro.results.verdicts import open_cells, verdicts
 from fp8repro.tabular import aligned
 
-DEFAULT_SEEDS = "3"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Options:
 
     Attributes:
         settings: `profile=...` and settings for every cell.
-        only: studies, cells, models, separated by commas. seeds: how many, or a list of them.
+        only: studies, cells, models, separated by commas.
+        seeds: how many, a list of them, or AUTO: until the statements of the cells are decided.
         images, text: data folders.
         runs: where records go. workers: jobs at a time; None: as many as the machine takes. processes: of each job.
         dry_run: list and run nothing. retry: run failed jobs again.
@@ -49,18 +52,16 @@ def reproduce(options: Options) -> None:
         UserError: an option or data that cannot be used.
         RunFailure: runs failed; all others are done.
     """
-    seeds = parse_seeds(options.seeds)
+    given = None if options.seeds == AUTO else parse_seeds(options.seeds)
     roots = {"image": options.images, "translation": options.text}
     only = [part for part in options.only.split(",") if part]
     profile, cells = make_plan(options.settings, only, roots)
-    jobs = make_jobs(cells, seeds, options.runs, profile)
+    looks = plan_file()["profiles"][profile]["looks"]
     if profile == "paper":
         keep = int(next(s for s in plan_file()["profiles"]["paper"]["settings"] if "keep" in s).partition("=")[2])
-        print(needs.cost(cells, len(seeds), keep))
+        print(needs.cost(cells, len(given) if given else looks[0], keep))
     if options.dry_run:
-        print(listing(jobs))
-        for line in needs.missing(profile, cells, roots):
-            print(f"missing: {line}")
+        _list(_stages(cells, given, options.runs, profile), needs.missing(profile, cells, roots))
         return
     needs.check(profile, cells, roots)
     for name, value in (("--jobs", options.workers), ("--processes", options.processes)):
@@ -69,16 +70,55 @@ def reproduce(options: Options) -> None:
     unlock = lock_plan(options.runs / profile)
     # A polite kill is an interruption too: the runs write their checkpoints.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    failures: dict[str, str] = {}
+    planned: dict[str, Job] = {}
     try:
         workers = options.workers or default_workers(options.processes)
-        failures = run_jobs(jobs, workers, options.processes, Board(len(jobs)), options.retry)
+        for jobs in _stages(cells, given, options.runs, profile):
+            planned |= {job.name: job for job in jobs}
+            failures |= run_jobs(jobs, workers, options.processes, Board(len(jobs)), options.retry)
     finally:
         unlock()
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}")
-    print(f"{len(jobs) - len(failures)} of {len(jobs)} runs are done, in {options.runs / profile}")
+    print(f"{len(planned) - len(failures)} of {len(planned)} runs are done, in {options.runs / profile}")
     if failures:
-        raise RunFailure(f"{len(failures)} of {len(jobs)} runs failed")
+        raise RunFailure(f"{len(failures)} of {len(planned)} runs failed")
+
+
+def _stages(cells: Sequence[Cell], given: Sequence[int] | None, runs: Path, profile: str) -> Iterator[list[Job]]:
+    """Jobs to run, one stage after the other; without given seeds, the next stage goes by the records of the last."""
+    if given is not None:
+        yield make_jobs(cells, given, runs, profile)
+        return
+    looks = plan_file()["profiles"][profile]["looks"]
+    for number, seeds in enumerate(looks):
+        yield make_jobs(cells, range(seeds), runs, profile)
+        if number + 1 == len(looks):
+            return
+        wanted = _undecided(runs / profile, profile, [cell.name for cell in cells])
+        cells = [cell for cell in cells if cell.name in wanted]
+        if not cells:
+            return
+        names = ", ".join(cell.name for cell in cells)
+        print(f"look {number + 1} of {len(looks)}, at {seeds} seeds: {names} go on to {looks[number + 1]}", flush=True)
+
+
+def _undecided(folder: Path, profile: str, names: Sequence[str]) -> set[str]:
+    """Those of some cells whose further seeds may decide a statement."""
+    by_profile, _, _ = read_cells([folder]) if folder.is_dir() else ({}, [], [])
+    return open_cells(verdicts(by_profile.get(profile, Cells()), profile), names)
+
+
+def _list(stages: Iterator[list[Job]], missing: Sequence[str]) -> None:
+    """Print the first stage that is not done, else the last one."""
+    jobs: list[Job] = []
+    for jobs in stages:
+        if any(state(job) != DONE for job in jobs):
+            break
+    print(listing(jobs))
+    for line in missing:
+        print(f"missing: {line}")
 
 
 def listing(jobs: Sequence[Job]) -> str:
@@ -103,5 +143,5 @@ def parse_seeds(text: str) -> list[int]:
     # Without a comma there is one number at most.
     seeds = numbers if "," in text else list(range(sum(numbers)))
     if not seeds or min(seeds) < 0:
-        raise UserError(f"--seeds: got {text!r}, expected how many (3) or a list of them (0,1,2)")
+        raise UserError(f"--seeds: got {text!r}, expected how many (3), a list of them (0,1,2) or {AUTO}")
     return list(dict.fromkeys(seeds))

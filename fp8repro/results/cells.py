@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 from fp8repro.errors import UserError
 from fp8repro.fields import build_dataclass
+from fp8repro.paper.plan import cell_name
 from fp8repro.paper.run_folder import CONFIG, metrics_rows, read_or_empty
 from fp8repro.precision.loss_scaling import make_scaler
 from fp8repro.results.records import RunRecord, read_failures, read_records, require_same_bits
@@ -52,6 +53,21 @@ class Run:
         """Value of the last line of a kind; None where it is missing there or was not finite, whatever came before."""
         rows = [row for row in self.rows(kind) if split in (None, row.get("split"))]
         return float(rows[-1][name]) if rows and _number(rows[-1].get(name)) else None
+
+    def seconds_to(self, name: str, target: float) -> float | None:
+        """Seconds of training until validation first reaches a target: "top1" from below, "perplexity" from above.
+
+        None where it never did, or the record says no seconds.
+        """
+        for row in self.rows("eval"):
+            value = row.get(name)
+            if (
+                row.get("split") == "val"
+                and _number(value)
+                and (value >= target if name == "top1" else value <= target)
+            ):
+                return float(row["seconds"]) if _number(row.get("seconds")) else None
+        return None
 
     @cached_property
     def converted(self) -> list[dict[str, Any]]:
@@ -176,24 +192,25 @@ def read_cells(roots: Iterable[str | Path]) -> tuple[dict[str, Cells], list[RunR
         experiment = record.summary.get("experiment")
         if isinstance(experiment, str):
             kind = repr(sorted((key, repr(value)) for key, value in record.settings.items()))
-            kinds.setdefault((record.profile, experiment), {}).setdefault(kind, []).append(record)
-    for (profile, experiment), by_kind in kinds.items():
-        cell = cells.setdefault(profile, Cells()).setdefault(experiment, CellRuns(experiment))
+            name = cell_name(experiment, record.settings)
+            kinds.setdefault((record.profile, name), {}).setdefault(kind, []).append(record)
+    for (profile, name), by_kind in kinds.items():
+        cell = cells.setdefault(profile, Cells()).setdefault(name, CellRuns(name))
         ranked = sorted(by_kind.values(), key=lambda group: (-len({r.seed for r in group}), -_steps(group[0])))
         for record in ranked[0]:
             # Done twice, a run is one seed; the first folder stands, and the others are named.
             if record.seed in cell.runs:
-                cell.left_out.append(f"{experiment}: seed {record.seed} again in {record.folder.name}")
+                cell.left_out.append(f"{name}: seed {record.seed} again in {record.folder.name}")
             cell.runs.setdefault(record.seed, Run(record))
         versions = {str(run.record.summary.get("version")) for run in cell.runs.values()}
         if len(versions) > 1:
-            cell.notes.append(f"{experiment}: runs of different versions: {', '.join(sorted(versions))}")
+            cell.notes.append(f"{name}: runs of different versions: {', '.join(sorted(versions))}")
         for group in ranked[1:]:
-            cell.left_out.append(f"{experiment}: {len(group)} run(s) with {_differing(ranked[0][0], group[0])}")
+            cell.left_out.append(f"{name}: {len(group)} run(s) with {_differing(ranked[0][0], group[0])}")
     for summary in read_failures(roots):
-        where, experiment, seed = (summary.get(key) for key in ("profile", "experiment", "seed"))
-        if isinstance(where, str) and isinstance(experiment, str) and isinstance(seed, int):
-            cell = cells.setdefault(where, Cells()).setdefault(experiment, CellRuns(experiment))
+        where, whose, seed = (summary.get(key) for key in ("profile", "cell", "seed"))
+        if isinstance(where, str) and isinstance(whose, str) and isinstance(seed, int):
+            cell = cells.setdefault(where, Cells()).setdefault(whose, CellRuns(whose))
             if seed not in cell.runs:
                 cell.failures[seed] = str(summary.get("reason", "no reason was recorded"))
     return cells, records, problems

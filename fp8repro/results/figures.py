@@ -9,7 +9,9 @@ from typing import Any
 
 from fp8repro.numerics.formats import E5M2
 from fp8repro.paper.plan import plan_file, study_cells, study_models
+from fp8repro.results import doses
 from fp8repro.results.cells import Cells, Run
+from fp8repro.results.sheet import stat
 from fp8repro.tabular import comma_separated
 
 FLOOR_SHARE = 1e-6
@@ -28,7 +30,7 @@ ROLE_OPERANDS = (
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: label, points, and the number of the hue it shares with others of its cell."""
+    """A curve: label, points, and the number of the hue it shares with others; `spread`: half of each error bar."""
 
     label: str
     x: Sequence[float]
@@ -36,6 +38,7 @@ class Line:
     hue: int
     faint: bool = False
     dashed: bool = False
+    spread: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,17 @@ class Figure:
 
     def csv(self) -> str:
         """The data: one line for each point or each entry of a matrix."""
-        points = []
+        points: list[tuple[Any, ...]] = []
         for panel in self.panels:
             for line in panel.lines:
-                points += [(panel.title, line.label, x, y) for x, y in zip(line.x, line.y, strict=True)]
+                spread: Sequence[float | None] = line.spread or [None] * len(line.x)
+                points += [(panel.title, line.label, *point) for point in zip(line.x, line.y, spread, strict=True)]
         for map in self.maps:
             for row, values in zip(map.rows, map.values, strict=True):
-                points += [(map.title, row, x, y) for x, y in zip(map.x, values, strict=True) if not math.isnan(y)]
-        keys = ("panel", "series", "x", "y")
+                points += [
+                    (map.title, row, x, y, None) for x, y in zip(map.x, values, strict=True) if not math.isnan(y)
+                ]
+        keys = ("panel", "series", "x", "y", "spread")
         return comma_separated(keys, (dict(zip(keys, point, strict=True)) for point in points))
 
 
@@ -96,6 +102,7 @@ def figures(cells: Cells, profile: str) -> list[Figure]:
     """All figures of a profile that have something to show."""
     convnet = plan_file()["profiles"][profile]["convnet"]
     found = [
+        dose_response(cells, profile),
         accuracy_curves(cells, profile),
         underflow_by_scale(cells, profile),
         underflow_map(cells, [f"{convnet}_fp8", "fp8_scale_1"]),
@@ -123,6 +130,34 @@ def accuracy_curves(cells: Cells, profile: str) -> Figure:
         "the table."
     )
     return Figure("accuracy", "Training in FP32 and FP8", caption, [panel for panel in panels if panel.lines])
+
+
+def dose_response(cells: Cells, profile: str) -> Figure:
+    """Accuracy by loss scale and by what that scale loses, for each rounding of errors and gradients (C4)."""
+    by_scale: list[Line] = []
+    by_loss: list[Line] = []
+    for hue, (curve, label) in enumerate(doses.CURVES.items() if study_cells(doses.STUDY, profile) else ()):
+        scores = {power: stat(cell.figures("score")) for power, cell in doses.points(cells, curve)}
+        lost = {power: 100 * share for power, share in doses.shares(cells, curve).items()}
+        for lines, axis in ((by_scale, {power: float(power) for power in scores}), (by_loss, lost)):
+            there = [(axis[power], score) for power, score in scores.items() if score is not None and power in axis]
+            if there:
+                x, means = [at for at, _ in there], [score.mean for _, score in there]
+                spread = [score.sd or 0.0 for _, score in there]
+                # It is expected to lie on another one.
+                lines.append(Line(label, x, means, hue, dashed=curve == doses.SUBNORMAL, spread=spread))
+    panels = [
+        Panel("by loss scale", "log2 of the loss scale", "top-1, %", by_scale),
+        Panel("by what the scale loses", "errors of an FP32 run that become zero, %", "top-1, %", by_loss),
+    ]
+    caption = (
+        "Final validation accuracy, mean over seeds; bars: standard deviation. Curves differ in the rounding of errors "
+        "and gradients alone. FP16's smallest value lies eight octaves under E5M2's: if errors that become zero are "
+        "what does the harm, its curve lies as far to the left, and to nearest both fall alike by what is lost."
+    )
+    return Figure(
+        "doses", "C4: accuracy by loss scale", caption, [panel for panel in panels if panel.lines], shared=True
+    )
 
 
 def underflow_by_scale(cells: Cells, profile: str) -> Figure:

@@ -109,8 +109,11 @@ def _lines(ax: Axes, panel: Panel, decades: float) -> None:
         ax.plot(
             line.x, line.y, color=HUES[line.hue % len(HUES)], label=line.label or "_", alpha=0.35 if line.faint else 1,
             linewidth=1.0 if line.faint else 1.6, linestyle="--" if line.dashed else "-",
-            marker="o" if len(line.x) == 1 else "",
+            marker="o" if len(line.x) == 1 or line.spread else "", markersize=4,
         )  # fmt: skip
+        if line.spread:
+            hue = HUES[line.hue % len(HUES)]
+            ax.errorbar(line.x, line.y, line.spread, color=hue, linestyle="", elinewidth=1.2, capsize=3)
     ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     if panel.log and decades >= 1:
         ax.set_yscale("log")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fp8repro.errors import UserError
+from fp8repro.paper.plan import cell_name
 from fp8repro.paper.run_folder import (
     CONFIG,
     METRICS,
@@ -90,9 +92,15 @@ def _version(bits: tuple[int, int]) -> str:
 
 
 def read_failures(roots: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Summaries of the runs under some folders that ended in failure, unreadable ones left out."""
-    summaries = [read_or_empty(folder / SUMMARY) for folder in _run_folders(roots)]
-    return [summary for summary in summaries if summary.get("status") == "failed"]
+    """Summaries of the runs under some folders that ended in failure, unreadable ones left out; "cell" says whose."""
+    found = []
+    for folder in _run_folders(roots):
+        summary = read_or_empty(folder / SUMMARY)
+        if summary.get("status") == "failed" and isinstance(summary.get("experiment"), str):
+            with suppress(Unreadable):
+                settings = flat(read_or_empty(folder / CONFIG))
+                found.append(summary | {"cell": cell_name(summary["experiment"], settings)})
+    return found
 
 
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8repro.errors import UserError
-from fp8repro.paper.plan import plan_file
+from fp8repro.paper.plan import experiment_of, plan_file
 from fp8repro.paper.reported import paper_figures
 from fp8repro.paper.run_folder import ENVIRONMENT, read_or_empty
 from fp8repro.results.cells import Cells, read_cells
@@ -84,7 +84,12 @@ def run_sheet(cells: Cells) -> Sheet:
     """Every run of the plan: seed, length, recipe, what it ran on, its code's version."""
     order = list(dict.fromkeys(name for study in plan_file()["studies"].values() for name in study["cells"]))
     rows = []
-    for name in sorted(cells, key=lambda name: (order.index(name) if name in order else len(order), name)):
+
+    def place(name: str) -> tuple[int, str]:
+        experiment = experiment_of(name)
+        return (order.index(experiment) if experiment in order else len(order), name)
+
+    for name in sorted(cells, key=place):
         for seed, run in sorted(cells[name].runs.items()):
             summary, environment = run.record.summary, read_or_empty(run.record.folder / ENVIRONMENT)
             gpus, packages = environment.get("gpus"), environment.get("packages")

@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 from fp8repro.tabular import aligned, comma_separated, markdown
@@ -28,6 +29,12 @@ def stat(by_seed: Mapping[int, float], factor: float = 1.0) -> Stat | None:
     if not values:
         return None
     return Stat(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def noise(by_seed: Mapping[int, float], factor: float = 1.0) -> Stat | None:
+    """Mean size of the difference of two seeds, over all pairs of them; None for a single seed."""
+    sizes = [abs(a - b) * factor for a, b in combinations(by_seed.values(), 2)]
+    return Stat(statistics.mean(sizes), None, len(sizes)) if sizes else None
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from typing import Any
 
 from fp8repro.paper.plan import plan_file, study_cells, study_models
 from fp8repro.paper.reported import paper_figures
 from fp8repro.results.cells import CellRuns, Cells, Run, comparable
+from fp8repro.results.doses import STUDY, dose_sheet
 from fp8repro.results.paired import difference
-from fp8repro.results.sheet import Column, Sheet, stat
+from fp8repro.results.sheet import Column, Sheet, Stat, noise, stat
+from fp8repro.results.weights import weights_sheet
 from fp8repro.settings.choices import groups
 
 PERCENT, MEBI = 100.0, 1 / 2**20
+# How much over FP32's final perplexity counts as reached.
+LEEWAY = 1.05
+NOISE = "FP32 against FP32"
+NOISE_NOTE = "FP32 against FP32: mean size of the difference of two FP32 runs that differ in their seed alone."
 ROLES = ("weight", "activation", "error", "gradient")
 # Figure, title, decimals, factor.
 STUDY_COLUMNS: dict[str, list[tuple[str, str, int, float]]] = {
@@ -51,9 +58,15 @@ def sheets(cells: Cells, profile: str) -> list[Sheet]:
     return [
         accuracy_sheet("C1", cells, profile),
         accuracy_sheet("C2", cells, profile),
+        weights_sheet(cells, profile),
         conversion_sheet(cells, profile),
-        *(study_sheet(study, cells, profile) for study in STUDY_COLUMNS),
+        *(sheet for study in STUDY_COLUMNS for sheet in _of_study(study, cells, profile)),
     ]
+
+
+def _of_study(study: str, cells: Cells, profile: str) -> list[Sheet]:
+    found = [study_sheet(study, cells, profile)]
+    return [*found, dose_sheet(cells)] if study == "C4" and study_cells(STUDY, profile) else found
 
 
 def accuracy_sheet(study: str, cells: Cells, profile: str) -> Sheet:
@@ -79,7 +92,12 @@ def accuracy_sheet(study: str, cells: Cells, profile: str) -> Sheet:
                 "paper_fp8": theirs["fp8"],
                 "paper_gap": round(theirs["fp8"] - theirs["fp32"], 2),
                 "failed": _failed(cells, [f"{model}_fp32", f"{model}_fp8"]),
+                **_seconds(cells[f"{model}_fp32"], cells[f"{model}_fp8"], profile),
             }
+        )
+        floor = noise(fp32)
+        rows.append(
+            {"model": f"{model}, {NOISE}", "gap": floor and floor.mean, "seeds": floor.seeds if floor else None}
         )
     columns = [
         Column("model"),
@@ -91,19 +109,43 @@ def accuracy_sheet(study: str, cells: Cells, profile: str) -> Sheet:
         Column("paper_fp32", "paper FP32", digits),
         Column("paper_fp8", "paper FP8", digits),
         Column("paper_gap", "paper gap", digits, sign=True),
+        Column("target", "stated top-1, %" if study == "C1" else "stated perplexity", 2),
+        Column("fp32_seconds", "FP32 seconds to it", 0),
+        Column("fp8_seconds", "FP8 seconds to it", 0),
         Column("failed", "failed runs"),
     ]
+    margin = plan_file()["profiles"][profile]["margin"]
+    reached = f"mean final top-1 less {margin:g} points" if study == "C1" else f"mean final perplexity times {LEEWAY:g}"
     marks = sorted({paper["figures"][model]["mark"] for model in models})
     known = ", ".join(f"{mark}: {paper['marks'][mark]}" for mark in marks)
     notes = [
         f"Paper: {paper['data'][paper['figures'][models[0]]['data']]} ({known}).",
         *signatures(cells, names),
+        NOISE_NOTE,
+        f"Seconds of training until validation first reaches FP32's {reached}; a run that never does has none. Where "
+        "FP8 is emulated (see Runs: products), they are the emulation's.",
     ]
     if profile != "paper":
         notes.insert(0, f"Ran on {_data(cells, names)}, not on the paper's data: compare the gaps, not the levels.")
     return Sheet(
         study, f"{study}: {plan_file()['studies'][study]['title']}", columns, rows, notes + _left_out(cells, names)
     )
+
+
+def _seconds(fp32: CellRuns, fp8: CellRuns, profile: str) -> dict[str, Any]:
+    """Seconds that both took to what FP32 ends with, nearly."""
+    name = "top1" if fp32.first is None or fp32.first.record.metric == "top1" else "perplexity"
+    ends = [end for run in fp32.in_order if (end := run.last("eval", name, "val")) is not None]
+    if not ends:
+        return {}
+    final = statistics.fmean(ends)
+    target = final - plan_file()["profiles"][profile]["margin"] if name == "top1" else final * LEEWAY
+
+    def taken(cell: CellRuns) -> Stat | None:
+        found = {seed: run.seconds_to(name, target) for seed, run in cell.runs.items()}
+        return stat({seed: seconds for seed, seconds in found.items() if seconds is not None})
+
+    return {"target": target, "fp32_seconds": taken(fp32), "fp8_seconds": taken(fp8)}
 
 
 def conversion_sheet(cells: Cells, profile: str) -> Sheet:
@@ -156,6 +198,10 @@ def study_sheet(study: str, cells: Cells, profile: str) -> Sheet:
             row |= _scale_figures(cell)
         row["failed"] = _failed(cells, [name])
         rows.append(row)
+    reference = f"{'gnmt' if study == 'C5' else plan_file()['profiles'][profile]['convnet']}_fp32"
+    floors = {figure: noise(cells[reference].figures(figure), factor) for figure, _, _, factor in STUDY_COLUMNS[study]}
+    floors = {figure: floor for figure, floor in floors.items() if not figure.endswith("_bytes")}
+    rows.append({"cell": NOISE, "what": f"noise of {reference}", "seeds": len(cells[reference].runs), **floors})
     columns = [Column("cell"), Column("what", "what it is")]
     columns += [Column(figure, title, digits) for figure, title, digits, _ in STUDY_COLUMNS[study]]
     if study == "C5":
@@ -165,6 +211,7 @@ def study_sheet(study: str, cells: Cells, profile: str) -> Sheet:
         ]
     columns += [Column("seeds", digits=0), Column("failed", "failed runs")]
     notes = ["mean ± standard deviation over seeds."] if any(row["seeds"] > 1 for row in rows) else []
+    notes.append(NOISE_NOTE)
     title = plan_file()["studies"][study]["title"]
     return Sheet(
         study, title if study == "recipes" else f"{study}: {title}", columns, rows, notes + _left_out(cells, names)

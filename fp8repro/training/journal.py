@@ -88,8 +88,8 @@ class Journal:
         self.display.say(f"step {run.step}: {text}")
 
     def evaluation(self, run: Run, split: str, metrics: dict[str, float]) -> None:
-        """The figures of a split."""
-        self.record.row("eval", run.step, epoch=run.epoch, split=split, **metrics)
+        """The figures of a split, and the seconds that training took up to here."""
+        self.record.row("eval", run.step, epoch=run.epoch, split=split, seconds=run.seconds, **metrics)
         self.tracker.log(run.step, {f"{split}/{name}": value for name, value in metrics.items()})
         self.display.say(f"epoch {run.epoch:.4g}  {split}  " + "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
 

@@ -19,6 +19,7 @@ from fp8repro.errors import RunFailure, UserError
 from fp8repro.paper.run_folder import (
     CHECKPOINTS,
     CONFIG,
+    CORRECT,
     ENVIRONMENT,
     LOCK,
     METRICS,
@@ -94,7 +95,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove a former run's own files and nothing else."""
-        for name in (METRICS, SUMMARY, CONFIG, ENVIRONMENT):
+        for name in (METRICS, SUMMARY, CONFIG, ENVIRONMENT, CORRECT):
             (self.folder / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, TENSORBOARD):
             path = self.folder / name

@@ -46,6 +46,22 @@ def labels(batches):
     return [batch.labels.tolist() for batch in batches]
 
 
+def test_fewer_digits_to_train_are_more_to_validate_and_the_same_images():
+    usual, harder = load_images("digits", seed=0), load_images("digits", options={"val_fraction": 0.8}, seed=0)
+    assert (len(harder.train), len(harder.val)) == (359, 1438)
+    counts = np.bincount([harder.train[0, i][1] for i in range(len(harder.train))])
+    assert counts.max() - counts.min() <= 4
+    train = torch.stack([harder.train[0, i][0] for i in range(len(harder.train))])
+    # Normalized by what is left to train.
+    assert abs(train.mean()) < 1e-5
+    assert abs(train.std() - 1) < 1e-5
+    assert sorted(usual.val_labels + [usual.train[0, i][1] for i in range(1438)]) == sorted(
+        harder.val_labels + [harder.train[0, i][1] for i in range(359)]
+    )
+    with pytest.raises(UserError, match=r"data.options.val_fraction: got 0.99, expected from 0.1 to 0.95"):
+        load_images("digits", options={"val_fraction": 0.99}, seed=0)
+
+
 def test_digits_split_is_fixed_stratified_and_normalized():
     data = load_images("digits", seed=3)
     train = torch.stack([data.train[0, i][0] for i in range(len(data.train))])

@@ -116,6 +116,30 @@ def test_bf16_multiplies_bf16_operands() -> None:
     assert all(t.dtype == torch.bfloat16 for _, operands in recorder.products for t in operands)
 
 
+def test_the_toolkits_errors_vanish_where_ours_are_kept_in_expectation() -> None:
+    # In units of the smallest subnormal, 2^-16; normal from 4 on, in steps of 1 up to 8.
+    units, count = (0.25, 0.5, 1.5, 4.5), 4096
+    errors = torch.tensor(units).repeat_interleave(count)[:, None] * 2.0**-16
+    received = {}
+    for name in ("fp8", "fp8_toolkit"):
+        model = nn.Sequential(nn.Linear(1, 1, bias=False))
+        nn.init.ones_(model[0].weight)
+        inject(model, replace(load_recipe(name), exempt=()), StepContext(seed=1), backend="emulate")
+        x = torch.zeros_like(errors, requires_grad=True)
+        model(x).backward(errors)
+        assert x.grad is not None
+        received[name] = [part * 2.0**16 for part in x.grad[:, 0].split(count)]
+    for part, value in zip(received["fp8"], units, strict=True):
+        share = value % 1
+        assert set(part.tolist()) == {value - share, value - share + 1}
+        assert float(part.mean()) == pytest.approx(value, abs=4 * (share * (1 - share) / count) ** 0.5)
+    below, half, tie, normal = received["fp8_toolkit"]
+    assert not below.any()
+    assert not half.any()
+    assert (tie == 2).all()
+    assert float(normal.mean()) == pytest.approx(4.5, abs=4 * (0.25 / count) ** 0.5)
+
+
 def test_hybrid_multiplies_e4m3_forward_and_e5m2_backward() -> None:
     from fp8repro.engines import products
 

@@ -19,7 +19,7 @@ from study_records import planned, write_run
 
 from fp8repro.cli import main as cli
 from fp8repro.errors import UserError
-from fp8repro.paper.plan import Job, make_jobs, make_plan, plan_file, state, study_cells
+from fp8repro.paper.plan import Job, cell_name, experiment_of, make_jobs, make_plan, plan_file, state, study_cells
 from fp8repro.precision.telemetry import Telemetry
 from fp8repro.reproduce import needs, runner
 from fp8repro.reproduce.board import Board
@@ -38,8 +38,10 @@ def changed(name: str, other: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_plan_and_the_experiment_files_are_the_same(profile: str) -> None:
-    cells = {name for study in plan_file()["studies"] for name in study_cells(study, profile)}
-    assert cells == set(groups()["experiment"])
+    cells = {experiment_of(name) for study in plan_file()["studies"] for name in study_cells(study, profile)}
+    # The dose-response study is a hundred runs: on small data alone.
+    doses = set() if profile == "embedded" else set(plan_file()["studies"]["doses"]["cells"])
+    assert cells == set(groups()["experiment"]) - doses
 
 
 @pytest.mark.parametrize("name", groups()["experiment"])
@@ -74,6 +76,11 @@ NEAREST = {"precision.error.rounding": "nearest", "precision.gradient.rounding":
             {**NEAREST, f"{MASTER}.rounding": "nearest", f"{MASTER}.format": "fp32", NAME: "fp8_nearest_fp32_master"},
         ),
         ("fp8_stochastic", {ACTIVATION: "stochastic", NAME: "fp8_stochastic"}),
+        (
+            "fp8_toolkit",
+            {f"precision.{role}.subnormal_rounding": "nearest" for role in ("error", "gradient", "master")}
+            | {NAME: "fp8_toolkit"},
+        ),
         ("fp8_nearest_master", {f"{MASTER}.rounding": "nearest", NAME: "fp8_nearest_master"}),
         ("fp8_wang", {f"{MASTER}.format": "fp16_1_6_9", NAME: "fp8_wang"}),
         ("fp8_fp32_master", {f"{MASTER}.rounding": "nearest", f"{MASTER}.format": "fp32", NAME: "fp8_fp32_master"}),
@@ -81,6 +88,30 @@ NEAREST = {"precision.error.rounding": "nearest", "precision.gradient.rounding":
 )
 def test_a_study_changes_what_it_says_and_nothing_else(name: str, expected: dict[str, Any]) -> None:
     assert changed(name, "resnet18_fp8") == expected
+
+
+ERROR, GRADIENT = "precision.error", "precision.gradient"
+AS_FP16 = {f"{ERROR}.format": "fp16", f"{GRADIENT}.format": "fp16", **NEAREST}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("dose_nearest", NEAREST),
+        ("dose_subnormal", {f"{role}.subnormal_rounding": "nearest" for role in (ERROR, GRADIENT)}),
+        ("dose_fp16", AS_FP16),
+    ],
+)
+def test_doses_differ_in_the_rounding_of_errors_and_gradients_and_in_scale(name: str, expected: dict[str, Any]) -> None:
+    scales = plan_file()["studies"]["doses"]["scales"]
+    for power in scales[name]:
+        found = changed(f"{name}@2^{power}", "dose_stochastic@2^1")
+        scale = {} if power == 1 else {SCALE: 2.0**power}
+        assert found == {**expected, **scale, NAME: name}
+        settings = planned()[f"{name}@2^{power}"][0].settings
+        assert cell_name(name, settings) == f"{name}@2^{power}"
+    # FP16's range ends eight octaves lower: at these scales it loses what E5M2 loses.
+    assert [power + 8 for power in scales["dose_fp16"]] == scales["dose_nearest"] == scales["dose_subnormal"]
 
 
 def test_models_of_the_main_tables_differ_in_precision_and_loss_scaling_only() -> None:
@@ -152,6 +183,7 @@ def test_midscale_asks_for_the_users_data() -> None:
     ]
 
 
+C4_CELLS = study_cells("C4", "embedded")
 # A stand-in for a training process: it does to its run folder what its name asks for.
 STAND_IN = """#!{python}
 import json, os, signal, sys, time
@@ -170,7 +202,12 @@ configs = json.loads(Path(os.environ["CONFIGS"]).read_text())
 (folder / "config.yaml").write_text(configs[name])
 (folder / "metrics.jsonl").write_text(json.dumps(dict(kind="train", step=1, epoch=1.0)) + "\\n")
 failed = name in os.environ.get("DIVERGE", "").split()
-summary = dict(status="failed", reason="every step was skipped") if failed else dict(status="finished", top1=98.0)
+scores = json.loads(os.environ.get("SCORES", "{{}}")).get(name, [98.0])
+seed = int(settings["seed"])
+summary = dict(status="finished", experiment=name, model="resnet18", data="digits", precision="fp8", profile="embedded",
+               loss_scaling="constant", seed=seed, top1=scores[seed % len(scores)])
+if failed:
+    summary = dict(status="failed", reason="every step was skipped")
 (folder / "summary.json").write_text(json.dumps(summary))
 if failed:
     print("fp8repro: every step was skipped")
@@ -184,7 +221,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.write_text(STAND_IN.format(python=sys.executable))
     script.chmod(0o755)
     (tmp_path / "configs.json").write_text(
-        json.dumps({name: yaml.safe_dump(planned()[name][1]) for name in study_cells("C4", "embedded")})
+        json.dumps(
+            {name: yaml.safe_dump(planned()[name][1]) for name in (*study_cells("C4", "embedded"), "resnet18_fp32")}
+        )
     )
     monkeypatch.setenv("CONFIGS", str(tmp_path / "configs.json"))
     monkeypatch.setenv("STARTED", str(tmp_path / "started"))
@@ -210,6 +249,55 @@ def test_what_is_done_is_left_alone(stand_in: Path) -> None:
     assert reproduce(stand_in) == (0, [])
     (stand_in / "runs/embedded/fp8_scale_1-seed0/summary.json").unlink()
     assert reproduce(stand_in, "--jobs", "2") == (0, ["fp8_scale_1-seed0"])
+
+
+AUTO = ("--seeds", "auto", "--only", "C4,resnet18_fp32")
+
+
+@pytest.mark.parametrize(
+    ("scores", "seeds"),
+    [
+        # Decided at the first look, at the second, and at none.
+        ([98.1, 98.0, 97.9], 3),
+        ([97.2, 98.0, 98.8, 98.05, 97.95, 98.0], 6),
+        ([96.0, 98.0, 100.0], 12),
+    ],
+)
+def test_seeds_are_added_until_the_statements_are_decided(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, scores: list[float], seeds: int
+) -> None:
+    monkeypatch.setenv("SCORES", json.dumps({"resnet18_fp8": scores}))
+    code, started = reproduce(stand_in, *AUTO, "--jobs", "4")
+    assert code == 0
+    compared = ("resnet18_fp8", "resnet18_fp32")
+    wanted = {f"{name}-seed{seed}" for name in {*C4_CELLS, "resnet18_fp32"}
+              for seed in range(seeds if name in compared else 3)}  # fmt: skip
+    assert sorted(started) == sorted(wanted)
+    # What is there is looked at again, and nothing more runs.
+    assert reproduce(stand_in, *AUTO) == (0, [])
+
+
+def test_a_dry_run_lists_the_seeds_of_the_next_look(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SCORES", json.dumps({"resnet18_fp8": [96.0, 98.0, 100.0]}))
+    assert reproduce(stand_in, *AUTO, "--dry-run") == (0, [])
+    assert "15 runs" in capsys.readouterr().out
+    assert len(reproduce(stand_in, *AUTO, "--seeds", "3")[1]) == 15
+    capsys.readouterr()
+    assert reproduce(stand_in, *AUTO, "--dry-run") == (0, [])
+    out = capsys.readouterr().out
+    assert "look 1 of 3, at 3 seeds: resnet18_fp32, resnet18_fp8 go on to 6" in out
+    states = Counter(line.split("  ")[0] for line in out.splitlines() if "-seed" in line)
+    assert states == {"done": 6, "to run": 6}
+
+
+def test_seeds_are_not_added_for_what_others_would_have_to_decide(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCORES", json.dumps({"resnet18_fp8": [96.0, 98.0, 100.0]}))
+    assert len(reproduce(stand_in, *AUTO, "--seeds", "3")[1]) == 15
+    assert reproduce(stand_in, "--seeds", "auto", "--only", "resnet18_fp8") == (0, [])
 
 
 def test_the_plan_keeps_going_past_a_crash_and_a_refusal(

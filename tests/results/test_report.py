@@ -102,6 +102,27 @@ def test_figures_of_the_tables_are_those_of_the_records(written: Path) -> None:
     assert float({row["cell"]: row for row in rows(written, "C7")}["resnet18_fp8"]["master_bytes"]) == 8.0
 
 
+def test_seconds_are_those_of_the_first_evaluation_that_reaches_what_fp32_ends_with(tmp_path: Path) -> None:
+    for name in ("resnet18_fp32", "resnet18_fp8", "gnmt_fp32", "gnmt_fp8", "resnet34_fp32"):
+        write_run(tmp_path, name)
+    # A run that never gets there, and one from before evaluations had their seconds.
+    write_run(tmp_path, "resnet34_fp8", score=90.0)
+    folder = write_run(tmp_path, "resnet50_fp32")
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(re.sub(r', "seconds": [\d.]+', "", text))
+    report.write_report([tmp_path], tmp_path / "out")
+    found = {row["model"]: row for row in rows(tmp_path / "out", "C1")}
+    # 60 exp(-6 t) is under 1 point from t = 0.66 on; epochs end at eighths of the 160 steps.
+    resnet18 = found["resnet18"]
+    assert float(resnet18["target"]) == pytest.approx(97.0)
+    assert (float(resnet18["fp32_seconds"]), float(resnet18["fp8_seconds"])) == (120, 240)
+    assert (float(found["resnet34"]["fp32_seconds"]), found["resnet34"]["fp8_seconds"]) == (120, "")
+    assert found["resnet50"]["fp32_seconds"] == ""
+    (gnmt,) = (row for row in rows(tmp_path / "out", "C2") if row["model"] == "gnmt")
+    # 1 + 30 / step is within 5 % of its end, 1.1875, from step 121.4 on: at 140.
+    assert (float(gnmt["fp32_seconds"]), float(gnmt["fp8_seconds"])) == (140, 280)
+
+
 def test_a_deleted_record_empties_its_cell(written: Path) -> None:
     (fp16,) = (row for row in rows(written, "recipes") if row["cell"] == "fp16")
     assert (fp16["score"], fp16["seeds"]) == ("", "0")

@@ -16,6 +16,7 @@ from training_tools import resuming, rows, tiny_config, use_tiny_network, write_
 import fp8repro.training.loop as loop
 from fp8repro.errors import UserError
 from fp8repro.numerics.reference import BITS_VERSION
+from fp8repro.paper.run_folder import CORRECT
 from fp8repro.settings.recipes import load_recipe
 from fp8repro.training import train
 from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint, read_tensors, write_tensors
@@ -85,10 +86,12 @@ def assert_same_run(expected, found):
         assert_same_bits(a[part], b[part], part)
     # What was measured is the same too, each step once.
     timeless = [
-        [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(folder) if row["kind"] != "event"]
+        [{k: v for k, v in row.items() if k not in ("images_per_second", "seconds")} for row in rows(folder)
+         if row["kind"] != "event"]
         for folder in (expected, found)
-    ]
+    ]  # fmt: skip
     assert timeless[0] == timeless[1]
+    assert (expected / CORRECT).read_bytes() == (found / CORRECT).read_bytes()
 
 
 def test_the_run_has_what_is_hard_to_resume(whole):

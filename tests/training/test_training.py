@@ -12,6 +12,7 @@ from training_tools import rows, tiny_config, use_tiny_network, write_images
 
 from fp8repro.errors import RunFailure, UserError
 from fp8repro.numerics.reference import BITS_VERSION
+from fp8repro.paper.examples import read_correct
 from fp8repro.settings.schema import DataConfig, LossScalingConfig, OptimizerConfig, run_config
 from fp8repro.training import loop as loop_module
 from fp8repro.training import train
@@ -83,6 +84,7 @@ def test_a_run_leaves_its_records(tmp_path, capsys):
     assert [(row["step"], row["split"]) for row in evals] == [(12, "val"), (12, "train"), (24, "val"), (24, "train")]
     assert evals[2]["top1"] == summary["top1"]
     assert evals[3]["loss"] < evals[1]["loss"] < math.log(10)
+    assert 0 < evals[0]["seconds"] <= evals[2]["seconds"] <= summary["train_seconds"]
     (convert,) = rows(folder, "convert")
     assert {row["status"] for row in convert["rows"]} == {"converted", "exempt", "left"}
     (memory,) = rows(folder, "memory")
@@ -97,6 +99,26 @@ def test_a_run_leaves_its_records(tmp_path, capsys):
         "gradient",
     }
     assert "top1" in capsys.readouterr().out
+
+
+def test_a_run_keeps_which_images_its_weights_classify_right(tmp_path):
+    config = tiny_config(tmp_path, "fp8", LossScalingConfig("constant", scale=1000))
+    summary = train(config)
+    run = build(config, World())
+    run.load(read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1]))
+    images = torch.stack([run.task.data.val[0, index][0] for index in range(359)])
+    labels = torch.tensor(run.task.data.val_labels)
+    run.model.eval()
+    with torch.no_grad():
+        expected = run.model(images).argmax(1) == labels
+    order, correct = read_correct(tmp_path)
+    assert correct.tolist() == expected.tolist()
+    assert 100 * correct.mean() == pytest.approx(summary["top1"])
+    assert 0 < correct.sum() < 359
+    # Other images, or the same in another order, cannot be compared one by one.
+    run.task.data.val_labels.reverse()
+    run.task.finish(run.model, {"top1": 0.0, "top5": 0.0}, tmp_path)
+    assert read_correct(tmp_path)[0] != order
 
 
 def test_saved_bytes_are_a_quarter_with_fp8_activations(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from training_tools import rows, write_images
 
 import fp8repro.training.tasks.classification
 from fp8repro.errors import UserError
+from fp8repro.paper.examples import read_correct
 from fp8repro.precision.graphs import why_not_graphed
 from fp8repro.precision.injection import inject
 from fp8repro.training import train
@@ -60,6 +61,11 @@ def test_two_processes_with_synchronized_normalization_equal_one(fp8_run, tmp_pa
             assert mine["step"] == theirs["step"]
             for figure in figures:
                 assert theirs[figure] == pytest.approx(mine[figure], rel=2e-3, abs=0.3 if "top" in figure else 1e-6)
+    # Each rank saw every other image; the record has them in the data's order.
+    (order, alone), (same, together) = (read_correct(folder) for folder in (tmp_path / "one", two))
+    assert order == same
+    assert 100 * together.mean() == pytest.approx(rows(two, "eval")[-1]["top1"])
+    assert (alone != together).sum() <= 1
 
 
 def test_ranks_agree_on_weights_and_scale_but_not_on_the_bits_of_errors(fp8_run):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from fp8repro.data.image_batches import ImageBatch, TrainImages, load_batches
 from fp8repro.data.images import load_images
 from fp8repro.errors import UserError
 from fp8repro.models.resnet import make_resnet
+from fp8repro.paper.examples import correct_json
+from fp8repro.paper.run_folder import CORRECT
 from fp8repro.settings.schema import DataConfig, ModelConfig, TrainerConfig
 from fp8repro.training.distributed import World
 from fp8repro.training.tasks.task import Examples, Poll, no_poll, polled
@@ -52,6 +56,8 @@ class ImageTask:
             data.workers,
             self._pinned,
         )
+        # Of the last evaluation: whether each of this rank's validation images was classified right.
+        self._correct: Tensor | None = None
         self._layout = torch.channels_last if trainer.channels_last else torch.contiguous_format
 
     def model(self) -> nn.Module:
@@ -112,14 +118,18 @@ class ImageTask:
         keys = [[(0, i) for i in mine[start : start + size]] for start in range(0, len(mine), size)]
         # Loss, top-1, top-5, images that were not finite, all images.
         sums = torch.zeros(5, dtype=torch.float64, device=self.world.device)
+        correct = [torch.zeros(0, dtype=torch.bool, device=self.world.device)]
         with closing(load_batches(dataset, keys, self.workers, self._pinned)) as batches:
             for batch in polled(batches, -(-most // size), poll):
                 logits, labels = self._logits(model, batch)
                 hits = _hits(logits, labels, 5)
                 losses = F.cross_entropy(logits, labels, reduction="none")
                 nonfinite = (~logits.isfinite().all(1)).sum()
+                correct.append(hits[:, 0])
                 count = torch.full_like(labels[0], len(labels))
                 sums += torch.stack([losses.double().sum(), hits[:, 0].sum(), hits.sum(), nonfinite, count])
+        if split == "val":
+            self._correct = torch.cat(correct)
         loss, top1, top5, missing, total = self.world.sum(sums.tolist())
         figures = {"loss": loss / total, "top1": 100 * top1 / total, "top5": 100 * top5 / total}
         return figures | ({"nonfinite": missing} if missing else {})
@@ -136,7 +146,17 @@ class ImageTask:
         return metrics["top1"]
 
     def finish(self, model: nn.Module, metrics: dict[str, float], folder: Path, poll: Poll = no_poll) -> dict[str, Any]:
-        """See `Task`."""
+        """See `Task`: keeps which validation images were classified right."""
+        # A run that was resumed after its last evaluation has not seen it.
+        if self._correct is None:
+            self.evaluate(model, "val", poll)
+        assert self._correct is not None
+        correct = np.zeros(len(self.data.val_labels), dtype=bool)
+        for rank, share in enumerate(self.world.gather(self._correct.tolist())):
+            correct[rank :: self.world.size] = share
+        if self.world.is_main:
+            order = hashlib.sha256(f"{self.data.identity} {self.data.val_labels}".encode()).hexdigest()[:16]
+            (folder / CORRECT).write_text(correct_json(correct, order), encoding="utf-8")
         return {"top1": metrics["top1"], "top5": metrics["top5"]}
 
 

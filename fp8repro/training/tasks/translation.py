@@ -26,13 +26,14 @@ from fp8repro.errors import UserError
 from fp8repro.models.fairseq_model import fairseq_transformer
 from fp8repro.models.gnmt import gnmt
 from fp8repro.models.transformer import transformer
+from fp8repro.paper.run_folder import HYPOTHESES, REFERENCES
 from fp8repro.settings.schema import DataConfig, DecodeConfig, ModelConfig, TrainerConfig
 from fp8repro.training.distributed import World
 from fp8repro.training.tasks.bleu import Score, chrf_score, sacrebleu_score, tokenized_bleu
 from fp8repro.training.tasks.decode import translate
 from fp8repro.training.tasks.task import Examples, Poll, no_poll, polled
 
-HYPOTHESES, REFERENCES, SAMPLES = "test.hypotheses.txt", "test.references.txt", "samples.txt"
+SAMPLES = "samples.txt"
 SAMPLE_COUNT = 20
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "transformer": transformer,

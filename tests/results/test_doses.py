@@ -1,0 +1,142 @@
+"""The dose-response study: shares against torch's own rounding, needed scales by hand, each outcome, and the figure."""
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+import torch
+from study_records import write_run
+
+from fp8repro.numerics.formats import E5M2, FP16
+from fp8repro.paper.plan import plan_file
+from fp8repro.precision.telemetry import Telemetry
+from fp8repro.results import doses
+from fp8repro.results.cells import Cells, read_cells
+from fp8repro.results.figures import dose_response, figures
+from fp8repro.results.paired import FAILS, HOLDS, UNDECIDED
+from fp8repro.results.verdicts import OCTAVES, Verdict, verdicts
+
+SCALES = plan_file()["studies"]["doses"]["scales"]
+# Where a curve falls, as a power of two.
+EXPECTED = {"dose_nearest": -2.0, "dose_subnormal": -2.0, "dose_stochastic": -7.0, "dose_fp16": -10.0}
+
+
+def write_doses(root: Path, falls: dict[str, float] = EXPECTED, seeds: int = 3) -> Path:
+    """Runs whose accuracy falls from 98 % in a straight line, 5 points an octave, under the named power."""
+    write_run(root, "dose_reference")
+    for curve, fall in falls.items():
+        for power in SCALES[curve]:
+            for seed in range(seeds):
+                # Each seed's curve lies a little aside.
+                lost = max(0.0, 5 * (fall + 0.1 * seed - power + 1))
+                write_run(root, f"{curve}@2^{power}", seed, score=98.0 - min(lost, 80.0))
+    return root
+
+
+def read(root: Path) -> Cells:
+    cells, _, _ = read_cells([root])
+    return cells["embedded"]
+
+
+def statements(cells: Cells) -> dict[str, Verdict]:
+    return {verdict.statement: verdict for verdict in verdicts(cells, "embedded") if verdict.claim == "C4"}
+
+
+LARGER = "E5M2 to nearest needs a larger loss scale than FP16"
+NOT_LESS, NOT_MORE = "by eight octaves, not less", "by eight octaves, not more"
+SUBNORMAL = "its subnormal range alone makes it need as much"
+STOCHASTIC = "stochastic rounding needs less"
+
+
+@pytest.mark.parametrize("format", [E5M2, FP16])
+@pytest.mark.parametrize("power", [4, 0, -3, -8])
+def test_what_a_scale_loses_is_what_torch_rounds_to_zero(tmp_path: Path, format: object, power: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    errors = torch.randn(12_000, generator=generator) * 2.0 ** torch.randint(-34, 0, (12_000,), generator=generator)
+    telemetry = Telemetry(every=1)
+    telemetry.begin(0)
+    telemetry.buffer("layer1.0.conv1", "error", "output_error", errors.device)[0] += len(errors)  # type: ignore[index]
+    telemetry.count_exponents("layer1.0.conv1", "error", "output_error", errors)
+    folder = write_run(tmp_path, "dose_reference")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if line["kind"] != "telemetry"]
+    kept.append({"kind": "telemetry", "step": 1, "rows": telemetry.rows()})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    run = read(tmp_path)["dose_reference"].runs[0]
+    dtype = torch.float8_e5m2 if format is E5M2 else torch.float16
+    scaled = (errors * 2.0**power).to(dtype).float()
+    assert doses.lost_share(run, power, format) == pytest.approx(float((scaled == 0).double().mean()), abs=1e-9)  # type: ignore[arg-type]
+
+
+def test_the_needed_scale_is_where_the_curve_falls_five_points() -> None:
+    # The plateau is 98; 93 lies between 96 at 2^0 and 88 at 2^-2.
+    assert doses.needed_power({10: 98.0, 4: 98.0, 0: 96.0, -2: 88.0, -6: 95.0}) == pytest.approx(-0.75)
+    assert doses.needed_power({10: 98.0, 4: 97.0, 0: 96.0}) is None
+    assert doses.needed_power({4: 98.0, 0: 98.0, -3: 10.0}) == pytest.approx(-3 + 3 * 83 / 88)
+
+
+def test_the_statements_hold_where_the_curves_lie_as_expected(tmp_path: Path) -> None:
+    cells = read(write_doses(tmp_path))
+    fp16, nearest = (doses.needs(cells, curve) for curve in ("dose_fp16", "dose_nearest"))
+    assert fp16[0] == -10
+    assert {seed: power + 8 for seed, power in fp16.items()} == pytest.approx(nearest)
+    found = statements(cells)
+    assert OCTAVES == 8
+    assert {text: found[text].verdict for text in (LARGER, NOT_LESS, NOT_MORE, SUBNORMAL, STOCHASTIC)} == dict.fromkeys(
+        (LARGER, NOT_LESS, NOT_MORE, SUBNORMAL, STOCHASTIC), HOLDS
+    )
+    assert "dose_nearest - dose_fp16: +8.00" in found[LARGER].evidence
+    assert re.search(r"dose_nearest - dose_fp16 -8: [+-]0\.00 ", found[NOT_LESS].evidence)
+
+
+@pytest.mark.parametrize(
+    ("change", "refuted"),
+    [
+        ({"dose_fp16": -4.0}, {NOT_LESS}),
+        ({"dose_fp16": -13.0}, {NOT_MORE}),
+        (dict(zip(EXPECTED, (-8.0, -8.0, -12.0, -6.0), strict=True)), {LARGER, NOT_LESS}),
+        ({"dose_subnormal": -5.0}, {SUBNORMAL}),
+        ({"dose_stochastic": 0.0}, {STOCHASTIC}),
+    ],
+)
+def test_each_statement_can_be_refuted(tmp_path: Path, change: dict[str, float], refuted: set[str]) -> None:
+    found = statements(read(write_doses(tmp_path, EXPECTED | change)))
+    assert {text for text, verdict in found.items() if verdict.verdict == FAILS} == refuted
+
+
+def test_a_curve_without_all_of_its_points_decides_nothing(tmp_path: Path) -> None:
+    cells = read(write_doses(tmp_path))
+    del cells["dose_fp16@2^-17"]
+    found = statements(cells)
+    assert (found[LARGER].verdict, found[LARGER].evidence) == (UNDECIDED, "not run: dose_fp16@2^-17")
+    assert found[STOCHASTIC].verdict == HOLDS
+    write_run(tmp_path, "dose_nearest@2^1", 3, status="failed", reason="it broke off")
+    found = statements(read(tmp_path))
+    assert found[STOCHASTIC].evidence == "dose_nearest@2^1: failed, seed 3: it broke off"
+
+
+def test_figure_and_table_show_the_scales_and_what_they_lose(tmp_path: Path) -> None:
+    cells = read(write_doses(tmp_path))
+    figure = dose_response(cells, "embedded")
+    points = list(csv.DictReader(io.StringIO(figure.csv())))
+    label = doses.CURVES["dose_fp16"]
+    (point,) = (p for p in points if p["panel"] == "by loss scale" and p["series"] == label and p["x"] == "-10.0")
+    # 5 points lost, less half a point a seed.
+    assert (float(point["y"]), float(point["spread"])) == pytest.approx((92.5, 0.5))
+    lost = doses.shares(cells, "dose_fp16")
+    # Of exponents alone, what E5M2 loses at a scale FP16 loses eight octaves lower.
+    assert {power + 8: share for power, share in lost.items()} == doses.shares(cells, "dose_nearest")
+    assert 0 == min(lost.values()) < 0.5 < max(lost.values())
+    by_loss = {p["x"] for p in points if p["panel"] == "by what the scale loses" and p["series"] == label}
+    assert by_loss == {str(100 * share) for share in lost.values()}
+    sheet = doses.dose_sheet(cells)
+    assert len(sheet.rows) == sum(map(len, SCALES.values()))
+    needed = doses.needs(cells, "dose_fp16").values()
+    assert f"FP16, to nearest: {mean(needed):+.1f} ± {stdev(needed):.1f}" in sheet.notes[1]
+    # Of other profiles the study is no part.
+    assert dose_response(cells, "midscale").empty
+    assert "doses" not in {figure.name for figure in figures(cells, "midscale")}
