@@ -22,6 +22,8 @@ from triton.compiler import ASTSource
 
 from fp8repro.kernels.conv2d import device as convolutions
 from fp8repro.kernels.conv2d import device_tma as tma_convolutions
+from fp8repro.kernels.lstm import device as recurrences
+from fp8repro.kernels.lstm import launch as recurrence
 from fp8repro.kernels.matmul import device as products
 from fp8repro.kernels.matmul.launch import promoted_by_steps
 from fp8repro.kernels.norm import device as normalizations
@@ -268,6 +270,44 @@ def _norm_cases(capability: tuple[int, int]) -> Iterator[Case]:
     yield norm("layer norm gradient", normalizations.layer_backward, ROWS=2, BLOCK=1024)
 
 
+def _lstm_cases(capability: tuple[int, int]) -> Iterator[Case]:
+    """As the paper's recipe launches them: gates kept in E5M2, errors and gradients rounded stochastically."""
+    nearest = codec.encoding(Rounding(E5M2), capability)
+    stochastic = codec.encoding(Rounding(E5M2, "stochastic"), capability)
+    bytes_of = ("codes_ptr", "transposed_ptr", "kept_inputs_ptr", "kept_product_ptr")
+    tile = {"WHOLE_GROUPS": True, "ROWS": recurrence.CELL_ROWS, "BLOCK": recurrence.CELL_COLUMNS}
+
+    def lstm(name: str, kernel: Any, fp8: tuple[str, ...] = (), **constants: Any) -> Case:
+        types = {}
+        for argument in kernel.arg_names:
+            if argument.islower() and argument not in constants:
+                pointer = "*fp8e5" if argument in fp8 else "*u8" if argument in bytes_of else "*fp32"
+                pointer = "*i32" if argument == "streams_ptr" else pointer
+                types[argument] = pointer if argument.endswith("_ptr") else "i32"
+        aligned = ("width", "rows", "pitch", "grad_pitch", "M", "N", "error_pitch", "x_pitch")
+        types |= {name: "i32" for name in ("M", "N") if name in kernel.arg_names}
+        warps, stages = recurrence.GRADIENT_TILE.warps, recurrence.GRADIENT_TILE.stages
+        return Case(name, kernel, types, constants, warps, stages, group="lstm", aligned=aligned)
+
+    kept = {"KEPT_INPUTS": nearest, "KEPT_PRODUCT": nearest}
+    yield lstm("lstm cell", recurrences.cell_forward, ENCODING=nearest, **kept, **tile)
+    yield lstm("lstm cell stochastic", recurrences.cell_forward, ENCODING=stochastic, **kept, **tile)
+    codes = {"RECURRENT": stochastic, "ENCODING": stochastic}
+    yield lstm("lstm cell gradient", recurrences.cell_backward, ("inputs_ptr", "product_ptr"), **codes, **tile)
+    sizes = recurrence.GRADIENT_TILE
+    blocks = {"BM": sizes.m, "BN": sizes.n, "BK": sizes.k, "WHOLE_GROUPS": True}
+    promoted = configs.accumulation("promoted", capability)
+    operands = ("error_ptr", "x_ptr")
+    yield lstm(
+        "lstm weight gradient",
+        recurrences.summed_gradient,
+        operands,
+        ENCODING=stochastic,
+        ACCUMULATE=promoted,
+        **blocks,
+    )
+
+
 def cases(capability: int) -> Iterator[Case]:
     """Every kernel, in the configurations that training launches."""
     version = (capability // 10, capability % 10)
@@ -275,6 +315,7 @@ def cases(capability: int) -> Iterator[Case]:
     yield from _product_cases(version)
     yield from _update_cases(version)
     yield from _norm_cases(version)
+    yield from _lstm_cases(version)
 
 
 def _arguments(case: Case) -> tuple[dict[str, Any], dict[Any, Any], dict[tuple[int, ...], list[list[Any]]]]:

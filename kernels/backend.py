@@ -92,6 +92,14 @@ class TritonBackend:
         result = self._matmul(error.codes.flatten(0, -2), codes, None, _inverse_scale(error, weight))
         return result.view(*error.codes.shape[:-1], result.shape[-1])
 
+    def linear_error_parts(self, error: Operand, weight: Operand) -> Tensor:
+        """`linear_error` of a matrix, not rounded, as FP32 [parts, rows, K] that add up to it."""
+        if not _native(error, weight):
+            return self.emulated.linear_error(error, weight).unsqueeze(0)
+        codes = weight.codes if weight.transposed is None else weight.transposed.t()
+        options = self._plain_options(_inverse_scale(error, weight))
+        return product.matmul(error.codes, codes, parts_apart=True, **options)
+
     def linear_gradient(self, error: Operand, x: Operand) -> Tensor:
         """See `products.Backend`."""
         if not _native(error, x):

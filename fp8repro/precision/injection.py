@@ -22,6 +22,7 @@ from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.become import become
 from fp8repro.precision.bypass import watch_first_pass
 from fp8repro.precision.context import StepContext
+from fp8repro.precision.fused_lstm import use_lstm_kernels
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, fuse_normalizations, use_kernels
 from fp8repro.precision.layers import (
     FP8Conv2d,
@@ -161,6 +162,8 @@ def inject(
             fuse_normalizations(model, context)
             if products.name == "triton":
                 use_kernels(model, recipe.activation, context)
+        if products.name == "triton":
+            use_lstm_kernels(model)
         watch_first_pass(model)
     for name, module in modules.items():
         described = ("left", "asked for") if name in left else None

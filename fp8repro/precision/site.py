@@ -109,7 +109,7 @@ class Site:
         offer = None if self.context.telemetry.active else self.context.offers.find(x, spec)
         if offer is not None:
             return Operand(offer.codes, fmt, transposed=offer.transposed)
-        bits = self._bits(spec, role, name, call)
+        bits = self.bits(spec, role, name, call)
         if fmt.dtype is None:
             # Without a storage dtype the FP32 values are the codes.
             rounded = torch.empty_like(x, dtype=torch.float32)
@@ -199,7 +199,7 @@ class Site:
         if role is None or spec is None or spec.is_identity:
             return multiply(self.backend) if total is None else total.add_(multiply(self.backend))
         backend = None
-        bits = self._bits(spec, role, name, call)
+        bits = self.bits(spec, role, name, call)
         # A scale and statistics need the result first.
         if spec.scaling == "none" and not self.context.telemetry.active:
             backend = self.backend.rounding(spec, bits)
@@ -221,7 +221,8 @@ class Site:
         for observer in self.context.observers:
             observer(self.name, product, operands)
 
-    def _bits(self, spec: Rounding, role: str, name: str, call: int) -> RandomBits:
+    def bits(self, spec: Rounding, role: str, name: str, call: int) -> RandomBits:
+        """Where the random bits come from with which a call rounds an operand."""
         stream = self.context.stream(self.name, call, name, role) if spec.is_stochastic else 0
         return RandomBits(self.context.seed, stream, self.order)
 
