@@ -108,6 +108,15 @@ class TritonBackend:
         codes = x.codes.flatten(0, -2) if x.transposed is None else x.transposed.t()
         return self._matmul(transposed, codes, None, _inverse_scale(error, x))
 
+    def linear_gradient_parts(self, error: Operand, x: Operand) -> Tensor:
+        """`linear_gradient` of matrices, not rounded, as FP32 [parts, N, K] that add up to it."""
+        if not _native(error, x):
+            return self.emulated.linear_gradient(error, x).unsqueeze(0)
+        transposed = error.codes.t() if error.transposed is None else error.transposed
+        codes = x.codes if x.transposed is None else x.transposed.t()
+        options = self._plain_options(_inverse_scale(error, x))
+        return product.matmul(transposed, codes, parts_apart=True, **options)
+
     def conv2d(self, x: Operand, weight: Operand, bias: Tensor | None, geometry: Conv2dGeometry) -> Tensor:
         """See `products.Backend`."""
         if not _native(x, weight, geometry):

@@ -24,6 +24,7 @@ from fp8repro.precision.bypass import watch_first_pass
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_lstm import use_lstm_kernels
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, fuse_normalizations, use_kernels
+from fp8repro.precision.fused_transformer import use_transformer_kernels
 from fp8repro.precision.layers import (
     FP8Conv2d,
     FP8Linear,
@@ -164,6 +165,7 @@ def inject(
                 use_kernels(model, recipe.activation, context)
         if products.name == "triton":
             use_lstm_kernels(model)
+            use_transformer_kernels(model)
         watch_first_pass(model)
     for name, module in modules.items():
         described = ("left", "asked for") if name in left else None

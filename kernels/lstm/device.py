@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from fp8repro.kernels.shared import codec
-from fp8repro.kernels.shared.codec import RANDOM_WORDS, STOCHASTIC, RandomWords
-from fp8repro.kernels.shared.tiles import groups_of_row, multiply_add, to_fp32
+from fp8repro.kernels.shared.codec import RANDOM_WORDS, RandomWords
+from fp8repro.kernels.shared.tiles import draws_of_tile, multiply_add, rounded_tile, to_fp32
 
 ERROR_WORDS = ["error_seed0", "error_seed1", "error_stream0", "error_stream1"]
 
@@ -33,20 +33,6 @@ def tanh(x):
     small = tl.exp(-2.0 * magnitude)
     y = (1.0 - small) / (1.0 + small)
     return tl.where(magnitude < 0.25, series, tl.where(x < 0, -y, y))
-
-
-@triton.jit
-def _draws(row, first, words, ENCODING: tl.constexpr, WHOLE_GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Random draws of a tile, where a rounding wants any; `row`: how the first elements of the tensor's rows count."""
-    index = row + (first + tl.arange(0, BLOCK))[None, :]
-    draw = index
-    if ENCODING.rounding == STOCHASTIC:
-        if WHOLE_GROUPS:
-            w0, w1, w2, w3 = codec.words_of_blocks(groups_of_row(row, first, BLOCK), words)
-            draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), [row.shape[0], BLOCK])
-        else:
-            draw = codec.draw_of_index(index, words)
-    return draw
 
 
 @triton.jit
@@ -123,7 +109,7 @@ def cell_forward(
     tl.store(new_cell_ptr + offset, cell, mask=mask)
     tl.store(hidden_ptr + offset, hidden, mask=mask)
     if codes_ptr is not None:
-        draw = _draws(row * width, first, words, ENCODING, WHOLE_GROUPS, BLOCK)
+        draw = draws_of_tile(row * width, first, words, ENCODING, WHOLE_GROUPS, BLOCK)
         code = codec.encode(hidden, draw, ENCODING).to(codes_ptr.dtype.element_ty)
         tl.store(codes_ptr + offset, code, mask=mask)
         if transposed_ptr is not None:
@@ -140,7 +126,7 @@ def _store_error(
     column = gate * width + first + tl.arange(0, BLOCK)[None, :]
     start = row * (4 * width)
     tl.store(grad_ptr + start + column, gradient, mask=mask)
-    draw = _draws(start, gate * width + first, words, ENCODING, WHOLE_GROUPS, BLOCK)
+    draw = draws_of_tile(start, gate * width + first, words, ENCODING, WHOLE_GROUPS, BLOCK)
     code = codec.encode(gradient, draw, ENCODING).to(codes_ptr.dtype.element_ty)
     tl.store(codes_ptr + start + column, code, mask=mask)
     place = transposed_ptr + tl.trans(column).to(tl.int64) * pitch + tl.trans(row)
@@ -201,10 +187,7 @@ def cell_backward(
         for part in range(1, parts):
             place = recurrent_ptr + tl.cast(part, tl.int64) * rows * width + offset
             recurrent += tl.load(place, mask=mask, other=0.0)
-        if RECURRENT.mantissa_bits < 23:
-            draw = _draws(row * width, first, words, RECURRENT, WHOLE_GROUPS, BLOCK)
-            recurrent = codec.decode(codec.encode(recurrent, draw, RECURRENT), RECURRENT)
-        grad += recurrent
+        grad += rounded_tile(recurrent, row * width, first, words, RECURRENT, WHOLE_GROUPS, BLOCK)
     gates = row * (4 * width) + column
     inputs, product = _gate(inputs_ptr, product_ptr, gates, mask)
     i = sigmoid(inputs + product)
@@ -279,9 +262,7 @@ def summed_gradient(
             a = tl.load(a_rows + at[None, :], mask=inside[None, :], other=0.0)
             b = tl.load(b_rows + at[:, None], mask=inside[:, None], other=0.0)
             product = multiply_add(a, b, product, ACCUMULATE)
-        if ENCODING.mantissa_bits < 23:
-            place = streams_ptr + 2 * step
-            draw = _draws(row, first, RandomWords(seed0, seed1, place, place + 1), ENCODING, WHOLE_GROUPS, BN)
-            product = codec.decode(codec.encode(product, draw, ENCODING), ENCODING)
-        total += product
+        place = streams_ptr + 2 * step
+        words = RandomWords(seed0, seed1, place, place + 1)
+        total += rounded_tile(product, row, first, words, ENCODING, WHOLE_GROUPS, BN)
     tl.store(total_ptr + row + n[None, :], total, mask=(m[:, None] < M) & (n[None, :] < N))
