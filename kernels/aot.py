@@ -20,6 +20,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fp8repro.kernels.attention import device as sublayers
+from fp8repro.kernels.attention import launch as sublayer
+from fp8repro.kernels.attention import launch_sums as sums
 from fp8repro.kernels.conv2d import device as convolutions
 from fp8repro.kernels.conv2d import device_tma as tma_convolutions
 from fp8repro.kernels.lstm import device as recurrences
@@ -308,6 +311,64 @@ def _lstm_cases(capability: tuple[int, int]) -> Iterator[Case]:
     )
 
 
+def _sublayer_cases(capability: tuple[int, int]) -> Iterator[Case]:
+    """As the paper's recipe launches them in the base Transformer."""
+    nearest = codec.encoding(Rounding(E5M2), capability)
+    stochastic = codec.encoding(Rounding(E5M2, "stochastic"), capability)
+    plain = codec.encoding(IDENTITY, capability)
+    bytes_of = ("codes_ptr", "turned_ptr", "kept_ptr", "codes", "turned")
+    floats = ("eps", "scale")
+
+    def case(
+        name: str,
+        kernel: Any,
+        fp8: tuple[str, ...] = (),
+        warps: int = 4,
+        changes: dict[str, str] | None = None,
+        **constants: Any,
+    ) -> Case:
+        types: dict[str, Any] = {}
+        for argument in (a for a in kernel.arg_names if a not in constants):
+            if argument.endswith("_ptr"):
+                types[argument] = "*fp8e5" if argument in fp8 else "*u8" if argument in bytes_of else "*fp32"
+            elif argument in ("xs", "codes", "turned"):
+                types[argument] = ("*u8" if argument in bytes_of else "*fp32",) * constants["COUNT"]
+            elif argument.startswith("layout"):
+                types[argument] = ("i32",) * 14
+            else:
+                types[argument] = "fp32" if argument in floats else "i32"
+        aligned = ("columns", "rows", "width", "M", "N", "summed", "count", "pitch", "turned_pitch")
+        layouts = ("layout0", "layout1", "layout2")
+        types |= changes or {}
+        return Case(name, kernel, types, constants, warps, group="sublayer", aligned=(*aligned, *layouts))
+
+    tile = {"ROWS": sublayer.TILE_ROWS, "BLOCK": sublayer.TILE_COLUMNS, "GROUPS": True}
+    three = {"COUNT": 3, "RELU": False, "mask_ptr": None, "X_GROUPS": True, **tile}
+    yield case("heads rounded", sublayers.reround, FIRST=plain, ENCODING=nearest, **three)
+    yield case("heads rounded twice", sublayers.reround, FIRST=stochastic, ENCODING=stochastic, **three)
+    one = {"COUNT": 1, "RELU": False, "layout1": 0, "layout2": 0, "X_GROUPS": True, **tile}
+    both = {"FIRST": stochastic, "ENCODING": stochastic}
+    yield case("hidden error rounded twice", sublayers.reround, ("mask_ptr",), **both, **one)
+    for columns in (64, 1024):
+        rows = {"ROWS": min(sublayer.TILE_ROWS, 4096 // columns), "BLOCK": columns}
+        name, kept = f"softmax of {columns}", {"ENCODING": nearest, "KEPT": nearest}
+        yield case(name, sublayers.softmax_forward, **kept, **rows)
+        yield case(f"{name} gradient", sublayers.softmax_backward, ("scores_ptr",), **both, **rows, GROUPS=True)
+    sizes = {"BM": sums.GRADIENT_ROWS, "BN": sums.GRADIENT_COLUMNS, "BK": sums.GRADIENT_STEP}
+    options = {"ENCODING": stochastic, "WHOLE_GROUPS": True, **sizes}
+    yield case("weight gradients finished", sublayers.finish_gradients, ("turned_ptr",), **options)
+    name = "weight gradients finished, streams in memory"
+    in_memory = dict.fromkeys(sublayers.THREE_STREAMS, "*i32")
+    yield case(name, sublayers.finish_gradients, ("turned_ptr",), changes=in_memory, **options)
+    yield case("input errors added", sublayers.sum_rounded, ENCODING=stochastic, BLOCK=sums.FLAT_BLOCK)
+    forward, backward = sublayers.residual_norm_forward, sublayers.residual_norm_backward
+    for width in (512, 1024):
+        rows = {"BLOCK": width, "DROPOUT": True, "WHOLE_GROUPS": True}
+        height, less = sublayer.ROW_ELEMENTS // width, sublayer.ROW_GRADIENTS // width
+        yield case(f"residual norm of {width}", forward, (), 8, ENCODING=nearest, ROWS=height, **rows)
+        yield case(f"residual norm of {width} gradient", backward, (), 8, ENCODING=stochastic, ROWS=less, **rows)
+
+
 def cases(capability: int) -> Iterator[Case]:
     """Every kernel, in the configurations that training launches."""
     version = (capability // 10, capability % 10)
@@ -316,6 +377,7 @@ def cases(capability: int) -> Iterator[Case]:
     yield from _update_cases(version)
     yield from _norm_cases(version)
     yield from _lstm_cases(version)
+    yield from _sublayer_cases(version)
 
 
 def _arguments(case: Case) -> tuple[dict[str, Any], dict[Any, Any], dict[tuple[int, ...], list[list[Any]]]]:

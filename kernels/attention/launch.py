@@ -22,9 +22,8 @@ from fp8repro.numerics.formats import FORMATS
 from fp8repro.numerics.rounding import IDENTITY, RandomBits, Rounding
 
 TILE_ROWS, TILE_COLUMNS = 32, 64
-FLAT_BLOCK = 1024
-GRADIENT_ROWS, GRADIENT_COLUMNS, GRADIENT_STEP = 16, 64, 256
 NO_BITS = RandomBits()
+ROW_ELEMENTS, ROW_GRADIENTS = 8192, 4096  # a program, of whole rows
 MOST_COLUMNS = 8192  # of a row that a program holds whole
 
 _BY_DTYPE = {format.dtype: format for format in FORMATS.values() if format.dtype is not None}
@@ -256,100 +255,6 @@ def _softmax_arguments(
     )
 
 
-def finish_gradients(
-    parts: Tensor, turned: Tensor | None, how: Rounding, bits: Sequence[RandomBits]
-) -> tuple[Tensor, Tensor | None]:
-    """Weight gradients that one product gave in parts, added up and rounded each; and the sums of the errors.
-
-    Args:
-        parts: FP32 [parts, weights * M, N], contiguous.
-        turned: the transposed errors, FP8 [weights * M, rows], columns contiguous, for the biases' gradients; or None.
-        how: how each weight's gradient is rounded.
-        bits: of each weight; elements count row-major in [M, N].
-
-    Returns:
-        FP32 [weights, M, N] and [weights, M], or None.
-
-    Raises:
-        ValueError: an argument does not fit; nothing was launched.
-    """
-    check_device("parts", parts)
-    count = len(bits)
-    if parts.dim() != 3 or not 0 < count <= 3 or parts.shape[1] % count or not parts.is_contiguous():
-        raise ValueError(f"parts: got shape {tuple(parts.shape)} for {count} weights, expected [parts, weights * M, N]")
-    m, n = parts.shape[1] // count, parts.shape[2]
-    gradient = parts.new_empty(count, m, n)
-    bias = None if turned is None else parts.new_empty(count, m)
-    height, block = block_size(GRADIENT_ROWS, m, 256), block_size(GRADIENT_COLUMNS, n, 256)
-    words = [signed_words(b.stream) for b in (*bits, *[NO_BITS] * (3 - count))]
-    launch(
-        kernels.finish_gradients,
-        (cdiv(m, height) * cdiv(n, block), count),
-        parts.device,
-        parts,
-        turned,
-        gradient,
-        bias,
-        parts.shape[0],
-        m,
-        n,
-        0 if turned is None else turned.shape[1],
-        0 if turned is None else turned.stride(0),
-        *signed_words(bits[0].seed),
-        *(word for pair in words for word in pair),
-        ENCODING=codec.encoding(how, capability(parts.device)),
-        WHOLE_GROUPS=n % PER_CALL == 0,
-        BM=height,
-        BN=block,
-        BK=GRADIENT_STEP,
-    )
-    return gradient, bias
-
-
-def sum_rounded(added: Tensor | None, terms: Sequence[Tensor], how: Rounding, bits: Sequence[RandomBits]) -> Tensor:
-    """added + terms, in this order, where each term comes in parts and is rounded when they are added up.
-
-    Args:
-        added: FP32 [M, N], contiguous, or None.
-        terms: one to three, FP32 [parts, M, N] of one shape, contiguous.
-        how: how each term is rounded.
-        bits: of each term; elements count row-major in [M, N].
-
-    Returns:
-        FP32 [M, N].
-
-    Raises:
-        ValueError: an argument does not fit; nothing was launched.
-    """
-    first = terms[0]
-    check_device("terms", first)
-    alike = all(t.shape == first.shape and t.is_contiguous() for t in terms)
-    if first.dim() != 3 or not alike or not 0 < len(terms) <= 3 or len(bits) != len(terms):
-        raise ValueError(f"terms: got {[tuple(t.shape) for t in terms]}, expected one to three of one [parts, M, N]")
-    if added is not None and (added.shape != first.shape[1:] or not added.is_contiguous()):
-        raise ValueError(f"added: got shape {tuple(added.shape)}, expected {tuple(first.shape[1:])}, contiguous")
-    result = torch.empty(first.shape[1:], dtype=torch.float32, device=first.device)
-    absent = [None] * (3 - len(terms))
-    words = [signed_words(b.stream) for b in (*bits, *[NO_BITS] * len(absent))]
-    block = block_size(FLAT_BLOCK, result.numel())
-    launch(
-        kernels.sum_rounded,
-        (cdiv(result.numel(), block),),
-        first.device,
-        added,
-        *terms,
-        *absent,
-        result,
-        result.numel(),
-        first.shape[0],
-        *signed_words(bits[0].seed),
-        *(word for pair in words for word in pair),
-        ENCODING=codec.encoding(how, capability(first.device)),
-        BLOCK=block,
-    )
-    return result
-
-
 @dataclass(frozen=True)
 class Dropout:
     """Which elements of [rows, width] are dropped: those whose 16 random bits are under `threshold`."""
@@ -398,7 +303,7 @@ def residual_norm(
     rows, width = _check_rows(x, branch, codes, turned)
     total, y = torch.empty_like(x), torch.empty_like(x)
     mean, rstd = x.new_empty(rows), x.new_empty(rows)
-    height, options = _row_tiles(rows, width)
+    height, options = _row_tiles(ROW_ELEMENTS, rows, width)
     launch(
         kernels.residual_norm_forward,
         (cdiv(rows, height),),
@@ -451,7 +356,7 @@ def residual_norm_backward(
     """
     rows, width = _check_rows(grad, kept[0], codes, turned)
     grad_sum = torch.empty_like(grad)
-    height, options = _row_tiles(rows, width)
+    height, options = _row_tiles(ROW_GRADIENTS, rows, width)
     programs = min(cdiv(rows, height), 4 if INTERPRETED else 256)
     partial = grad.new_empty(programs, 2, width)
     launch(
@@ -483,9 +388,9 @@ def _dropped(dropout: Dropout) -> tuple[Any, ...]:
     return (dropout.scale, dropout.threshold, *signed_words(bits.seed), *signed_words(bits.stream))
 
 
-def _row_tiles(rows: int, width: int) -> tuple[int, dict[str, Any]]:
+def _row_tiles(elements: int, rows: int, width: int) -> tuple[int, dict[str, Any]]:
     block = triton.next_power_of_2(width)
-    height = block_size(max(1, 8192 // block), rows, max(1, (1 << 16) // block))
+    height = block_size(max(1, elements // block), rows, max(1, (1 << 16) // block))
     return height, {"WHOLE_GROUPS": width % PER_CALL == 0, "ROWS": height, "BLOCK": block, "num_warps": 8}
 
 

@@ -1,11 +1,8 @@
 """Transformer sublayers that are one node each: the bytes of the same layers module by module."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import triton
 from numeric import assert_close
 
@@ -13,7 +10,7 @@ from fp8repro.kernels.shared.launch import INTERPRETED, counted_launches
 from fp8repro.models.transformer import DecoderLayer, EncoderLayer, TransformerConfig, attention_mask, transformer
 from fp8repro.precision import fused_transformer
 from fp8repro.precision.context import StepContext
-from fp8repro.precision.fused_transformer import FusedDecoderLayer, FusedEncoderLayer
+from fp8repro.precision.fused_transformer import FusedDecoderLayer, FusedEncoderLayer, LaterCache
 from fp8repro.precision.injection import inject
 from fp8repro.settings.recipes import load_recipe
 
@@ -87,16 +84,13 @@ def layer_pass(model, which, step=3):
     for parameter in model.parameters():
         parameter.grad = None
     model.fp8_context.begin(step)
-    if which == "encoder":
-        y = model.encoder(x, MASK)
-    else:
-        y = model.decoder(x, model.decoder.cache(encoded), MASK, CAUSAL)
+    y = model.encoder(x, MASK) if which == "encoder" else model.decoder(x, model.decoder.cache(encoded), MASK, CAUSAL)
     (512 * y * draw(*y.shape, seed=9)).sum().backward()
     found = {"y": y.detach(), "x": x.grad, "encoded": encoded.grad}
     return found | {name: parameter.grad for name, parameter in getattr(model, which).named_parameters()}
 
 
-def compare(given, expected, model):
+def compare(given, expected):
     assert given.keys() == expected.keys()
     for name, values in expected.items():
         if values is None:
@@ -109,25 +103,78 @@ def compare(given, expected, model):
 
 
 @interpreted
-@pytest.mark.parametrize("recipe", ["fp8", "fp8_nearest"])
-@pytest.mark.parametrize("which", ["encoder", "decoder"])
+@pytest.mark.parametrize(("which", "recipe"), [("encoder", "fp8_nearest"), ("decoder", "fp8")])
 def test_a_layers_pass_gives_the_bytes_of_its_modules(which, recipe, monkeypatch):
     model = converted(Layers(), recipe)
     assert (type(model.encoder), type(model.decoder)) == (FusedEncoderLayer, FusedDecoderLayer)
-    given = layer_pass(model, which)
-    modules_alone(monkeypatch)
-    compare(given, layer_pass(model, which), model)
-
-
-def test_nothing_is_turned_and_little_launched():
-    model = converted(Layers())
-    layer_pass(model, "encoder")
     with counted_launches() as launched:
-        layer_pass(model, "encoder")
-    assert launched["transpose"] == 0
-    # Query, key, value, scores, context and out, with their errors, and two gradients, for three weights have one.
+        given = layer_pass(model, which)
+    # Query, key, value, scores, context and out, with their errors, and two gradients, for three weights have one; a
+    # third one where keys and values are another's.
     attention = 6 + (4 + 2 * 2) + 2
-    assert launched["multiply"] == attention + 2 * 3
-    others = {"reround": 4 + 2, "softmax_forward": 1, "softmax_backward": 1, "finish_gradients": 2 + 2}
-    others |= {"sum_rounded": 2, "residual_norm_forward": 2, "residual_norm_backward": 2}
-    assert {name: launched[name] for name in others} == others
+    expected = {"multiply": attention + 2 * 3, "reround": 4 + 2, "softmax_forward": 1, "softmax_backward": 1}
+    expected |= {"finish_gradients": 2 + 2, "sum_rounded": 2, "residual_norm_forward": 2, "residual_norm_backward": 2}
+    if which == "decoder":
+        more = {"multiply": attention + 1, "reround": 4, "softmax_forward": 1, "softmax_backward": 1}
+        more |= {"finish_gradients": 3, "sum_rounded": 2, "residual_norm_forward": 1, "residual_norm_backward": 1}
+        expected = {name: count + more[name] for name, count in expected.items()}
+    assert dict(launched) == expected
+    modules_alone(monkeypatch)
+    compare(given, layer_pass(model, which))
+
+
+def tiny():
+    torch.manual_seed(1)
+    return transformer(13, encoder_layers=1, decoder_layers=1, **SIZE).to(DEVICE)
+
+
+SOURCE = torch.tensor([[5, 6, 2], [9, 2, 1]], device=DEVICE)
+
+
+def test_a_decoder_that_was_trained_goes_on_token_by_token():
+    model = converted(tiny()).train()
+    given = []
+    for teacher in (True, False):
+        model.fp8_context.begin(0)
+        state = model.begin(SOURCE)
+        assert isinstance(state.layers[0], LaterCache)
+        first = torch.tensor([[2, 6], [2, 9]], device=DEVICE)
+        if teacher:
+            model.decoder(first, state)
+        else:
+            model.step(first[:, 0], state)
+            model.step(first[:, 1], state)
+        state.select(torch.tensor([1, 0], device=DEVICE))
+        given.append(model.step(torch.tensor([7, 8], device=DEVICE), state)[0])
+    assert_close(given[0], given[1], 1e-3, norm=True)
+
+
+@pytest.mark.parametrize("watched", ["hook", "observer", "telemetry", "evaluation", "dropout", "frozen"])
+def test_passes_that_the_kernels_cannot_make_take_the_modules(watched):
+    model, seen = converted(Layers(attention_dropout=0.5 * (watched == "dropout"))), []
+    context = model.fp8_context
+    if watched == "hook":
+        model.encoder.self_attn.product.scores.register_forward_hook(lambda *_: seen.append(1))
+    elif watched == "observer":
+        context.observers.append(lambda name, product, operands: seen.append(1))
+    elif watched == "telemetry":
+        context.telemetry.active = True
+    elif watched == "evaluation":
+        model.eval()
+    elif watched == "frozen":
+        model.encoder.fc1.weight.requires_grad_(False)
+    context.begin(0)
+    with counted_launches() as launched:
+        model.encoder(draw(LENGTH, BATCH, WIDTH), MASK)
+    assert launched["residual_norm_forward"] == 0
+    assert bool(seen) == (watched in ("hook", "observer"))
+
+
+@pytest.mark.parametrize("recipe", ["fp8_stochastic", "fp8_hybrid", "fp16"])
+def test_layers_under_other_recipes_stay_as_they_are(recipe):
+    assert type(converted(Layers(), recipe).encoder) is EncoderLayer
+
+
+def test_layers_with_a_part_in_fp32_stay_as_they_are():
+    model = converted(Layers(), leave=["encoder.fc2"])
+    assert (type(model.encoder), type(model.decoder)) == (EncoderLayer, FusedDecoderLayer)
