@@ -39,13 +39,15 @@ class FusedDecoderLayer(DecoderLayer):
 
     def forward(self, x: Tensor, cache: LayerCache, source_mask: Tensor, mask: Tensor | None) -> Tensor:
         """See `DecoderLayer`."""
-        if not (isinstance(cache, LaterCache) and cache.fed is None and _taken(self, x, source_mask, mask)):
+        encoded = cache.encoded if isinstance(cache, LaterCache) and cache.fed is None else None
+        if encoded is None or not _taken(self, x, source_mask, mask):
             if isinstance(cache, LaterCache):
                 cache.project(self)
             return super().forward(x, cache, source_mask, mask)
+        assert isinstance(cache, LaterCache)
         cache.fed = x
         x = _attend(self, self.self_attn, self.self_attn_layer_norm, x, None, mask)
-        x = _attend(self, self.encoder_attn, self.encoder_attn_layer_norm, x, cache.encoded, source_mask)
+        x = _attend(self, self.encoder_attn, self.encoder_attn_layer_norm, x, encoded, source_mask)
         return _feed_forward(self, x)
 
 
@@ -59,6 +61,7 @@ class LaterCache(LayerCache):
 
     def __init__(self, encoded: Tensor) -> None:
         """Nothing was fed."""
+        # Nobody reads these before they are projected.
         super().__init__(encoded, encoded)
         self.encoded: Tensor | None = encoded
         self.fed: Tensor | None = None
@@ -69,12 +72,11 @@ class LaterCache(LayerCache):
             self.cross_key, self.cross_value = layer.encoder_attn.keys_and_values(self.encoded)
             if self.fed is not None:
                 self.key, self.value = layer.self_attn.keys_and_values(self.fed)
-            self.encoded = None
+            self.encoded = self.fed = None
 
     def select(self, rows: Tensor) -> None:
         """See `LayerCache`; rows of what was not projected are its second dimension."""
         if self.encoded is None:
-            self.fed = None
             super().select(rows)
         else:
             self.encoded = self.encoded.index_select(1, rows)
