@@ -278,7 +278,7 @@ def _lstm_cases(capability: tuple[int, int]) -> Iterator[Case]:
     nearest = codec.encoding(Rounding(E5M2), capability)
     stochastic = codec.encoding(Rounding(E5M2, "stochastic"), capability)
     bytes_of = ("codes_ptr", "transposed_ptr", "kept_inputs_ptr", "kept_product_ptr")
-    tile = {"WHOLE_GROUPS": True, "ROWS": recurrence.CELL_ROWS, "BLOCK": recurrence.CELL_COLUMNS}
+    tile: dict[str, Any] = {"WHOLE_GROUPS": True, "ROWS": recurrence.CELL_ROWS, "BLOCK": recurrence.CELL_COLUMNS}
 
     def lstm(name: str, kernel: Any, fp8: tuple[str, ...] = (), **constants: Any) -> Case:
         types = {}
@@ -292,13 +292,13 @@ def _lstm_cases(capability: tuple[int, int]) -> Iterator[Case]:
         warps, stages = recurrence.GRADIENT_TILE.warps, recurrence.GRADIENT_TILE.stages
         return Case(name, kernel, types, constants, warps, stages, group="lstm", aligned=aligned)
 
-    kept = {"KEPT_INPUTS": nearest, "KEPT_PRODUCT": nearest}
+    kept: dict[str, Any] = {"KEPT_INPUTS": nearest, "KEPT_PRODUCT": nearest}
     yield lstm("lstm cell", recurrences.cell_forward, ENCODING=nearest, **kept, **tile)
     yield lstm("lstm cell stochastic", recurrences.cell_forward, ENCODING=stochastic, **kept, **tile)
-    codes = {"RECURRENT": stochastic, "ENCODING": stochastic}
+    codes: dict[str, Any] = {"RECURRENT": stochastic, "ENCODING": stochastic}
     yield lstm("lstm cell gradient", recurrences.cell_backward, ("inputs_ptr", "product_ptr"), **codes, **tile)
     sizes = recurrence.GRADIENT_TILE
-    blocks = {"BM": sizes.m, "BN": sizes.n, "BK": sizes.k, "WHOLE_GROUPS": True}
+    blocks: dict[str, Any] = {"BM": sizes.m, "BN": sizes.n, "BK": sizes.k, "WHOLE_GROUPS": True}
     promoted = configs.accumulation("promoted", capability)
     operands = ("error_ptr", "x_ptr")
     yield lstm(
@@ -342,20 +342,20 @@ def _sublayer_cases(capability: tuple[int, int]) -> Iterator[Case]:
         types |= changes or {}
         return Case(name, kernel, types, constants, warps, group="sublayer", aligned=(*aligned, *layouts))
 
-    tile = {"ROWS": sublayer.TILE_ROWS, "BLOCK": sublayer.TILE_COLUMNS, "GROUPS": True}
-    three = {"COUNT": 3, "RELU": False, "mask_ptr": None, "X_GROUPS": True, **tile}
+    tile: dict[str, Any] = {"ROWS": sublayer.TILE_ROWS, "BLOCK": sublayer.TILE_COLUMNS, "GROUPS": True}
+    three: dict[str, Any] = {"COUNT": 3, "RELU": False, "mask_ptr": None, "X_GROUPS": True, **tile}
     yield case("heads rounded", sublayers.reround, FIRST=plain, ENCODING=nearest, **three)
     yield case("heads rounded twice", sublayers.reround, FIRST=stochastic, ENCODING=stochastic, **three)
-    one = {"COUNT": 1, "RELU": False, "layout1": 0, "layout2": 0, "X_GROUPS": True, **tile}
-    both = {"FIRST": stochastic, "ENCODING": stochastic}
+    one: dict[str, Any] = {"COUNT": 1, "RELU": False, "layout1": 0, "layout2": 0, "X_GROUPS": True, **tile}
+    both: dict[str, Any] = {"FIRST": stochastic, "ENCODING": stochastic}
     yield case("hidden error rounded twice", sublayers.reround, ("mask_ptr",), **both, **one)
     for columns in (64, 1024):
-        rows = {"ROWS": min(sublayer.TILE_ROWS, 4096 // columns), "BLOCK": columns}
-        name, kept = f"softmax of {columns}", {"ENCODING": nearest, "KEPT": nearest}
-        yield case(name, sublayers.softmax_forward, **kept, **rows)
+        rows: dict[str, Any] = {"ROWS": min(sublayer.TILE_ROWS, 4096 // columns), "BLOCK": columns}
+        name = f"softmax of {columns}"
+        yield case(name, sublayers.softmax_forward, ENCODING=nearest, KEPT=nearest, **rows)
         yield case(f"{name} gradient", sublayers.softmax_backward, ("scores_ptr",), **both, **rows, GROUPS=True)
-    sizes = {"BM": sums.GRADIENT_ROWS, "BN": sums.GRADIENT_COLUMNS, "BK": sums.GRADIENT_STEP}
-    options = {"ENCODING": stochastic, "WHOLE_GROUPS": True, **sizes}
+    sizes: dict[str, Any] = {"BM": sums.GRADIENT_ROWS, "BN": sums.GRADIENT_COLUMNS, "BK": sums.GRADIENT_STEP}
+    options: dict[str, Any] = {"ENCODING": stochastic, "WHOLE_GROUPS": True, **sizes}
     yield case("weight gradients finished", sublayers.finish_gradients, ("turned_ptr",), **options)
     name = "weight gradients finished, streams in memory"
     in_memory = dict.fromkeys(sublayers.THREE_STREAMS, "*i32")

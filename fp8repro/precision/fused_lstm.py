@@ -1,4 +1,4 @@
-"""An LSTM layer's recurrence in one autograd node: two launches a time step, forward and backward.
+"""An LSTM layer's recurrence in one autograd node: two launches a time step, forward and backward; on a CPU its cells.
 
 The kernels compute what the layer's modules would one by one, with the same roundings and random bits. Nothing here may
 choose a rounding; what is measured, observed, hooked or traced takes the modules.
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
+from fp8repro.engines.cpu import lstm as native
 from fp8repro.engines.guards import plain
 from fp8repro.engines.products import Operand
 from fp8repro.engines.quantizer import round_into
-from fp8repro.models.gnmt import LSTMLayer
+from fp8repro.models.gnmt import LSTMCell, LSTMLayer
 from fp8repro.numerics.formats import FP32, FloatFormat
 from fp8repro.numerics.rounding import IDENTITY
 from fp8repro.precision.become import become
@@ -50,6 +51,40 @@ def _unwatched(module: nn.Module) -> bool:
     site: Site = module.site  # type: ignore[assignment]
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not (any(hooks) or site.context.telemetry.active or site.context.observers)
+
+
+class NativeLSTMLayer(LSTMLayer):
+    """`LSTMLayer` whose cells the C++ engine computes, to the same bits, where it takes them."""
+
+    def cell(self, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        """See `LSTMLayer`."""
+        if not native.takes(gates, cell):
+            return super().cell(gates, cell)
+        hidden, new_cell = _NativeCell.apply(gates, cell)
+        return hidden, new_cell
+
+
+class _NativeCell(LSTMCell):
+    """`LSTMCell` by the C++ engine."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        width = cell.shape[-1]
+        activated = torch.sigmoid(gates)
+        torch.tanh(gates.narrow(-1, 2 * width, width), out=activated.narrow(-1, 2 * width, width))
+        new_cell = native.cell_state(activated, cell)
+        squashed = torch.tanh(new_cell)
+        ctx.save_for_backward(activated, cell, squashed)
+        return activated.narrow(-1, 3 * width, width) * squashed, new_cell
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        grad_hidden, grad_cell = (g.contiguous() for g in grads)
+        # Who differentiates twice, or traces, gets torch's operators.
+        if torch.is_grad_enabled() or not native.takes(grad_hidden, grad_cell):
+            return LSTMCell.backward(ctx, grad_hidden, grad_cell)
+        activated, cell, squashed = ctx.saved_tensors
+        return native.cell_gradients(activated, cell, squashed, grad_hidden, grad_cell)
 
 
 @_disable_dynamo
@@ -220,6 +255,13 @@ def _weight_gradient(site: Site, error: Operand, x: Operand, calls: list[int], t
 
 def _bytes(codes: Tensor) -> Tensor:
     return codes.view(torch.uint8)
+
+
+def use_native_cells(model: nn.Module) -> None:
+    """Let the C++ engine compute the cells of LSTM layers, in place."""
+    for module in model.modules():
+        if type(module) is LSTMLayer:
+            become(module, NativeLSTMLayer)
 
 
 def use_lstm_kernels(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.become import become
 from fp8repro.precision.bypass import watch_first_pass
 from fp8repro.precision.context import StepContext
-from fp8repro.precision.fused_lstm import use_lstm_kernels
+from fp8repro.precision.fused_lstm import use_lstm_kernels, use_native_cells
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, fuse_normalizations, use_kernels
 from fp8repro.precision.fused_transformer import use_transformer_kernels
 from fp8repro.precision.layers import (
@@ -166,6 +166,8 @@ def inject(
         if products.name == "triton":
             use_lstm_kernels(model)
             use_transformer_kernels(model)
+        elif device.type == "cpu":
+            use_native_cells(model)
         watch_first_pass(model)
     for name, module in modules.items():
         described = ("left", "asked for") if name in left else None
