@@ -9,6 +9,7 @@ from numeric import assert_close
 
 from fp8repro.kernels.shared.launch import INTERPRETED, counted_launches
 from fp8repro.models.transformer import DecoderLayer, EncoderLayer, TransformerConfig, attention_mask, transformer
+from fp8repro.numerics.streams import StreamTable
 from fp8repro.precision import fused_transformer
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_transformer import FusedDecoderLayer, FusedEncoderLayer, LaterCache
@@ -124,6 +125,20 @@ def test_a_layers_pass_gives_the_bytes_of_its_modules(which, recipe, monkeypatch
     assert dict(launched) == expected
     modules_alone(monkeypatch)
     compare(given, layer_pass(model, which))
+
+
+def test_streams_may_lie_in_memory_as_a_graph_wants_them():
+    model = converted(Layers(dropout=0.25))
+    expected = layer_pass(model, "encoder", 7)
+    context, slots = model.fp8_context, StreamTable(torch.device(DEVICE), 64)
+    with context.streams_in_memory(slots):
+        layer_pass(model, "encoder", 3)
+        context.begin(7)
+        slots.refresh(context.stream_number)
+        given = layer_pass(model, "encoder", 7)
+    assert len(slots) > 20
+    for name, values in expected.items():
+        assert values is None or torch.equal(given[name], values), name
 
 
 def tiny():
