@@ -294,7 +294,7 @@ def _lstm_cases(capability: tuple[int, int]) -> Iterator[Case]:
 
     kept: dict[str, Any] = {"KEPT_INPUTS": nearest, "KEPT_PRODUCT": nearest}
     yield lstm("lstm cell", recurrences.cell_forward, ENCODING=nearest, **kept, **tile)
-    yield lstm("lstm cell stochastic", recurrences.cell_forward, ENCODING=stochastic, **kept, **tile)
+    yield lstm("lstm cell, random bits", recurrences.cell_forward, ENCODING=stochastic, **kept, **tile)
     codes: dict[str, Any] = {"RECURRENT": stochastic, "ENCODING": stochastic}
     yield lstm("lstm cell gradient", recurrences.cell_backward, ("inputs_ptr", "product_ptr"), **codes, **tile)
     sizes = recurrence.GRADIENT_TILE

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fp8repro.bench.gpu import Bench
 from fp8repro.bench.resnet50 import measure_compiled_step, measure_step, profile_step
+from fp8repro.bench.translation_kernels import measure_lstm, measure_sublayers
 from fp8repro.engines.products import Conv2dGeometry
 from fp8repro.engines.updates import Parameter, Rule
 from fp8repro.errors import RunFailure
@@ -282,6 +283,13 @@ def measure_update(bench: Bench) -> None:
         bench.add("update SGD", f"{millions}M", ms, other / ms, "torch.optim.SGD(fused=True), FP32", 1.0)
 
 
+def measure_translation(bench: Bench) -> None:
+    """What lies between the products of translation models."""
+    rate = copy_bandwidth(bench)
+    measure_lstm(bench, rate)
+    measure_sublayers(bench, rate)
+
+
 # In the order in which they matter, should time run out.
 MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "ceilings": measure_ceilings,
@@ -290,6 +298,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "error": measure_error,
     "update": measure_update,
     "convolutions": measure_convolutions,
+    "translation": measure_translation,
     "training step": measure_step,
     "compiled training step": measure_compiled_step,
 }
