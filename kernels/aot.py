@@ -11,8 +11,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import triton
@@ -20,13 +20,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fp8repro.kernels.attention import device as sublayers
-from fp8repro.kernels.attention import launch as sublayer
-from fp8repro.kernels.attention import launch_sums as sums
+from fp8repro.kernels.aot_cases import Case
+from fp8repro.kernels.aot_translation import lstm_cases, sublayer_cases
 from fp8repro.kernels.conv2d import device as convolutions
 from fp8repro.kernels.conv2d import device_tma as tma_convolutions
-from fp8repro.kernels.lstm import device as recurrences
-from fp8repro.kernels.lstm import launch as recurrence
+from fp8repro.kernels.conv2d import launch as convolution_launch
 from fp8repro.kernels.matmul import device as products
 from fp8repro.kernels.matmul.launch import promoted_by_steps
 from fp8repro.kernels.norm import device as normalizations
@@ -41,27 +39,6 @@ from fp8repro.kernels.shared.tiles import FP16_MMA, UNPROMOTED
 from fp8repro.numerics.formats import E4M3, E5M2, FP16, FloatFormat
 from fp8repro.numerics.rounding import IDENTITY, Rounding
 from fp8repro.tabular import markdown
-
-
-@dataclass
-class Case:
-    """One kernel with the types of its arguments and the values of its compile-time ones.
-
-    Of an argument that is a tuple the type is a tuple of types. One element has the name "argument.field" (or
-    "argument.0"), among constants and among those that are aligned, where "argument" stands for all of them.
-    """
-
-    name: str
-    kernel: Any
-    types: dict[str, Any]
-    constants: dict[str, Any]
-    warps: int = 4
-    stages: int = 3
-    minimum: int = 80  # least compute capability
-    group: str = "quantize"
-    aligned: tuple[str, ...] = field(default=())  # integer arguments that are multiples of 16
-    values: int = 0  # how many a program of a quantizer rounds
-
 
 WORDS = dict.fromkeys(codec.RANDOM_WORDS, "i32")
 STREAM_IN_MEMORY = {"stream0": "*i32", "stream1": "*i32"}
@@ -185,45 +162,74 @@ def _product_cases(capability: tuple[int, int]) -> Iterator[Case]:
     summed = {"error_ptr": "*fp8e5", "x_ptr": "*fp8e5", "partial_ptr": "*fp32"}
     for label, tile in (("", large), (" small", little)):
         yield convolution(f"conv2d weight gradient{label}", convolutions.wgrad, tile, summed)
+    for name, split in (
+        ("conv2d weight gradient, summed", plain),
+        ("conv2d weight gradient, summed -> values", rounded),
+    ):
+        types = {"partial_ptr": "*fp32", "result_ptr": "*fp32", "count": "i32", "splits": "i32", **WORDS}
+        constants = {**split, "BLOCK": convolution_launch.SUMMED}
+        yield Case(name, convolutions.sum_splits, types, constants, group="norm", aligned=("count",))
     if generation in configs.TMA_TILES:
-        yield from _tma_cases(generation, promoted, plain)
+        yield from _tma_cases(generation, promoted, plain, configs.TMA_TILES, "")
+        to_codes = configs.rounding_tiles(stochastic=True, codes=True)
+        yield from _tma_cases(generation, promoted, rounded, to_codes, " -> codes stochastic")
 
 
-def _tma_cases(generation: str, promoted: int, plain: dict[str, Any]) -> Iterator[Case]:
-    """Products whose operands TMA loads, in every tile; results are FP32."""
+def _tma_cases(
+    generation: str,
+    promoted: int,
+    rounding: dict[str, Any],
+    tiles: dict[str, tuple[configs.Tile, ...]],
+    stored: str,
+) -> Iterator[Case]:
+    """Products whose operands TMA loads, in every tile; results are FP32, or `stored` as codes."""
+    result = "*u8" if stored else "*fp32"
+    results = {"c_ptr": result, "y_ptr": result, "partial_ptr": "*fp32", **(STREAM_IN_MEMORY if stored else {})}
 
     def case(
-        name: str, kernel: Any, blocks: dict[str, list[int]], result: str, tile: configs.Tile, constants: dict[str, Any]
+        name: str, kernel: Any, blocks: dict[str, list[int]], tile: configs.Tile, constants: dict[str, Any]
     ) -> Case:
         types = _integers(kernel, constants)
         types |= {argument: f"tensordesc<fp8e5{block}>" for argument, block in blocks.items()}
-        types |= {result: "*fp32", "inverse_scale": "fp32"}
+        types |= {name: kind for name, kind in results.items() if name in kernel.arg_names}
+        types |= {"inverse_scale": "fp32"}
         aligned = ("channels", "outputs", "M", "N", "K")
         return Case(name, kernel, types, constants, tile.warps, tile.stages, 90, "product", aligned)
 
     nothing = {"bias_ptr": None}
-    for tile in configs.TMA_TILES[generation]:
+    for tile in tiles[generation]:
         m, n, k = tile.m, tile.n, tile.k
-        constants = {**nothing, **plain, "ACCUMULATE": promoted, "SPLITS": 1, "BM": m, "BN": n, "BK": k, "HALVES": 1}
+        constants = {**nothing, **rounding, "ACCUMULATE": promoted, "SPLITS": 1, "BM": m, "BN": n, "BK": k, "HALVES": 1}
         constants |= {"GROUP": 8, "EVEN_K": True, "TMA": True, "WHOLE_GROUPS": True}
         blocks = {"a_ptr": [1, m, k], "b_ptr": [1, n, k]}
-        yield case(f"matmul e5m2 x e5m2, TMA, {m} x {n}", products.multiply, blocks, "c_ptr", tile, constants)
+        yield case(f"matmul e5m2 x e5m2, TMA, {m} x {n}{stored}", products.multiply, blocks, tile, constants)
     gather = tma_convolutions.implicit_gemm_tma
     for tile in configs.TMA_CONVOLUTION_TILES[generation]:
         m, n, k = tile.m, tile.n, tile.k
         boxes = {"IMAGES": m // 16, "ROWS": 4, "COLUMNS": 4}
         code = promoted_by_steps(promoted)
-        constants = {**nothing, **plain, **boxes, "ACCUMULATE": code, "STEP": 1, "BN": n, "BK": k, "WHOLE_GROUPS": True}
+        constants = {
+            **nothing,
+            **rounding,
+            **boxes,
+            "ACCUMULATE": code,
+            "STEP": 1,
+            "BN": n,
+            "BK": k,
+            "WHOLE_GROUPS": True,
+        }
         blocks = {"x_desc": [m // 16, 4, 1, 4, k], "weight_desc": [n, 1, k]}
         name = f"conv2d forward and error, TMA, {m} x {n}"
-        yield case(name, gather, blocks, "y_ptr", tile, constants)
-        yield case(f"{name}, stride 2", gather, blocks, "y_ptr", tile, constants | {"STEP": 2})
+        yield case(f"{name}{stored}", gather, blocks, tile, constants)
+        yield case(f"{name}, stride 2{stored}", gather, blocks, tile, constants | {"STEP": 2})
+    if stored:
+        return
     tile = configs.Tile(128, 64, 64, 4, 3)
     boxes = {"IMAGES": 4, "ROWS": 4, "COLUMNS": 4}
     constants = {**boxes, "ACCUMULATE": FP16_MMA.value, "STEP": 1, "BM": tile.m, "BN": tile.n}
     blocks = {"error_desc": [4, 4, 4, tile.m], "x_desc": [4, 4, 1, 4, tile.n]}
     gradient = tma_convolutions.wgrad_tma
-    yield case("conv2d weight gradient, TMA, fp16_mma", gradient, blocks, "partial_ptr", tile, constants)
+    yield case("conv2d weight gradient, TMA, fp16_mma", gradient, blocks, tile, constants)
 
 
 def _update_cases(capability: tuple[int, int]) -> Iterator[Case]:
@@ -245,128 +251,58 @@ def _update_cases(capability: tuple[int, int]) -> Iterator[Case]:
 
 
 def _norm_cases(capability: tuple[int, int]) -> Iterator[Case]:
-    """As a recipe launches them: FP32 in and out, rounded results beside; backward reads the kept FP8 input."""
-    rounded = codec.encoding(Rounding(E5M2), capability)
-    codes = ("codes_ptr", "flags_ptr", "kept_ptr")
+    """As a recipe launches them.
 
-    def norm(name: str, kernel: Any, fp8: tuple[str, ...] = (), warps: int = 4, **constants: Any) -> Case:
-        types = {}
-        for argument in kernel.arg_names:
-            if argument.islower() and argument not in constants:
-                pointer = "*fp8e5" if argument in fp8 else "*u8" if argument in codes else "*fp32"
-                pointer = "*i64" if argument == "batches_ptr" else pointer
-                scalar = "fp32" if argument in ("eps", "momentum", "inverse_rows") else "i32"
-                types[argument] = pointer if argument.endswith("_ptr") else scalar
-        return Case(name, kernel, types, constants, warps, group="norm", aligned=("channels", "count", "width"))
-
-    apply, block = normalizations.batch_apply, norms.FLAT_BLOCK
-    x = ("x_ptr",)
-    yield norm("batch norm statistics", normalizations.channel_statistics, ROWS=32, BLOCK=64)
-    kernels = (normalizations.combine_statistics, normalizations.combine_gradient_sums)
-    for name, kernel in zip(("statistics", "gradient sums"), kernels, strict=True):
-        sizes = {"CHUNKS": norms.COMBINE_CHUNKS, "BLOCK": norms.COMBINE_BLOCK}
-        yield norm(f"batch norm {name} combined", kernel, (), norms.COMBINE_WARPS, **sizes)
-    yield norm("batch norm apply", apply, ENCODING=rounded, KEPT=rounded, RELU=True, BLOCK=block, WIDE=False)
-    yield norm("batch norm gradient sums", normalizations.batch_gradient_sums, x, WHOLE_BYTES=True, ROWS=32, BLOCK=64)
-    yield norm("batch norm gradient", normalizations.batch_gradient_apply, x, BLOCK=block, WIDE=False)
-    yield norm("layer norm", normalizations.layer_forward, ENCODING=rounded, ROWS=2, BLOCK=1024)
-    yield norm("layer norm gradient", normalizations.layer_backward, ROWS=2, BLOCK=1024)
-
-
-def _lstm_cases(capability: tuple[int, int]) -> Iterator[Case]:
-    """As the paper's recipe launches them: gates kept in E5M2, errors and gradients rounded stochastically."""
-    nearest = codec.encoding(Rounding(E5M2), capability)
-    stochastic = codec.encoding(Rounding(E5M2, "stochastic"), capability)
-    bytes_of = ("codes_ptr", "transposed_ptr", "kept_inputs_ptr", "kept_product_ptr")
-    tile: dict[str, Any] = {"WHOLE_GROUPS": True, "ROWS": recurrence.CELL_ROWS, "BLOCK": recurrence.CELL_COLUMNS}
-
-    def lstm(name: str, kernel: Any, fp8: tuple[str, ...] = (), **constants: Any) -> Case:
-        types = {}
-        for argument in kernel.arg_names:
-            if argument.islower() and argument not in constants:
-                pointer = "*fp8e5" if argument in fp8 else "*u8" if argument in bytes_of else "*fp32"
-                pointer = "*i32" if argument == "streams_ptr" else pointer
-                types[argument] = pointer if argument.endswith("_ptr") else "i32"
-        aligned = ("width", "rows", "pitch", "grad_pitch", "M", "N", "error_pitch", "x_pitch")
-        types |= {name: "i32" for name in ("M", "N") if name in kernel.arg_names}
-        warps, stages = recurrence.GRADIENT_TILE.warps, recurrence.GRADIENT_TILE.stages
-        return Case(name, kernel, types, constants, warps, stages, group="lstm", aligned=aligned)
-
-    kept: dict[str, Any] = {"KEPT_INPUTS": nearest, "KEPT_PRODUCT": nearest}
-    yield lstm("lstm cell", recurrences.cell_forward, ENCODING=nearest, **kept, **tile)
-    yield lstm("lstm cell, random bits", recurrences.cell_forward, ENCODING=stochastic, **kept, **tile)
-    codes: dict[str, Any] = {"RECURRENT": stochastic, "ENCODING": stochastic}
-    yield lstm("lstm cell gradient", recurrences.cell_backward, ("inputs_ptr", "product_ptr"), **codes, **tile)
-    sizes = recurrence.GRADIENT_TILE
-    blocks: dict[str, Any] = {"BM": sizes.m, "BN": sizes.n, "BK": sizes.k, "WHOLE_GROUPS": True}
-    promoted = configs.accumulation("promoted", capability)
-    operands = ("error_ptr", "x_ptr")
-    yield lstm(
-        "lstm weight gradient",
-        recurrences.summed_gradient,
-        operands,
-        ENCODING=stochastic,
-        ACCUMULATE=promoted,
-        **blocks,
+    FP32 in and out, with rounded results beside, or "codes": 8-bit tensors between layers, errors rounded to random
+    bits; "residual": with the FP32 sum of a block.
+    """
+    rounded, stochastic, plain = (
+        codec.encoding(how, capability) for how in (Rounding(E5M2), Rounding(E5M2, "stochastic"), IDENTITY)
     )
 
+    def norm(name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int = 4) -> Case:
+        """All other pointers are of FP32."""
+        special = dict.fromkeys(("codes_ptr", "flags_ptr", "kept_ptr"), "*u8") | {"batches_ptr": "*i64"} | pointers
+        types = {}
+        for argument in kernel.arg_names:
+            if argument.islower() and argument not in constants:
+                scalar = "fp32" if argument in ("eps", "momentum", "inverse_rows") else "i32"
+                types[argument] = special.get(argument, "*fp32" if argument.endswith("_ptr") else scalar)
+        values = 0 if kernel in (statistics, sums) else constants.get("ROWS", 0) * constants.get("BLOCK", 0)
+        aligned = ("rows", "channels", "width")
+        return Case(name, kernel, types, constants, warps, group="norm", aligned=aligned, values=values)
 
-def _sublayer_cases(capability: tuple[int, int]) -> Iterator[Case]:
-    """As the paper's recipe launches them in the base Transformer."""
-    nearest = codec.encoding(Rounding(E5M2), capability)
-    stochastic = codec.encoding(Rounding(E5M2, "stochastic"), capability)
-    plain = codec.encoding(IDENTITY, capability)
-    bytes_of = ("codes_ptr", "turned_ptr", "kept_ptr", "codes", "turned")
-    floats = ("eps", "scale")
-
-    def case(
-        name: str,
-        kernel: Any,
-        fp8: tuple[str, ...] = (),
-        warps: int = 4,
-        changes: dict[str, str] | None = None,
-        **constants: Any,
-    ) -> Case:
-        types: dict[str, Any] = {}
-        for argument in (a for a in kernel.arg_names if a not in constants):
-            if argument.endswith("_ptr"):
-                types[argument] = "*fp8e5" if argument in fp8 else "*u8" if argument in bytes_of else "*fp32"
-            elif argument in ("xs", "codes", "turned"):
-                types[argument] = ("*u8" if argument in bytes_of else "*fp32",) * constants["COUNT"]
-            elif argument.startswith("layout"):
-                types[argument] = ("i32",) * 14
-            else:
-                types[argument] = "fp32" if argument in floats else "i32"
-        aligned = ("columns", "rows", "width", "M", "N", "summed", "count", "pitch", "turned_pitch")
-        layouts = ("layout0", "layout1", "layout2")
-        types |= changes or {}
-        return Case(name, kernel, types, constants, warps, group="sublayer", aligned=(*aligned, *layouts))
-
-    tile: dict[str, Any] = {"ROWS": sublayer.TILE_ROWS, "BLOCK": sublayer.TILE_COLUMNS, "GROUPS": True}
-    three: dict[str, Any] = {"COUNT": 3, "RELU": False, "mask_ptr": None, "X_GROUPS": True, **tile}
-    yield case("heads rounded", sublayers.reround, FIRST=plain, ENCODING=nearest, **three)
-    yield case("heads rounded twice", sublayers.reround, FIRST=stochastic, ENCODING=stochastic, **three)
-    one: dict[str, Any] = {"COUNT": 1, "RELU": False, "layout1": 0, "layout2": 0, "X_GROUPS": True, **tile}
-    both: dict[str, Any] = {"FIRST": stochastic, "ENCODING": stochastic}
-    yield case("hidden error rounded twice", sublayers.reround, ("mask_ptr",), **both, **one)
-    for columns in (64, 1024):
-        rows: dict[str, Any] = {"ROWS": min(sublayer.TILE_ROWS, 4096 // columns), "BLOCK": columns}
-        name = f"softmax of {columns}"
-        yield case(name, sublayers.softmax_forward, ENCODING=nearest, KEPT=nearest, **rows)
-        yield case(f"{name} gradient", sublayers.softmax_backward, ("scores_ptr",), **both, **rows, GROUPS=True)
-    sizes: dict[str, Any] = {"BM": sums.GRADIENT_ROWS, "BN": sums.GRADIENT_COLUMNS, "BK": sums.GRADIENT_STEP}
-    options: dict[str, Any] = {"ENCODING": stochastic, "WHOLE_GROUPS": True, **sizes}
-    yield case("weight gradients finished", sublayers.finish_gradients, ("turned_ptr",), **options)
-    name = "weight gradients finished, streams in memory"
-    in_memory = dict.fromkeys(sublayers.THREE_STREAMS, "*i32")
-    yield case(name, sublayers.finish_gradients, ("turned_ptr",), changes=in_memory, **options)
-    yield case("input errors added", sublayers.sum_rounded, ENCODING=stochastic, BLOCK=sums.FLAT_BLOCK)
-    forward, backward = sublayers.residual_norm_forward, sublayers.residual_norm_backward
-    for width in (512, 1024):
-        rows = {"BLOCK": width, "DROPOUT": True, "WHOLE_GROUPS": True}
-        height, less = sublayer.ROW_ELEMENTS // width, sublayer.ROW_GRADIENTS // width
-        yield case(f"residual norm of {width}", forward, (), 8, ENCODING=nearest, ROWS=height, **rows)
-        yield case(f"residual norm of {width} gradient", backward, (), 8, ENCODING=stochastic, ROWS=less, **rows)
+    apply, gradient = normalizations.batch_apply, normalizations.batch_gradient_apply
+    # These have a loop, of which a program makes any number of turns.
+    statistics, sums = normalizations.channel_statistics, normalizations.batch_gradient_sums
+    part = {"ROWS": norms.SUMMED_ROWS, "BLOCK": norms.TILE_CHANNELS, "WHOLE": True}
+    tile = {"ROWS": norms.TILE // norms.TILE_CHANNELS, "BLOCK": norms.TILE_CHANNELS, "WHOLE": True}
+    x = {"x_ptr": "*fp8e5"}
+    yield norm("batch norm statistics", statistics, {}, part)
+    sizes = {"CHUNKS": norms.COMBINE_CHUNKS, "BLOCK": norms.COMBINE_BLOCK}
+    for name, kernel in (
+        ("batch norm statistics combined", normalizations.combine_statistics),
+        ("batch norm gradient sums combined", normalizations.combine_gradient_sums),
+    ):
+        yield norm(name, kernel, {}, sizes, norms.COMBINE_WARPS)
+    options: dict[str, Any] = {"ENCODING": rounded, "RELU": True, **tile}
+    codes = {"KEPT": None, "kept_ptr": None}
+    yield norm("batch norm apply", apply, {}, options | {"KEPT": rounded})
+    yield norm("batch norm apply, codes", apply, x, options | codes | {"y_ptr": None, "residual_ptr": None})
+    yield norm("batch norm apply, codes, residual", apply, x, options | codes)
+    more = {"more_ptr": None}
+    yield norm("batch norm gradient sums", sums, x, part | more)
+    yield norm("batch norm gradient sums, codes", sums, x | {"grad_ptr": "*fp8e5"}, part | more)
+    yield norm("batch norm gradient sums, codes, residual", sums, x | {"more_ptr": "*fp8e5"}, part)
+    options = {"ENCODING": plain, "WHOLE_GROUPS": True, **tile}
+    yield norm("batch norm gradient", gradient, x, options | more)
+    options |= {"ENCODING": stochastic}
+    x |= {"grad_x_ptr": "*u8", **STREAM_IN_MEMORY}
+    absent = more | {"grad_residual_ptr": None}
+    yield norm("batch norm gradient, codes", gradient, x | {"grad_ptr": "*fp8e5"}, options | absent)
+    yield norm("batch norm gradient, codes, residual", gradient, x | {"more_ptr": "*fp8e5"}, options)
+    yield norm("layer norm", normalizations.layer_forward, {}, {"ENCODING": rounded, "ROWS": 2, "BLOCK": 1024})
+    yield norm("layer norm gradient", normalizations.layer_backward, {}, {"ROWS": 2, "BLOCK": 1024})
 
 
 def cases(capability: int) -> Iterator[Case]:
@@ -376,8 +312,8 @@ def cases(capability: int) -> Iterator[Case]:
     yield from _product_cases(version)
     yield from _update_cases(version)
     yield from _norm_cases(version)
-    yield from _lstm_cases(version)
-    yield from _sublayer_cases(version)
+    yield from lstm_cases(version)
+    yield from sublayer_cases(version)
 
 
 def _arguments(case: Case) -> tuple[dict[str, Any], dict[Any, Any], dict[tuple[int, ...], list[list[Any]]]]:
@@ -409,7 +345,8 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     """Compile one case.
 
     Returns:
-        Row of name, capability, registers, spilled bytes, shared bytes, and counts of the instructions that matter.
+        Row of name, capability, registers, spilled bytes, shared bytes, counts of the instructions that matter, and
+        seconds of compilation (next to none for what Triton's cache has).
 
     Raises:
         ValueError: the compute capability is under what the case needs.
@@ -418,7 +355,9 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
         raise ValueError(f"{case.name}: got sm_{capability}, expected sm_{case.minimum} or later")
     source = ASTSource(case.kernel, *_arguments(case))
     options = {"num_warps": case.warps, "num_stages": case.stages}
+    start = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    seconds = time.perf_counter() - start
     ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -439,6 +378,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         # Padding at the end is never executed.
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!\s|NOP)", code, re.MULTILINE)) - 1,
+        "seconds": seconds,
         "values_a_thread": case.values // (32 * case.warps),
         "satfinite": len(re.findall(r"cvt[.\w]*satfinite", ptx)),
         "products": sorted(set(re.findall(r"(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[.\w:]*", ptx))),
@@ -447,10 +387,15 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    head = ("kernel", "sm", "registers", "spilled bytes", "shared bytes", "tensor-core instructions")
+    """The rows as Markdown. Instructions a value are those of element-wise kernels, with what is executed once."""
+    head = ("kernel", "sm", "registers", "spilled bytes", "shared bytes", "instructions a value", "seconds")
     keys = ("name", "capability", "registers", "spilled", "shared")
-    return markdown(head, ((*(str(row[key]) for key in keys), ", ".join(row["products"])) for row in rows))
+    lines = []
+    for row in rows:
+        values = row["values_a_thread"]
+        a_value = f"{row['instructions'] / values:.1f}" if values else ""
+        lines.append((*(str(row[key]) for key in keys), a_value, f"{row['seconds']:.1f}", ", ".join(row["products"])))
+    return markdown((*head, "tensor-core instructions"), lines)
 
 
 def main() -> int:
@@ -463,6 +408,8 @@ def main() -> int:
     if INTERPRETED:
         print("TRITON_INTERPRET: is set, expected unset to compile", file=sys.stderr)
         return 2
+    # What the cache has would tell no time.
+    triton.knobs.compilation.always_compile = not arguments.json
     rows = [
         compile_case(case, capability)
         for capability in arguments.capabilities

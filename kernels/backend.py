@@ -48,7 +48,7 @@ class TritonBackend:
 
     Attributes:
         accumulate: "promoted" or "fp16_mma" (see `Recipe.accumulate`).
-        how, bits: how results are rounded, or None.
+        how, bits, codes: how results are rounded, or None, and whether they are codes.
         target: the GPU to plan for; None: the one that holds the operands, which operators always take.
     """
 
@@ -60,14 +60,15 @@ class TritonBackend:
         how: Rounding | None = None,
         bits: RandomBits = RandomBits(),
         target: Target | None = None,
+        codes: bool = False,
     ) -> None:
         """Nothing is launched or compiled yet."""
-        self.accumulate, self.how, self.bits, self.target = accumulate, how, bits, target
+        self.accumulate, self.how, self.bits, self.target, self.codes = accumulate, how, bits, target, codes
         self.emulated = EmulateBackend()
 
-    def rounding(self, how: Rounding, bits: RandomBits) -> TritonBackend:
+    def rounding(self, how: Rounding, bits: RandomBits, codes: bool = False) -> TritonBackend:
         """See `products.Backend`."""
-        return TritonBackend(self.accumulate, how, bits, self.target)
+        return TritonBackend(self.accumulate, how, bits, self.target, codes)
 
     def value_dtype(self, fmt: FloatFormat) -> torch.dtype | None:
         """None: codes are enough; FP32 for formats that the kernels cannot read."""
@@ -148,12 +149,13 @@ class TritonBackend:
         if not _native(error, x, geometry):
             return self._rounded(self.emulated.conv2d_gradient(error, x, geometry, like))
         shape, scale = list(like.shape), _inverse_scale(error, x)
-        # Sums over the batch come in parts, so no kernel holds a complete value to round.
         if self._plain(error.codes, x.codes):
             options = self._plain_options(scale)
-            result = convolution.conv2d_gradient(error.codes, x.codes, tuple(shape), geometry, **options)
-        else:
-            result = ops.conv2d_gradient(error.codes, x.codes, shape, *_lists(geometry), scale, self.accumulate)
+            result = convolution.conv2d_gradient(
+                error.codes, x.codes, tuple(shape), geometry, epilogue=self._epilogue(), **options
+            )
+            return _laid_out_like(result, like)
+        result = ops.conv2d_gradient(error.codes, x.codes, shape, *_lists(geometry), scale, self.accumulate)
         return self._rounded(_laid_out_like(result, like))
 
     def matmul(self, a: Operand, b: Operand) -> Tensor:
@@ -188,20 +190,25 @@ class TritonBackend:
 
     def _epilogue(self) -> Epilogue | None:
         """How a plain function is to round its result."""
-        return None if self.how is None else Epilogue(self.how, self.bits)
+        return None if self.how is None else Epilogue(self.how, self.bits, self.codes)
 
-    def _options(self) -> tuple[str, int, int]:
+    def _options(self) -> tuple[str, int, int, bool]:
         """How an operator is to round its result."""
         if self.how is None:
-            return ops.AS_IT_IS, 0, 0
+            return ops.AS_IT_IS, 0, 0, False
         assert isinstance(self.bits.stream, int)
-        return spell(self.how), signed64(self.bits.seed), signed64(self.bits.stream)
+        return spell(self.how), signed64(self.bits.seed), signed64(self.bits.stream), self.codes
 
     def _rounded(self, result: Tensor) -> Tensor:
-        """A result that no kernel of ours has rounded, rounded in place."""
-        if self.how is not None:
+        """A result that no kernel of ours has rounded, rounded in place unless it becomes codes."""
+        if self.how is None:
+            return result
+        if not self.codes:
             round_into(result, self.how, self.bits, values=result)
-        return result
+            return result
+        codes = torch.empty_like(result, dtype=self.how.format.dtype)
+        round_into(result, self.how, self.bits, codes=codes)
+        return codes
 
 
 def _native(a: Operand, b: Operand, geometry: Conv2dGeometry | None = None) -> bool:

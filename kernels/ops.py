@@ -7,6 +7,8 @@ The operators `quantize` and `round_into`, of all engines, are in engines/quanti
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -43,9 +45,14 @@ def transpose_engine(
 AS_IT_IS = spell(IDENTITY)
 
 
-def _epilogue(how: str, seed: int, stream: int) -> product.Epilogue:
-    """What rounds a result to a format's FP32 values."""
-    return product.Epilogue(read(how), RandomBits(seed, stream))
+def _epilogue(how: str, seed: int, stream: int, codes: bool) -> product.Epilogue:
+    """What rounds a result to a format's FP32 values, or its codes."""
+    return product.Epilogue(read(how), RandomBits(seed, stream), codes)
+
+
+def _dtype(how: str = AS_IT_IS, seed: int = 0, stream: int = 0, codes: bool = False) -> torch.dtype:
+    """The dtype of a result that is rounded so."""
+    return _epilogue(how, seed, stream, codes).dtype
 
 
 @torch.library.custom_op("fp8repro::matmul", mutates_args=())
@@ -58,15 +65,16 @@ def matmul(
     how: str = AS_IT_IS,
     seed: int = 0,
     stream: int = 0,
+    codes: bool = False,
 ) -> Tensor:
     """a [..., M, K] @ b [..., K, N] * inverse_scale + bias -> FP32 [..., M, N], rounded; see `kernels.matmul`."""
-    epilogue = _epilogue(how, seed, stream)
+    epilogue = _epilogue(how, seed, stream, codes)
     return product.matmul(a, b, bias, inverse_scale=inverse_scale, accumulate=accumulate, epilogue=epilogue)
 
 
 @matmul.register_fake
-def _(a: Tensor, b: Tensor, bias: Tensor | None, inverse_scale: float, accumulate: str, *rounding: str | int) -> Tensor:
-    return a.new_empty((*a.shape[:-1], b.shape[-1]), dtype=torch.float32)
+def _(a: Tensor, b: Tensor, bias: Tensor | None, inverse_scale: float, accumulate: str, *rounding: Any) -> Tensor:
+    return a.new_empty((*a.shape[:-1], b.shape[-1]), dtype=_dtype(*rounding))
 
 
 def geometry_of(stride: list[int], padding: list[int], dilation: list[int]) -> Conv2dGeometry:
@@ -74,9 +82,11 @@ def geometry_of(stride: list[int], padding: list[int], dilation: list[int]) -> C
     return Conv2dGeometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]))
 
 
-def _empty_channels_last(like: Tensor, shape: tuple[int, ...] | list[int]) -> Tensor:
+def _empty_channels_last(
+    like: Tensor, shape: tuple[int, ...] | list[int], dtype: torch.dtype = torch.float32
+) -> Tensor:
     batch, channels, height, width = shape
-    return like.new_empty((batch, height, width, channels), dtype=torch.float32).permute(0, 3, 1, 2)
+    return like.new_empty((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("fp8repro::conv2d", mutates_args=())
@@ -92,10 +102,11 @@ def conv2d(
     how: str = AS_IT_IS,
     seed: int = 0,
     stream: int = 0,
+    codes: bool = False,
 ) -> Tensor:
     """x [B, C, H, W], weight [O, C, R, S] -> FP32 [B, O, P, Q], channels_last, rounded; see `kernels.conv2d`."""
     geometry = geometry_of(stride, padding, dilation)
-    epilogue = _epilogue(how, seed, stream)
+    epilogue = _epilogue(how, seed, stream, codes)
     return convolution.conv2d(
         x, weight, bias, geometry, inverse_scale=inverse_scale, accumulate=accumulate, epilogue=epilogue
     )
@@ -111,10 +122,10 @@ def _(
     dilation: list[int],
     inverse_scale: float,
     accumulate: str,
-    *rounding: str | int,
+    *rounding: Any,
 ) -> Tensor:
     geometry = geometry_of(stride, padding, dilation)
-    return _empty_channels_last(x, convolution.output_size(x.shape, weight.shape, geometry))
+    return _empty_channels_last(x, convolution.output_size(x.shape, weight.shape, geometry), _dtype(*rounding))
 
 
 @torch.library.custom_op("fp8repro::conv2d_error", mutates_args=())
@@ -130,10 +141,11 @@ def conv2d_error(
     how: str = AS_IT_IS,
     seed: int = 0,
     stream: int = 0,
+    codes: bool = False,
 ) -> Tensor:
     """error [B, O, P, Q], weight [O, C, R, S] -> FP32 [B, C, H, W], channels_last, rounded; see `kernels.conv2d`."""
     geometry = geometry_of(stride, padding, dilation)
-    epilogue = _epilogue(how, seed, stream)
+    epilogue = _epilogue(how, seed, stream, codes)
     return convolution.conv2d_error(
         error,
         weight,
@@ -155,9 +167,9 @@ def _(
     dilation: list[int],
     inverse_scale: float,
     accumulate: str,
-    *rounding: str | int,
+    *rounding: Any,
 ) -> Tensor:
-    return _empty_channels_last(error, input_shape)
+    return _empty_channels_last(error, input_shape, _dtype(*rounding))
 
 
 @torch.library.custom_op("fp8repro::conv2d_gradient", mutates_args=())

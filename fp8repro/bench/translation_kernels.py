@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ def measure_lstm(bench: Bench, rate: float) -> None:
     kept = (gates.to(E5M2.dtype), product.to(E5M2.dtype))
     turned = torch.empty(width, rows, dtype=E5M2.dtype, device=bench.device)
     shape = f"{rows}x{width}"
-    outputs = {"codes": codes, "transposed": turned, "kept": kept}
+    outputs: dict[str, Any] = {"codes": codes, "transposed": turned, "kept": kept}
     ms = bench.milliseconds(partial(cell_forward, gates, product, cell, hidden, new, NEAREST, BITS, **outputs))
     bench.add("LSTM cell", shape, ms, rows * width * (32 + 12 + 2 + 8) / ms / rate, "copy bandwidth", None)
     error = torch.empty_like(gates, dtype=E5M2.dtype)

@@ -76,10 +76,11 @@ class Backend(Protocol):
 
     name: str
 
-    def rounding(self, how: Rounding, bits: RandomBits) -> Backend | None:
+    def rounding(self, how: Rounding, bits: RandomBits, codes: bool = False) -> Backend | None:
         """The same products with results rounded as they are stored, to the bytes of a pass of its own.
 
-        None where the backend knows no such products.
+        None where the backend knows no such products. With `codes`, results are codes of an 8-bit format, in its
+        storage dtype; else FP32 values.
         """
         ...
 
@@ -133,7 +134,7 @@ class EmulateBackend:
 
     name = "emulate"
 
-    def rounding(self, how: Rounding, bits: RandomBits) -> Backend | None:
+    def rounding(self, how: Rounding, bits: RandomBits, codes: bool = False) -> Backend | None:
         """None: results are rounded in a pass of their own."""
         return None
 

@@ -5,6 +5,9 @@ A normalization here is called as `bn(x, residual=..., relu=...)`. Knows nothing
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -32,12 +35,51 @@ class FusedBottleneck(Bottleneck):
 
 
 class FusedResNet(ResNet):
-    """torchvision's ResNet, its first normalization fused."""
+    """torchvision's ResNet, its first normalization fused.
+
+    Attributes:
+        run_stages: computes the four stages, of what is given to the first; None where it leaves that to them.
+    """
+
+    run_stages: Callable[[Sequence[nn.Module], Tensor], Tensor | None] | None = None
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.bn1(self.conv1(x), relu=True))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        result = None if self.run_stages is None else self.run_stages(stages, x)
+        if result is None:
+            result = x
+            for stage in stages:
+                result = stage(result)
+        return self.fc(torch.flatten(self.avgpool(result), 1))
+
+
+class ResidualBlock(NamedTuple):
+    """The layers of a block: convolutions, each with the normalization behind it; all but the last have a ReLU.
+
+    Attributes:
+        convolutions, norms: of the way through the block.
+        downsample: those of the way around it, if it has any.
+    """
+
+    convolutions: list[nn.Module]
+    norms: list[nn.Module]
+    downsample: tuple[nn.Module, nn.Module] | None
+
+
+def residual_blocks(stages: Sequence[nn.Module]) -> list[ResidualBlock]:
+    """The blocks of a network's stages in their order; none where a stage has something else."""
+    blocks = []
+    for stage in stages:
+        for block in stage.children() if type(stage) is nn.Sequential else (stage,):
+            around = getattr(block, "downsample", None)
+            usual = around is None or (type(around) is nn.Sequential and len(around) == 2)
+            if type(block) not in (FusedBasicBlock, FusedBottleneck) or not usual:
+                return []
+            keys = [key for key, _ in block.named_children() if key.startswith("bn")]
+            convolutions, norms = ([block.get_submodule(kind + key[2:]) for key in keys] for kind in ("conv", "bn"))
+            blocks.append(ResidualBlock(convolutions, norms, None if around is None else (around[0], around[1])))
+    return blocks
 
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {

@@ -255,8 +255,25 @@ def quantized_product(
     if shared is not None:
         b, bias = shared.weight, shared.bias
     site.check(a, b, bias)
-    result: Tensor = _QuantizedProduct.apply(a, b, bias, site, op, training, shared)
+    result: Tensor = _QuantizedProduct.apply(a, b, bias, site, op, training, shared, site.next_call(training), False)
     return result
+
+
+def product_of_codes(codes: Tensor, weight: Tensor, site: Site, op: Op) -> tuple[Tensor, int]:
+    """`quantized_product` of a training step that takes an activation's codes and gives those of its result.
+
+    Gradients of both are codes too: the caller rounds that of the result as the layer's operand "output_error" of this
+    call (`Site.rounding`).
+
+    Returns:
+        Codes of the result, in the activation role's dtype, and the call's index.
+
+    Raises:
+        UserError: the recipe does not round errors to the dtype of `codes`.
+    """
+    site.check(codes, weight, None)
+    call = site.next_call(True)
+    return _QuantizedProduct.apply(codes, weight, None, site, op, True, None, call, True), call
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -287,10 +304,11 @@ class _QuantizedProduct(torch.autograd.Function):
         op: Op,
         training: bool,
         shared: SharedWeight | None,
+        call: int,
+        codes: bool,
     ) -> Tensor:
         with without_autocast(a.device.type):
             gathered = None if shared is None else shared.gathered
-            call = site.next_call(training)
             # The layout that backward multiplies.
             both_a, both_b = (
                 op.both_layouts and ctx.needs_input_grad[1] and gathered is None,
@@ -305,7 +323,8 @@ class _QuantizedProduct(torch.autograd.Function):
                 qb = site.operand(b, "activation", "input_b", call, training)
             site.announce("forward", qa, qb)
             role = "activation" if site.round_outputs else None
-            result = site.product(lambda b: op.forward(b, qa, qb, bias), role, "output", call, training)
+            multiply = lambda b: op.forward(b, qa, qb, bias)  # noqa: E731
+            result = site.product(multiply, role, "output", call, training, codes=codes)
         if result._is_view():
             # Autograd forbids changing a view from a custom function in place, which torch's own layers allow.
             result = torch.ops.aten._unsafe_view(result, result.shape)
@@ -319,6 +338,8 @@ class _QuantizedProduct(torch.autograd.Function):
         ctx.transposed = qa.transposed is not None
         ctx.formats = ((qa.fmt, qa.scale), (qb.fmt, qb.scale))
         ctx.site, ctx.op, ctx.call, ctx.training, ctx.gathered = site, op, call, training, gathered
+        # Autograd would cast an FP32 gradient of an 8-bit tensor silently.
+        ctx.codes_wanted = (a.dtype.itemsize == 1, b.dtype.itemsize == 1)
         return result
 
     @staticmethod
@@ -327,7 +348,7 @@ class _QuantizedProduct(torch.autograd.Function):
         with without_autocast(grad.device.type):
             gradients = _backward(ctx, grad)
         ctx.site.context.returned(ctx.site.name)
-        return *gradients, *[None] * 5
+        return *gradients, *[None] * 6
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -347,7 +368,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     if needs_a:
         site.announce("error", error, qb)
         role = "error" if site.round_input_errors else None
-        grad_a = site.product(lambda b: op.grad_a(b, error, qb, codes_a), role, "input_error", call, training)
+        multiply = lambda b: op.grad_a(b, error, qb, codes_a)  # noqa: E731
+        grad_a = site.product(multiply, role, "input_error", call, training, codes=ctx.codes_wanted[0])
     if gathered is not None:
         gathered.add(Operand(codes_a, format_a, scale_a, transposed=transposed), error, call, needs_b, needs_bias)
         return grad_a, None, None
@@ -356,7 +378,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
         site.announce("gradient" if op.b_is_weight else "error", error, qa)
         role, name = ("gradient", "weight_gradient") if op.b_is_weight else ("error", "input_b_error")
         wanted = role if op.b_is_weight or site.round_input_errors else None
-        grad_b = site.product(lambda b: op.grad_b(b, error, qa, qb.codes), wanted, name, call, training)
+        multiply = lambda b: op.grad_b(b, error, qa, qb.codes)  # noqa: E731
+        grad_b = site.product(multiply, wanted, name, call, training, codes=ctx.codes_wanted[1])
     if needs_bias:
         grad_bias = _bias_gradient(error, op.bias_dims)
     return grad_a, grad_b, grad_bias

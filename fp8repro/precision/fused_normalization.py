@@ -114,11 +114,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             result = super().forward(input)
             result = result if residual is None else result + residual
             return torch.relu(result) if relu else result
-        if input.numel() == self.num_features:
-            # As torch's own layer: the unbiased variance of one value is 0 / 0.
-            raise UserError(
-                f"batch normalization: got size {tuple(input.shape)}, expected more than one value a channel"
-            )
+        check_size(self, input)
         if self.consumers is not None:
             return self._by_kernels(input, residual, relu, self.consumers)
         if self.num_batches_tracked is not None:
@@ -148,6 +144,16 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         if rounding:
             self.context.offers.make(y, consumers, codes.detach())
         return y
+
+
+def check_size(norm: nn.BatchNorm2d, input: Tensor) -> None:
+    """Refuse one value a channel, as torch's own layer does: its unbiased variance is 0 / 0.
+
+    Raises:
+        UserError: the input has no more.
+    """
+    if input.numel() == norm.num_features:
+        raise UserError(f"batch normalization: got size {tuple(input.shape)}, expected more than one value a channel")
 
 
 class FusedLayerNorm(nn.LayerNorm):

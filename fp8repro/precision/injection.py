@@ -21,6 +21,7 @@ from fp8repro.numerics.recipe import AUTO, ROLES, Recipe
 from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.become import become
 from fp8repro.precision.bypass import watch_first_pass
+from fp8repro.precision.carrier import carry_codes
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_lstm import use_lstm_kernels, use_native_cells
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, fuse_normalizations, use_kernels
@@ -163,6 +164,7 @@ def inject(
             fuse_normalizations(model, context)
             if products.name == "triton":
                 use_kernels(model, recipe.activation, context)
+                carry_codes(model)
         if products.name == "triton":
             use_lstm_kernels(model)
             use_transformer_kernels(model)

@@ -51,18 +51,18 @@ class FP8Conv2d(nn.Conv2d):
     def prepare(self) -> None:
         """Fix the geometry, and the order in which elements are counted, once."""
         self.site.order = "channels_last"
-        padding = (0, 0) if self._pads_apart() else tuple(self.padding)
+        padding = (0, 0) if self.pads_apart() else tuple(self.padding)
         geometry = Conv2dGeometry(tuple(self.stride), padding, tuple(self.dilation), self.groups)  # type: ignore[arg-type]
         self.op = conv2d_op(geometry)
 
-    def _pads_apart(self) -> bool:
+    def pads_apart(self) -> bool:
         """True where the product's own zero padding cannot serve."""
         return self.padding_mode != "zeros" or isinstance(self.padding, str)
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] (or [C, H, W]) -> [B, O, P, Q], FP32."""
         x = input if input.dim() == 4 else input.unsqueeze(0)
-        if self._pads_apart():
+        if self.pads_apart():
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
         result = quantized_product(x, self.weight, self.bias, self.site, self.op, self.training)

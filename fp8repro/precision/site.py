@@ -81,11 +81,20 @@ class Site:
                 raise UserError(
                     f"layer {self.name}: got {what} of {tensor.dtype}, expected float32, float16 or bfloat16"
                 )
+            if tensor is not None and _is_code(tensor) and tensor.requires_grad and not self.takes_codes(tensor.dtype):
+                raise UserError(
+                    f"layer {self.name}: got {what} of {tensor.dtype} that requires a gradient, which this recipe does "
+                    "not round to that dtype, expected float32"
+                )
         if bias is not None and bias.dtype != torch.float32:
             raise UserError(
                 f"layer {self.name}: got a bias of {bias.dtype}, expected float32 (a converted model is never cast: "
                 "the recipe rounds, and MasterWeights stores 16 bit)"
             )
+
+    def takes_codes(self, dtype: torch.dtype) -> bool:
+        """True where an input's gradient is rounded to codes of the input's dtype, which autograd asks of it."""
+        return self.round_input_errors and self.gives_codes("error") and self.roles["error"].format.dtype == dtype
 
     def spec(self, role: str, training: bool) -> Rounding:
         """The role's rounding; evaluation always rounds to nearest."""
@@ -190,10 +199,12 @@ class Site:
         call: int,
         training: bool = True,
         total: Tensor | None = None,
+        codes: bool = False,
     ) -> Tensor:
         """A product's result, rounded on the way where the backend can do that, else in place; no role: not rounded.
 
-        With `total`, an FP32 tensor on a CPU, the rounded result is added to it, and it is the result.
+        With `total`, an FP32 tensor on a CPU, the rounded result is added to it, and it is the result. With `codes`,
+        the result is the codes of the role's 8-bit format, which has no scale.
         """
         spec = None if role is None else self.spec(role, training)
         if role is None or spec is None or spec.is_identity:
@@ -202,19 +213,33 @@ class Site:
         bits = self.bits(spec, role, name, call)
         # A scale and statistics need the result first.
         if spec.scaling == "none" and not self.context.telemetry.active:
-            backend = self.backend.rounding(spec, bits)
+            backend = self.backend.rounding(spec, bits, codes)
         if backend is not None:
             if total is None:
                 return multiply(backend)
             adding = getattr(backend, "adding", None)
             return total.add_(multiply(backend)) if adding is None else multiply(adding(total))
         result = multiply(self.backend)
+        if codes:
+            rounded = torch.empty_like(result, dtype=spec.format.dtype)
+            self._round(result, spec, role, name, bits, codes=rounded)
+            return rounded
         if total is not None and spec.scaling == "none":
             self._round(result, spec, role, name, bits, values=total, add=True)
             return total
         scale = self._round(result, spec, role, name, bits, values=result)
         result = result if scale is None else result.div_(scale)
         return result if total is None else total.add_(result)
+
+    def gives_codes(self, role: str) -> bool:
+        """True where the role's codes say all: an 8-bit format without a scale."""
+        spec = self.roles[role]
+        return spec.format.is_fp8 and spec.scaling == "none"
+
+    def rounding(self, role: str, name: str, call: int) -> tuple[Rounding, RandomBits]:
+        """How an operand of a training step is rounded, for whoever rounds it on the layer's behalf."""
+        spec = self.spec(role, True)
+        return spec, self.bits(spec, role, name, call)
 
     def announce(self, product: str, *operands: Operand) -> None:
         """Tell the context's observers of a product (forward, error or gradient) that is about to be computed."""

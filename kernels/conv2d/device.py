@@ -220,3 +220,28 @@ def wgrad(
             accumulator = multiply_add(error, x, accumulator, ACCUMULATE)
         place = (split.to(tl.int64) * outputs + m[:, None]) * row_size + n[None, :]
         tl.store(partial_ptr + place, accumulator * inverse_scale, mask=(m < outputs)[:, None] & inside_n)
+
+
+@triton.jit(do_not_specialize=[*RANDOM_WORDS, "splits"])
+def sum_splits(
+    partial_ptr,
+    result_ptr,
+    count,
+    splits,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    ENCODING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """result[i], rounded (`store_rounded`): the sum of partial[split, i] over all splits, from the first on."""
+    words = RandomWords(seed0, seed1, stream0, stream1)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    index = first + tl.arange(0, BLOCK)
+    mask = index < count
+    total = tl.load(partial_ptr + index, mask=mask, other=0.0)
+    for split in range(1, splits):
+        total += tl.load(partial_ptr + tl.cast(split, tl.int64) * count + index, mask=mask, other=0.0)
+    groups = first // 8 + tl.arange(0, BLOCK // 8)
+    store_rounded(result_ptr + index, total, index, groups, mask, words, ENCODING)

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from fp8repro.engines.products import Conv2dGeometry
-from fp8repro.kernels.conv2d.device import Axis, Positions, implicit_gemm, wgrad
+from fp8repro.kernels.conv2d.device import Axis, Positions, implicit_gemm, sum_splits, wgrad
 from fp8repro.kernels.conv2d.device_tma import FARTHEST, implicit_gemm_tma, wgrad_tma
 from fp8repro.kernels.matmul.launch import (
     Epilogue,
@@ -26,12 +26,13 @@ from fp8repro.kernels.matmul.launch import (
     matmul,
     promoted_by_steps,
 )
-from fp8repro.kernels.quantize.launch import PER_CALL
+from fp8repro.kernels.quantize.launch import PER_CALL, raw_codes
 from fp8repro.kernels.shared import configs
-from fp8repro.kernels.shared.launch import cdiv, launch
+from fp8repro.kernels.shared.launch import block_size, cdiv, launch
 from fp8repro.kernels.shared.tma import box, describe, fits, pixel_view
 from fp8repro.numerics.rounding import Rounding
 
+SUMMED = 1024  # elements of a weight gradient that a program adds up
 CHANNELS = 128  # at most so many of a pixel's channels in one step of a tile
 
 
@@ -56,7 +57,7 @@ def conv2d(
         inverse_scale, accumulate, epilogue, target: see `matmul`.
 
     Returns:
-        FP32 [B, O, P, Q], channels_last.
+        [B, O, P, Q], channels_last, FP32 unless the epilogue makes codes.
 
     Raises:
         ValueError: an argument does not fit; nothing was launched.
@@ -83,7 +84,7 @@ def conv2d_error(
     epilogue: Epilogue | None = None,
     target: configs.Target | None = None,
 ) -> Tensor:
-    """Error product: error [B, O, P, Q], weight [O, C, R, S] -> FP32 [B, C, H, W], channels_last.
+    """Error product: error [B, O, P, Q], weight [O, C, R, S] -> [B, C, H, W], as `conv2d` gives it.
 
     A strided convolution takes a launch for each remainder of the input position by the stride, so that no tap is
     multiplied by zero.
@@ -113,10 +114,13 @@ def conv2d_gradient(
     *,
     inverse_scale: float = 1.0,
     accumulate: str = "promoted",
+    epilogue: Epilogue | None = None,
     splits: int | None = None,
     target: configs.Target | None = None,
 ) -> Tensor:
     """Weight-gradient product: error [B, O, P, Q], x [B, C, H, W] -> FP32 [O, C, R, S], channels_last; deterministic.
+
+    Sums over the batch come in parts; the pass that adds them rounds them too.
 
     FP8 instructions want the summed pixels contiguous, which no layout of images gives: where TMA loads them, the
     operands become FP16 (exact) in front of FP16 instructions, all of whose sums are FP32.
@@ -139,7 +143,7 @@ def conv2d_gradient(
     errors, source = _channels_last(error), _channels_last(x)
     viewed = _tma_view(source, (axes,)) if target.tma and fits(errors) else None
     if viewed is not None:
-        return _wgrad_tma(errors, viewed, weight_shape, axes, inverse_scale, splits, target)
+        return _summed(_wgrad_tma(errors, viewed, weight_shape, axes, inverse_scale, splits, target), epilogue)
     tile, chosen, programs = configs.choose(target, outputs, columns, pixels, 1, splittable=True, halves=False)
     splits = chosen if splits is None else splits
     step = configs.summed_step(target, tile, x.element_size())
@@ -167,7 +171,7 @@ def conv2d_gradient(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return _summed(partial)
+    return _summed(partial, epilogue)
 
 
 def output_size(x: torch.Size, weight: torch.Size, geometry: Conv2dGeometry) -> tuple[int, int, int, int]:
@@ -232,6 +236,7 @@ def plan_phases(
     element_size: int,
     tma: bool,
     how: Rounding,
+    codes: bool = False,
 ) -> tuple[tuple[PhasePlan, ...], bool]:
     """Plan a launch for each phase; together they fill the result.
 
@@ -241,7 +246,7 @@ def plan_phases(
         batch, channels, outputs: sizes of the source and the result.
         element_size: bytes of an operand's element.
         tma: the operands can be loaded by TMA.
-        how: how the result is rounded.
+        how, codes: how the result is rounded (see `Epilogue`).
 
     Returns:
         The plans, and whether the result is rounded in a pass of its own.
@@ -268,7 +273,7 @@ def plan_phases(
             blocks = cdiv(batch, sides[0]) * cdiv(rows.grid, sides[1]) * cdiv(columns.grid, sides[2])
         programs = min(resident, blocks * cdiv(outputs, tile.n))
         plans.append(PhasePlan(Positions.of(rows, columns), tile, step, programs, sides))
-    room = all(configs.takes_epilogue(target, plan.tile, 1, how.is_stochastic) for plan in plans)
+    room = all(configs.takes_epilogue(target, plan.tile, 1, how.is_stochastic, codes) for plan in plans)
     return tuple(plans), not (how.is_identity or room)
 
 
@@ -285,20 +290,20 @@ def _gather(
 ) -> Tensor:
     """The result of that shape of all phases."""
     batch, outputs, *pixels = shape
-    result = torch.empty((batch, *pixels, outputs), dtype=torch.float32, device=x.device).permute(0, 3, 1, 2)
-    if result.numel() == 0:
-        return result
+    if batch * outputs * pixels[0] * pixels[1] == 0:
+        return torch.empty((batch, *pixels, outputs), dtype=epilogue.dtype, device=x.device).permute(0, 3, 1, 2)
     source, rows_of_weight = _channels_last(x), _channels_last(weight)
     taps_of_weight = rows_of_weight.flatten(1, 2)
     viewed = _tma_view(source, phases) if target.tma and fits(taps_of_weight) else None
     channels, height, width = weight.shape[1:]
     sizes = (batch, channels, outputs, x.element_size())
-    plans, apart = plan_phases(target, phases, *sizes, viewed is not None, epilogue.how)
+    plans, apart = plan_phases(target, phases, *sizes, viewed is not None, epilogue.how, epilogue.codes)
     stored = Epilogue() if apart else epilogue
+    result = torch.empty((batch, *pixels, outputs), dtype=stored.dtype, device=x.device)
     accumulation = accumulation_of(x, accumulate)
     for plan in plans:
         tile = plan.tile
-        shared = (bias, result, inverse_scale, batch)
+        shared = (bias, raw_codes(result) if stored.codes else result, inverse_scale, batch)
         options: dict[str, Any] = {"WHOLE_GROUPS": outputs % PER_CALL == 0, "BN": tile.n, "BK": plan.step}
         options |= {"ENCODING": stored.encoding(x.device), "num_warps": tile.warps, "num_stages": tile.stages}
         if viewed is not None and plan.box is not None:
@@ -342,9 +347,7 @@ def _gather(
             BM=tile.m,
             GROUP=configs.GROUP,
         )
-    if apart:
-        epilogue.round(result.movedim(1, -1))
-    return result
+    return (epilogue.round(result) if apart else result).permute(0, 3, 1, 2)
 
 
 def _pointwise(weight: Tensor, g: Conv2dGeometry) -> bool:
@@ -397,7 +400,7 @@ def _wgrad_tma(
     splits: int | None,
     target: configs.Target,
 ) -> Tensor:
-    """`conv2d_gradient` of errors [B, P, Q, O] and what `_tma_view` gave."""
+    """Partial sums [splits, O, R, S, C] of `conv2d_gradient`, of errors [B, P, Q, O] and what `_tma_view` gave."""
     outputs, channels, height, width = weight_shape
     batch, grid_h, grid_w, _ = errors.shape
     tile, programs = configs.wgrad_tile(target, outputs, channels, height * width)
@@ -430,12 +433,29 @@ def _wgrad_tma(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return _summed(partial)
+    return partial
 
 
-def _summed(partial: Tensor) -> Tensor:
-    """[splits, O, R, S, C] summed, as [O, C, R, S]."""
-    return (partial[0] if partial.shape[0] == 1 else partial.sum(0)).permute(0, 3, 1, 2)
+def _summed(partial: Tensor, epilogue: Epilogue | None) -> Tensor:
+    """[splits, O, R, S, C] summed and rounded, as FP32 [O, C, R, S]."""
+    splits, epilogue = len(partial), epilogue or Epilogue()
+    # Gradients live long, and the parts must not live as long.
+    result = partial[0] if splits == 1 else torch.empty_like(partial[0])
+    if splits > 1 or not epilogue.how.is_identity:
+        block = block_size(SUMMED, result.numel())
+        launch(
+            sum_splits,
+            (cdiv(result.numel(), block),),
+            partial.device,
+            partial,
+            result,
+            result.numel(),
+            splits,
+            *epilogue.words(),
+            ENCODING=epilogue.encoding(partial.device),
+            BLOCK=block,
+        )
+    return result.permute(0, 3, 1, 2)
 
 
 def _channels_last(t: Tensor) -> Tensor:

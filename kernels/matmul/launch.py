@@ -28,7 +28,7 @@ OPERANDS = "torch.float8_e5m2 or torch.float8_e4m3fn, or both torch.float16 or t
 
 @dataclass(frozen=True)
 class Epilogue:
-    """How a product's FP32 result is rounded to a format's values, or left as it is.
+    """How a product's FP32 result is rounded to a format, or left as it is.
 
     It is rounded on the way where that costs no registers that the product needs, else in a pass of its own; the bytes
     are the same.
@@ -36,10 +36,17 @@ class Epilogue:
     Attributes:
         how, bits: see `quantizer.round_into`; elements are counted in the result's row-major order, those of images
             channels last.
+        codes: the result is the codes of an 8-bit format, not their FP32 values.
     """
 
     how: Rounding = IDENTITY
     bits: RandomBits = RandomBits()
+    codes: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the result."""
+        return self.how.format.dtype if self.codes and self.how.format.dtype is not None else torch.float32
 
     def encoding(self, device: torch.device) -> Encoding:
         """The compile-time argument that says how a kernel rounds."""
@@ -49,9 +56,14 @@ class Epilogue:
         """The key and stream words of the random bits."""
         return random_words(self.bits)
 
-    def round(self, result: Tensor) -> None:
-        """Round a product's FP32 result in a pass of its own."""
-        round_into(result, self.how, self.bits, result, None, None)
+    def round(self, result: Tensor) -> Tensor:
+        """Round a product's FP32 result in a pass of its own, in place unless it becomes codes."""
+        if not self.codes:
+            round_into(result, self.how, self.bits, result, None, None)
+            return result
+        codes = torch.empty_like(result, dtype=self.dtype)
+        round_into(result, self.how, self.bits, None, codes, None)
+        return codes
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,7 @@ def plan_product(
     element_size: int,
     tma: bool,
     how: Rounding,
+    codes: bool = False,
     splits: int | None = None,
     tile: configs.Tile | None = None,
 ) -> ProductPlan:
@@ -93,7 +106,7 @@ def plan_product(
         sizes: batches, M, N, K.
         element_size: bytes of an operand's element.
         tma: the operands can be loaded by TMA.
-        how: how the result is rounded.
+        how, codes: how the result is rounded (see `Epilogue`).
         splits, tile: see `matmul`.
     """
     batches, m, n, k = sizes
@@ -105,7 +118,7 @@ def plan_product(
         batches,
         splittable=True,
         halves=True,
-        tma=configs.TMA_TILES if tma else None,
+        tma=configs.rounding_tiles(how.is_stochastic, codes) if tma else None,
     )
     tile = tile or chosen
     splits = chosen_splits if splits is None else splits
@@ -118,7 +131,7 @@ def plan_product(
         chunk=cdiv(cdiv(k, splits), step) * step if splits > 1 else k,
         programs=min(work, resident),
         tma=tma,
-        rounded_apart=not (how.is_identity or configs.takes_epilogue(target, tile, splits, how.is_stochastic)),
+        rounded_apart=not (how.is_identity or configs.takes_epilogue(target, tile, splits, how.is_stochastic, codes)),
     )
 
 
@@ -152,7 +165,7 @@ def matmul(
         parts_apart: of matrices without bias and epilogue, leave it to the caller to add the parts up.
 
     Returns:
-        FP32 [..., M, N], contiguous; with `parts_apart` [splits, M, N].
+        [..., M, N], contiguous, FP32 unless the epilogue makes codes; with `parts_apart` FP32 [splits, M, N].
 
     Raises:
         ValueError: an argument's device, dtype or shape does not fit; nothing was launched.
@@ -167,18 +180,18 @@ def matmul(
     check_bias(bias, b.shape[-1], a.device)
     if parts_apart and (a.dim() > 2 or bias is not None or not epilogue.how.is_identity):
         raise ValueError(f"parts_apart: got shape {tuple(a.shape)}, expected matrices, no bias and no epilogue")
-    lead = a.shape[:-2]
+    lead = torch.Size((1,)) if parts_apart else a.shape[:-2]
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
-    result = torch.empty((1, m, n) if parts_apart else (*lead, m, n), dtype=torch.float32, device=a.device)
-    if result.numel() == 0:
-        return result
+    if lead.numel() * m * n == 0:
+        return torch.empty((*lead, m, n), dtype=epilogue.dtype, device=a.device)
     # Leading dimensions that do not merge into one cost a copy of the bytes.
     a = a.reshape(-1, m, k) if k else a.new_empty(lead.numel(), m, 0)
     b = b.reshape(-1, k, n) if k else b.new_empty(lead.numel(), 0, n)
     loaded = tma_operands(a, b) if target.tma and k > 0 else None
     sizes = (a.shape[0], m, n, k)
-    plan = plan_product(target, sizes, a.element_size(), loaded is not None, epilogue.how, splits, tile)
+    plan = plan_product(target, sizes, a.element_size(), loaded is not None, epilogue.how, epilogue.codes, splits, tile)
     stored = Epilogue() if plan.rounded_apart else epilogue
+    result = torch.empty((*lead, m, n), dtype=stored.dtype, device=a.device)
     if plan.splits == 1:
         _launch(plan, loaded or (a, b), sizes, bias, result, inverse_scale, accumulate, stored)
     else:
@@ -189,9 +202,7 @@ def matmul(
         torch.sum(parts, 1, out=result.view(-1, m, n))
         if bias is not None:
             result += bias
-    if plan.rounded_apart:
-        epilogue.round(result)
-    return result
+    return epilogue.round(result) if plan.rounded_apart else result
 
 
 def _launch(
@@ -213,7 +224,7 @@ def _launch(
         a.device,
         *(describe(t, block) if plan.tma else t for t, block in zip(operands, blocks, strict=True)),
         bias,
-        result,
+        raw_codes(result) if epilogue.codes else result,
         inverse_scale,
         *sizes,
         plan.chunk,

@@ -9,12 +9,38 @@ import triton
 import triton.language as tl
 
 from fp8repro.kernels.shared import codec
-from fp8repro.kernels.shared.tiles import to_fp32
+from fp8repro.kernels.shared.codec import RANDOM_WORDS, RandomWords
+from fp8repro.kernels.shared.tiles import groups_of_row, store_rounded, to_fp32
 
 
 @triton.jit
-def channel_statistics(x_ptr, partial_ptr, rows, channels, chunk, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """partial[chunk, 0 or 1, channel]: mean, and sum of squared deviations, of `chunk` rows of x [rows, channels]."""
+def _tile(rows, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's tile: its first row (int64), how many rows there are from it on, and its first channel."""
+    across = tl.cdiv(channels, BLOCK)
+    first = (tl.program_id(0) // across).to(tl.int64) * ROWS
+    return first, tl.minimum(rows - first, ROWS).to(tl.int32), tl.program_id(0) % across * BLOCK
+
+
+@triton.jit
+def _inside(left, channel, channels, ROWS: tl.constexpr, WHOLE: tl.constexpr):
+    """What of a tile lies in the tensor. WHOLE: all of it, which spares every load and store its mask."""
+    return ((tl.arange(0, ROWS) < left)[:, None] & (channel < channels)) | WHOLE
+
+
+@triton.jit
+def _places(first, channel, channels, ROWS: tl.constexpr):
+    """Where a tile begins (64 bits), and its elements from there on (32 bits, which save registers)."""
+    return first * channels, tl.arange(0, ROWS)[:, None] * channels + channel
+
+
+@triton.jit
+def channel_statistics(
+    x_ptr, partial_ptr, rows, channels, chunk, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """partial[chunk, 0 or 1, channel]: mean, and sum of squared deviations, of `chunk` rows of x [rows, channels].
+
+    WHOLE: tiles of ROWS x BLOCK divide the tensor.
+    """
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     start = tl.program_id(1).to(tl.int64) * chunk
     end = tl.minimum(start + chunk, rows)
@@ -25,9 +51,9 @@ def channel_statistics(x_ptr, partial_ptr, rows, channels, chunk, ROWS: tl.const
     totals = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     squares_of = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for first in range(start, end, ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        mask = (row < end) & inside[None, :]
-        x = to_fp32(tl.load(x_ptr + row * channels + channel[None, :], mask=mask, other=0.0))
+        mask = _inside(tl.minimum(end - first, ROWS).to(tl.int32), channel[None, :], channels, ROWS, WHOLE)
+        base, offset = _places(first, channel[None, :], channels, ROWS)
+        x = to_fp32(tl.load(x_ptr + base + offset, mask=mask, other=0.0))
         away = tl.where(mask, x - origin[None, :], 0.0)
         totals += away
         squares_of += away * away
@@ -98,19 +124,21 @@ def combine_statistics(
 
 
 @triton.jit
-def _flat(BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Offsets of a program's elements; 64 bits only where the tensor needs them, whose divisions are slow."""
-    program = tl.program_id(0)
-    if WIDE:
-        program = program.to(tl.int64)
-    return program * BLOCK + tl.arange(0, BLOCK)
-
-
-@triton.jit
 def _store_codes(pointers, x, mask, ENCODING: tl.constexpr):
     """Store the codes of a rounding without random bits."""
     code = codec.encode(x, None, ENCODING)
     tl.store(pointers, code.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _flag_bytes(
+    flags_ptr, first, left, channel0, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Where the flags of a tile lie, eight channels a byte [ROWS, BLOCK // 8], and which of them there are."""
+    eighth = (channel0 // 8 + tl.arange(0, BLOCK // 8))[None, :]
+    bytes_a_row = tl.cdiv(channels, 8)
+    place = flags_ptr + first * bytes_a_row + (tl.arange(0, ROWS)[:, None] * bytes_a_row + eighth)
+    return place, _inside(left, eighth * 8, channels, ROWS, WHOLE)
 
 
 @triton.jit
@@ -125,53 +153,79 @@ def batch_apply(
     codes_ptr,
     kept_ptr,
     flags_ptr,
-    count,
+    rows,
     channels,
     ENCODING: tl.constexpr,
     KEPT: tl.constexpr,
     RELU: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
-    """y = relu(normalized x + residual), and one bit an element that says where the ReLU let it pass.
+    """y = relu(normalized x + residual) of x [rows, channels]; flags say where the ReLU let it pass.
 
-    Also, where pointers are given: the codes of y rounded to ENCODING, and those of x in KEPT, which holds its values.
+    Stored where pointers are given: y, the codes of y rounded to ENCODING, those of x in KEPT, which holds its values.
+    Flags are a bit a channel, each row's in whole bytes. WHOLE: tiles divide the tensor.
     """
-    offset = _flat(BLOCK, WIDE)
-    mask = offset < count
-    channel = offset % channels
-    x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
+    first, left, channel0 = _tile(rows, channels, ROWS, BLOCK)
+    channel = (channel0 + tl.arange(0, BLOCK))[None, :]
+    mask = _inside(left, channel, channels, ROWS, WHOLE)
+    base, offset = _places(first, channel, channels, ROWS)
+    x = to_fp32(tl.load(x_ptr + base + offset, mask=mask, other=0.0))
     if kept_ptr is not None:
-        _store_codes(kept_ptr + offset, x, mask, KEPT)
-    scale = tl.load(rstd_ptr + channel, mask=mask, other=0.0) * tl.load(weight_ptr + channel, mask=mask, other=0.0)
-    y = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * scale
-    y += tl.load(bias_ptr + channel, mask=mask, other=0.0)
+        _store_codes(kept_ptr + base + offset, x, mask, KEPT)
+    inside = (channel < channels) | WHOLE
+    scale = tl.load(rstd_ptr + channel, mask=inside, other=0.0) * tl.load(weight_ptr + channel, mask=inside, other=0.0)
+    y = (x - tl.load(mean_ptr + channel, mask=inside, other=0.0)) * scale
+    y += tl.load(bias_ptr + channel, mask=inside, other=0.0)
     if residual_ptr is not None:
-        y += to_fp32(tl.load(residual_ptr + offset, mask=mask, other=0.0))
+        y += to_fp32(tl.load(residual_ptr + base + offset, mask=mask, other=0.0))
     if RELU:
         passed = (y > 0) & mask
         # NaN passes, so that a diverged run is seen.
         y = tl.where(y <= 0, 0.0, y)
-        bits = tl.reshape(passed.to(tl.int32), [BLOCK // 8, 8]) << tl.arange(0, 8)[None, :]
-        byte = _flat(BLOCK // 8, WIDE)
-        tl.store(flags_ptr + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 < count)
-    tl.store(y_ptr + offset, y, mask=mask)
+        bits = tl.reshape(passed.to(tl.int32), [ROWS, BLOCK // 8, 8]) << tl.arange(0, 8)[None, None, :]
+        place, whole = _flag_bytes(flags_ptr, first, left, channel0, channels, ROWS, BLOCK, WHOLE)
+        tl.store(place, tl.sum(bits, 2).to(tl.uint8), mask=whole)
+    if y_ptr is not None:
+        tl.store(y_ptr + base + offset, y, mask=mask)
     if codes_ptr is not None:
-        _store_codes(codes_ptr + offset, y, mask, ENCODING)
+        _store_codes(codes_ptr + base + offset, y, mask, ENCODING)
 
 
 @triton.jit
-def _masked_gradient(grad_ptr, flags_ptr, offset, mask):
-    gradient = to_fp32(tl.load(grad_ptr + offset, mask=mask, other=0.0))
+def _gradient(
+    grad_ptr,
+    more_ptr,
+    flags_ptr,
+    first,
+    left,
+    channel0,
+    channels,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """A tile [ROWS, BLOCK] of the result's gradient, of two terms where there are two, where the ReLU let it pass."""
+    channel = (channel0 + tl.arange(0, BLOCK))[None, :]
+    mask = _inside(left, channel, channels, ROWS, WHOLE)
+    base, offset = _places(first, channel, channels, ROWS)
+    gradient = to_fp32(tl.load(grad_ptr + base + offset, mask=mask, other=0.0))
+    if more_ptr is not None:
+        gradient += to_fp32(tl.load(more_ptr + base + offset, mask=mask, other=0.0))
     if flags_ptr is not None:
-        byte = tl.load(flags_ptr + offset // 8, mask=mask, other=0).to(tl.int32)
-        gradient = tl.where(((byte >> (offset % 8).to(tl.int32)) & 1) != 0, gradient, 0.0)
+        # One load for the bits of eight channels: a load for each element would take most of the time.
+        place, whole = _flag_bytes(flags_ptr, first, left, channel0, channels, ROWS, BLOCK, WHOLE)
+        byte = tl.load(place, mask=whole, other=0)
+        bits = (byte.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+        gradient = tl.where(tl.reshape(bits, [ROWS, BLOCK]) != 0, gradient, 0.0)
     return gradient
 
 
 @triton.jit
 def batch_gradient_sums(
     grad_ptr,
+    more_ptr,
     flags_ptr,
     x_ptr,
     mean_ptr,
@@ -180,12 +234,13 @@ def batch_gradient_sums(
     rows,
     channels,
     chunk,
-    WHOLE_BYTES: tl.constexpr,
+    WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """partial[chunk, 0 or 1, channel]: sums of the gradient, and of the gradient times the normalized input."""
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel0 = tl.program_id(0) * BLOCK
+    channel = channel0 + tl.arange(0, BLOCK)
     start = tl.program_id(1).to(tl.int64) * chunk
     end = tl.minimum(start + chunk, rows)
     inside = channel < channels
@@ -194,20 +249,11 @@ def batch_gradient_sums(
     totals = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     products = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for first in range(start, end, ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        mask = (row < end) & inside[None, :]
-        offset = row * channels + channel[None, :]
-        if flags_ptr is not None and WHOLE_BYTES:
-            # One load for the bits of eight channels: a load for each element would take most of the time.
-            gradient = to_fp32(tl.load(grad_ptr + offset, mask=mask, other=0.0))
-            eighth = tl.program_id(0) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
-            place = row * (channels // 8) + eighth[None, :]
-            byte = tl.load(flags_ptr + place, mask=(row < end) & (eighth * 8 < channels)[None, :], other=0)
-            bits = (byte.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-            gradient = tl.where(tl.reshape(bits, [ROWS, BLOCK]) != 0, gradient, 0.0)
-        else:
-            gradient = _masked_gradient(grad_ptr, flags_ptr, offset, mask)
-        x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
+        left = tl.minimum(end - first, ROWS).to(tl.int32)
+        mask = _inside(left, channel[None, :], channels, ROWS, WHOLE)
+        gradient = _gradient(grad_ptr, more_ptr, flags_ptr, first, left, channel0, channels, ROWS, BLOCK, WHOLE)
+        base, offset = _places(first, channel[None, :], channels, ROWS)
+        x = to_fp32(tl.load(x_ptr + base + offset, mask=mask, other=0.0))
         totals += gradient
         products += tl.where(mask, gradient * ((x - mean) * rstd), 0.0)
     total = tl.sum(totals, 0)
@@ -236,9 +282,10 @@ def combine_gradient_sums(
     tl.store(grad_weight_ptr + channel, tl.sum(products, 0).to(tl.float32), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*RANDOM_WORDS, "inverse_rows"])
 def batch_gradient_apply(
     grad_ptr,
+    more_ptr,
     flags_ptr,
     x_ptr,
     mean_ptr,
@@ -248,27 +295,53 @@ def batch_gradient_apply(
     grad_bias_ptr,
     grad_x_ptr,
     grad_residual_ptr,
-    count,
+    rows,
     channels,
     inverse_rows,
+    seed0,
+    seed1,
+    stream0,
+    stream1,
+    ENCODING: tl.constexpr,
+    WHOLE_GROUPS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
-    """Gradients of the input and of the residual from those of weight and bias."""
-    offset = _flat(BLOCK, WIDE)
-    mask = offset < count
-    channel = offset % channels
-    gradient = _masked_gradient(grad_ptr, flags_ptr, offset, mask)
+    """Gradients of the input, rounded (`store_rounded`), and of the residual, from those of weight and bias."""
+    words = RandomWords(seed0, seed1, stream0, stream1)
+    first, left, channel0 = _tile(rows, channels, ROWS, BLOCK)
+    channel = (channel0 + tl.arange(0, BLOCK))[None, :]
+    mask = _inside(left, channel, channels, ROWS, WHOLE)
+    base, offset = _places(first, channel, channels, ROWS)
+    gradient = _gradient(grad_ptr, more_ptr, flags_ptr, first, left, channel0, channels, ROWS, BLOCK, WHOLE)
     if grad_residual_ptr is not None:
-        tl.store(grad_residual_ptr + offset, gradient, mask=mask)
-    rstd = tl.load(rstd_ptr + channel, mask=mask, other=0.0)
-    x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
-    normalized = (x - tl.load(mean_ptr + channel, mask=mask, other=0.0)) * rstd
-    total = tl.load(grad_bias_ptr + channel, mask=mask, other=0.0)
-    product = tl.load(grad_weight_ptr + channel, mask=mask, other=0.0)
+        tl.store(grad_residual_ptr + base + offset, gradient, mask=mask)
+    inside = (channel < channels) | WHOLE
+    rstd = tl.load(rstd_ptr + channel, mask=inside, other=0.0)
+    x = to_fp32(tl.load(x_ptr + base + offset, mask=mask, other=0.0))
+    normalized = (x - tl.load(mean_ptr + channel, mask=inside, other=0.0)) * rstd
+    total = tl.load(grad_bias_ptr + channel, mask=inside, other=0.0)
+    product = tl.load(grad_weight_ptr + channel, mask=inside, other=0.0)
     centred = gradient - (total + normalized * product) * inverse_rows
-    result = centred * (rstd * tl.load(weight_ptr + channel, mask=mask, other=0.0))
-    tl.store(grad_x_ptr + offset, result, mask=mask)
+    result = centred * (rstd * tl.load(weight_ptr + channel, mask=inside, other=0.0))
+    # Random bits count elements as they lie: [rows, channels].
+    groups = None
+    if WHOLE_GROUPS:
+        row = (first + tl.arange(0, ROWS))[:, None] * channels
+        groups = groups_of_row(row, channel0, BLOCK)
+    store_rounded(grad_x_ptr + base + offset, result, base + offset, groups, mask, words, ENCODING)
+
+
+@triton.jit
+def add(a_ptr, b_ptr, sum_ptr, count, BLOCK: tl.constexpr):
+    """FP32 sums of two tensors that may be FP8."""
+    base = tl.program_id(0).to(tl.int64) * BLOCK
+    offset = tl.arange(0, BLOCK)
+    mask = offset < tl.minimum(count - base, BLOCK).to(tl.int32)
+    a = to_fp32(tl.load(a_ptr + base + offset, mask=mask, other=0.0))
+    b = to_fp32(tl.load(b_ptr + base + offset, mask=mask, other=0.0))
+    tl.store(sum_ptr + base + offset, a + b, mask=mask)
 
 
 @triton.jit

@@ -13,17 +13,18 @@ import triton
 from torch import Tensor
 
 from fp8repro.kernels.norm import device as kernels
-from fp8repro.kernels.quantize.launch import raw_codes
+from fp8repro.kernels.quantize.launch import PER_CALL, random_words, raw_codes
 from fp8repro.kernels.shared import codec
 from fp8repro.kernels.shared.launch import INTERPRETED, block_size, capability, cdiv, check_device, launch
 from fp8repro.numerics.formats import FP32, FloatFormat
-from fp8repro.numerics.rounding import Rounding
+from fp8repro.numerics.rounding import IDENTITY, RandomBits, Rounding
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn)
-FLAT_BLOCK = 1024
+TILE = 4096  # elements of a program's tile of rows and channels
+TILE_CHANNELS = 64
+SUMMED_ROWS = 32  # of a tile whose columns are summed
 # Few channels a program, 32 bytes of each row of partial sums: many multiprocessors share what one would wait for.
 COMBINE_BLOCK, COMBINE_CHUNKS, COMBINE_WARPS = 8, 256, 8
-NARROW = (1 << 31) - (1 << 17)  # so many elements have 32-bit offsets, with the masked ones of the last block
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class BatchNormResult:
     """What `batch_norm` gives.
 
     Attributes:
-        y: FP32 [B, C, H, W], channels_last.
-        flags: uint8, one bit an element in memory order, set where the ReLU let it pass; None without ReLU.
+        y: FP32 [B, C, H, W], channels_last; None where only codes are wanted.
+        flags: uint8 [B * H * W, ceil(C / 8)], a bit a channel, set where the ReLU let it pass; None without ReLU.
         codes: of the rounded result, where asked for.
         kept: codes of the input in the format that was asked for.
     """
 
-    y: Tensor
+    y: Tensor | None
     flags: Tensor | None
     codes: Tensor | None = None
     kept: Tensor | None = None
@@ -86,6 +87,7 @@ def batch_norm(
     relu: bool = False,
     how: Rounding | None = None,
     kept: FloatFormat | None = None,
+    codes_only: bool = False,
 ) -> BatchNormResult:
     """Normalize, add the residual, clamp: one read of x, one write.
 
@@ -98,6 +100,7 @@ def batch_norm(
         relu: clamp at zero.
         how: rounding, without random bits, whose codes of the result are written in the same pass.
         kept: format that holds every value of x; its codes are written in the same pass.
+        codes_only: the FP32 result is not wanted.
 
     Raises:
         ValueError: an argument does not fit; nothing was launched.
@@ -108,14 +111,15 @@ def batch_norm(
     _check_vectors(channels, x.device, weight=weight, bias=bias, mean=mean, rstd=rstd)
     if residual is not None:
         _check_like("residual", residual, x)
-    y = _empty(x, FP32)
+    y = None if codes_only else _empty(x, FP32)
     codes = None if how is None else _empty(x, how.format)
     stored = None if kept is None else _empty(x, kept)
-    flags = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device) if relu else None
-    block = block_size(FLAT_BLOCK, x.numel())
+    rows = x.numel() // channels
+    flags = torch.empty((rows, cdiv(channels, 8)), dtype=torch.uint8, device=x.device) if relu else None
+    grid, sides = _tiles(rows, channels)
     launch(
         kernels.batch_apply,
-        (cdiv(x.numel(), block),),
+        grid,
         x.device,
         _rows(x),
         mean,
@@ -127,13 +131,12 @@ def batch_norm(
         None if codes is None else _raw(codes),
         None if stored is None else _raw(stored),
         flags,
-        x.numel(),
+        rows,
         channels,
         ENCODING=_encoding(how, x.device),
         KEPT=_encoding(None if kept is None else Rounding(kept), x.device),
         RELU=relu,
-        BLOCK=block,
-        WIDE=x.numel() > NARROW,
+        **sides,
     )
     return BatchNormResult(y, flags, codes, stored)
 
@@ -146,9 +149,12 @@ def batch_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     *,
+    more: Tensor | None = None,
     needs_residual: bool = False,
+    how: Rounding = IDENTITY,
+    bits: RandomBits = RandomBits(),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """FP32 gradients of input, weight, bias, and of the residual.
+    """FP32 gradients of input, weight, bias, and of the residual; that of the input may be wanted as codes.
 
     Args:
         grad: gradient of the result, of any floating-point dtype.
@@ -156,7 +162,9 @@ def batch_norm_backward(
         weight: FP32 [C].
         flags: those that `batch_norm` gave.
         mean, rstd: those of x, whose dependence on x the gradient accounts for.
+        more: a second term of the result's gradient, or None.
         needs_residual: give the residual's gradient too.
+        how, bits: rounding to an 8-bit format whose codes are the input's gradient; elements are counted channels last.
 
     Raises:
         ValueError: an argument does not fit; nothing was launched.
@@ -166,30 +174,53 @@ def batch_norm_backward(
     channels = x.shape[1]
     _check_vectors(channels, x.device, weight=weight, mean=mean, rstd=rstd)
     rows = x.numel() // channels
-    tensors = (_rows(grad), flags, _rows(x), mean, rstd)
-    partial, _ = _sums(kernels.batch_gradient_sums, tensors, rows, channels, WHOLE_BYTES=channels % 8 == 0)
+    if more is not None:
+        _check_like("more", more, x)
+    if flags is not None and (flags.shape != (rows, cdiv(channels, 8)) or flags.dtype != torch.uint8):
+        expected = f"torch.uint8 of shape {(rows, cdiv(channels, 8))}"
+        raise ValueError(f"flags: got {flags.dtype} of shape {tuple(flags.shape)}, expected {expected}")
+    tensors = (_rows(grad), None if more is None else _rows(more), flags, _rows(x), mean, rstd)
+    partial, _ = _sums(kernels.batch_gradient_sums, tensors, rows, channels)
     grad_weight, grad_bias = (torch.empty(channels, dtype=torch.float32, device=x.device) for _ in range(2))
     _combine(kernels.combine_gradient_sums, partial, grad_weight, grad_bias, channels, partial.shape[0])
-    grad_x = _empty(x, FP32)
+    grad_x = _empty(x, FP32 if how.is_identity else how.format)
     residual = _empty(x, FP32) if needs_residual else None
-    block = block_size(FLAT_BLOCK, x.numel())
+    grid, sides = _tiles(rows, channels)
     launch(
         kernels.batch_gradient_apply,
-        (cdiv(x.numel(), block),),
+        grid,
         x.device,
         *tensors,
         weight,
         grad_weight,
         grad_bias,
-        grad_x,
+        _raw(grad_x),
         residual,
-        x.numel(),
+        rows,
         channels,
         1 / rows,
-        BLOCK=block,
-        WIDE=x.numel() > NARROW,
+        *random_words(bits),
+        ENCODING=_encoding(how, x.device),
+        WHOLE_GROUPS=channels % PER_CALL == 0,
+        **sides,
     )
     return grad_x, grad_weight, grad_bias, residual
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """FP32 sum of two tensors of one shape and layout, of any floating-point dtypes.
+
+    Raises:
+        ValueError: they do not fit each other; nothing was launched.
+    """
+    check_device("a", a)
+    _check_like("b", b, a)
+    if a.stride() != b.stride():
+        raise ValueError(f"b: got strides {b.stride()}, expected {a.stride()}")
+    total = torch.empty_like(a, dtype=torch.float32)
+    block = block_size(1024, a.numel())
+    launch(kernels.add, (cdiv(a.numel(), block),), a.device, a, b, total, a.numel(), BLOCK=block)
+    return total
 
 
 def layer_norm(
@@ -296,20 +327,27 @@ def _empty(x: Tensor, format: FloatFormat) -> Tensor:
     return torch.empty(x.shape, dtype=format.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _sums(
-    kernel: object, tensors: tuple[Tensor | None, ...], rows: int, channels: int, **options: bool
-) -> tuple[Tensor, int]:
+def _tiles(rows: int, channels: int) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and sides of the tiles that cover [rows, channels]."""
+    block = block_size(TILE_CHANNELS, channels, 512)
+    height = block_size(TILE // TILE_CHANNELS, rows, 512)
+    whole = rows % height == 0 and channels % block == 0
+    return (cdiv(rows, height) * cdiv(channels, block),), {"ROWS": height, "BLOCK": block, "WHOLE": whole}
+
+
+def _sums(kernel: object, tensors: tuple[Tensor | None, ...], rows: int, channels: int) -> tuple[Tensor, int]:
     """Partial sums [chunks, 2, channels] over chunks of rows, and the number of rows of each chunk but the last."""
     device = next(t for t in tensors if t is not None).device
-    block = block_size(64, channels, 512)
-    height = block_size(32, rows, 512)
+    block = block_size(TILE_CHANNELS, channels, 512)
+    height = block_size(SUMMED_ROWS, rows, 512)
     # About two thousand programs: enough for any GPU, few enough to combine cheaply.
     chunks = max(1, min(cdiv(rows, 4 * height), cdiv(2048, cdiv(channels, block))))
     chunk = cdiv(cdiv(rows, chunks), height) * height
     chunks = cdiv(rows, chunk)
+    whole = rows % height == 0 and channels % block == 0
     partial = torch.empty((chunks, 2, channels), dtype=torch.float32, device=device)
     grid = (cdiv(channels, block), chunks)
-    launch(kernel, grid, device, *tensors, partial, rows, channels, chunk, **options, ROWS=height, BLOCK=block)
+    launch(kernel, grid, device, *tensors, partial, rows, channels, chunk, WHOLE=whole, ROWS=height, BLOCK=block)
     return partial, chunk
 
 

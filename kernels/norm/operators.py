@@ -68,6 +68,7 @@ def _batch_forward(
     how = read(rounding) if rounding else None
     store = get_format(kept) if kept else None
     result = norm.batch_norm(x, weight, bias, mean, rstd, residual=residual, relu=relu, how=how, kept=store)
+    assert result.y is not None
     codes, stored, flags = (_absent(x) if t is None else t for t in (result.codes, result.kept, result.flags))
     return result.y, codes, stored, flags
 
@@ -89,7 +90,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     codes = _empty_channels_last(x, read(rounding).format.dtype) if rounding else _absent(x)
     stored = _empty_channels_last(x, get_format(kept).dtype) if kept else _absent(x)
-    flags = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8) if relu else _absent(x)
+    channels = x.shape[1]
+    flags = x.new_empty((x.numel() // channels, -(-channels // 8)), dtype=torch.uint8) if relu else _absent(x)
     return _empty_channels_last(x, torch.float32), codes, stored, flags
 
 

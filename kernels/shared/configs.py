@@ -170,17 +170,23 @@ def wgrad_tile(target: Target, outputs: int, channels: int, taps: int) -> tuple[
     return tile, target.processors * tile.resident
 
 
-def takes_epilogue(target: Target, tile: Tile, splits: int, stochastic: bool) -> bool:
+def rounding_tiles(stochastic: bool, codes: bool) -> dict[str, tuple[Tile, ...]]:
+    """The table for matrix products by TMA whose results are rounded: tiles with registers left for random bits."""
+    return TMA_CONVOLUTION_TILES if stochastic and codes else TMA_TILES
+
+
+def takes_epilogue(target: Target, tile: Tile, splits: int, stochastic: bool, codes: bool = False) -> bool:
     """True when the kernel of a product can round its result without spilling registers.
 
-    From sm_90 on only the small tiles have registers left. Where TMA leaves more, stochastic rounding takes what
-    further resident programs need, and larger tiles spill. A sum in parts is rounded when complete.
+    From sm_90 on only the small tiles have registers left. Where TMA leaves more, stochastic rounding to FP32 values
+    takes what further resident programs need, and larger tiles spill; `codes` need fewer. A sum in parts is rounded
+    when complete.
     """
     if target.interpreted or splits > 1:
         return splits == 1
     name = generation(target.capability)
     if any(tile in table.get(name, ()) for table in (TMA_TILES, TMA_CONVOLUTION_TILES)):
-        return not stochastic
+        return not stochastic or (codes and tile in TMA_CONVOLUTION_TILES[name])
     return tile == TILES[name][-1] or name in ("sm_80", "sm_89")
 
 

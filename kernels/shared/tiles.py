@@ -107,8 +107,9 @@ def store_rounded(
     words,
     ENCODING: tl.constexpr,
 ):
-    """Store an FP32 tile as it is (to FP32), or rounded once to a format's values; `index` is how its elements count.
+    """Store an FP32 tile as it is, or rounded once: a format's FP32 values, or where pointers are of bytes its codes.
 
+    `index`: how the tile's elements count.
     `groups`: `groups_of_row` where eight neighbours draw from one Philox block, else None.
     """
     if ENCODING.mantissa_bits == 23:
@@ -122,4 +123,7 @@ def store_rounded(
                 w0, w1, w2, w3 = codec.words_of_blocks(groups, words)
                 draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), result.shape)
         code = codec.encode(result, draw, ENCODING)
-        tl.store(pointers, codec.decode(code, ENCODING), mask=mask)
+        if pointers.dtype.element_ty.primitive_bitwidth == 8:
+            tl.store(pointers, code.to(tl.uint8), mask=mask)
+        else:
+            tl.store(pointers, codec.decode(code, ENCODING), mask=mask)

@@ -111,29 +111,46 @@ def channels_last(x, rounding):
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("outputs", [6, 16])
-def test_epilogue_rounds_like_the_reference(rounding, outputs):
+@pytest.mark.parametrize("codes", [False, True])
+def test_epilogue_rounds_like_the_reference(rounding, outputs, codes):
     # Overflowing results included; random bits count elements channels last.
     x, weight = (operand(2, 8, 7, 5).float() * 256).to(torch.float8_e5m2), operand(outputs, 8, 3, 3)
     geometry = Conv2dGeometry((2, 2), (1, 1))
     exact = conv2d(x, weight, None, geometry)
     assert int((exact.abs() * 64 > E5M2.max).sum()) > 0
-    epilogue = Epilogue(Rounding(E5M2, rounding), RandomBits(3, 2**40))
+    epilogue = Epilogue(Rounding(E5M2, rounding), RandomBits(3, 2**40), codes)
     result = conv2d(x, weight, None, geometry, inverse_scale=64.0, epilogue=epilogue)
+    assert result.dtype == (torch.float8_e5m2 if codes else torch.float32)
+    assert result.is_contiguous(memory_format=torch.channels_last)
     expected = channels_last(exact * 64, rounding)
-    assert_close(result, expected)
+    assert_close(result.float(), expected)
     error = operand(*exact.shape)
     back = conv2d_error(error, weight, tuple(x.shape), geometry, epilogue=epilogue)
     exact_back = conv2d_error(error, weight, tuple(x.shape), geometry)
     expected = channels_last(exact_back, rounding)
-    assert_close(back, expected)
+    assert back.dtype == result.dtype
+    assert_close(back.float(), expected)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("channels", [7, 8])
+def test_weight_gradients_are_rounded_once_their_sums_are_complete(rounding, splits, channels):
+    error, x = operand(3, 5, 6, 6), operand(3, channels, 8, 8)
+    exact = conv2d_gradient(error, x, (5, channels, 3, 3), splits=splits)
+    epilogue = Epilogue(Rounding(E5M2, rounding), RandomBits(3, 2**40))
+    result = conv2d_gradient(error, x, (5, channels, 3, 3), splits=splits, epilogue=epilogue)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    assert_close(result, channels_last(exact, rounding))
 
 
 @pytest.mark.parametrize("outputs", [6, 16])
-def test_pointwise_products_count_channels_last_too(outputs):
+@pytest.mark.parametrize("codes", [False, True])
+def test_pointwise_products_count_channels_last_too(outputs, codes):
     x, weight = operand(2, 8, 7, 5), operand(outputs, 8, 1, 1)
-    epilogue = Epilogue(Rounding(E5M2, "stochastic"), RandomBits(3, 2**40))
+    epilogue = Epilogue(Rounding(E5M2, "stochastic"), RandomBits(3, 2**40), codes)
     expected = channels_last(conv2d(x, weight), "stochastic")
-    assert_close(conv2d(x, weight, epilogue=epilogue), expected)
+    assert_close(conv2d(x, weight, epilogue=epilogue).float(), expected)
 
 
 def test_empty_batch():

@@ -123,20 +123,21 @@ def test_epilogue_rounds_like_the_reference(format, rounding, columns):
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("splits", [1, 3])
-def test_values_are_those_of_a_pass_of_their_own(rounding, splits):
+@pytest.mark.parametrize("codes", [False, True])
+def test_results_are_those_of_a_pass_of_their_own(rounding, splits, codes):
     a, b = operand(37, 700), (operand(700, 41).float() * 2048).to(torch.float8_e5m2)
     exact, bias = matmul(a, b, splits=splits), 1e4 * torch.randn(41, device=DEVICE)
     for given, expected in ((None, exact), (bias, exact + bias)):
         # A sum in parts is rounded once it is complete.
-        epilogue = Epilogue(Rounding(E5M2, rounding), RandomBits(7, 2**63 + 1))
+        epilogue = Epilogue(Rounding(E5M2, rounding), RandomBits(7, 2**63 + 1), codes)
         with counted_launches() as launches:
             result = matmul(a, b, given, epilogue=epilogue, splits=splits)
-        assert result.dtype == torch.float32
+        assert result.dtype == (torch.float8_e5m2 if codes else torch.float32)
         if INTERPRETED:
             assert launches["round_flat"] == (splits > 1)
         assert bool((expected.abs().double() > E5M2.max).any())
-        Epilogue(Rounding(E5M2, rounding), RandomBits(7, 2**63 + 1)).round(expected)
-        assert_close(result, expected)
+        expected = reference.round_to_format(expected.cpu(), epilogue.how, epilogue.bits)
+        assert_close(result.float().cpu(), expected)
 
 
 @pytest.mark.parametrize(

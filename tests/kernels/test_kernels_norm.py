@@ -20,7 +20,7 @@ from fp8repro.kernels.norm.launch import (
 )
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import BF16, E4M3, E5M2, FP16, get_format
-from fp8repro.numerics.rounding import Rounding
+from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, FusedLayerNorm
 
@@ -142,14 +142,55 @@ def test_batch_norm_equals_torch(shape, dtype, relu, with_residual):
         close(given, leaf.grad, 1e-4)
 
 
-def test_flags_are_a_bit_an_element():
-    x = draw(2, 3, 5, 7)
-    result = normalized(x, torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE), relu=True)
-    assert result.flags.numel() == (x.numel() + 7) // 8
-    bits = (result.flags[:, None] >> torch.arange(8, device=DEVICE)) & 1
-    in_memory_order = result.y.permute(0, 2, 3, 1).reshape(-1) > 0
-    assert_close(bits.flatten()[: x.numel()].bool(), in_memory_order)
-    assert not bits.flatten()[x.numel() :].any()
+@pytest.mark.parametrize("channels", [3, 16, 70])
+def test_flags_are_a_bit_a_channel(channels):
+    x = draw(2, channels, 5, 7)
+    result = normalized(x, torch.ones(channels, device=DEVICE), torch.zeros(channels, device=DEVICE), relu=True)
+    assert result.flags.shape == (2 * 5 * 7, (channels + 7) // 8)
+    bits = ((result.flags[:, :, None] >> torch.arange(8, device=DEVICE)) & 1).flatten(1).bool()
+    assert_close(bits[:, :channels], result.y.permute(0, 2, 3, 1).reshape(-1, channels) > 0)
+    assert not bits[:, channels:].any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("relu", [False, True])
+def test_codes_alone_are_those_of_the_result(shape, relu):
+    x, residual = draw(*shape).to(E5M2.dtype), draw(*shape, seed=4)
+    weight, bias = draw(shape[1], seed=1), draw(shape[1], seed=2)
+    both = normalized(x.float(), weight, bias, residual=residual, relu=relu, how=Rounding(E5M2))
+    alone = normalized(x, weight, bias, residual=residual, relu=relu, how=Rounding(E5M2), codes_only=True)
+    assert alone.y is None
+    assert_close(alone.codes, both.codes)
+    assert_close(alone.codes.float(), reference.round_to_format(both.y.cpu(), Rounding(E5M2)))
+
+
+# The first have whole Philox blocks in each row, the others do not.
+@pytest.mark.parametrize("shape", [(2, 64, 3, 5), (3, 130, 1, 3), (2, 3, 5, 7)])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_gradients_of_two_terms_are_rounded_like_the_reference(shape, rounding):
+    x, weight, bias = draw(*shape).to(E5M2.dtype), draw(shape[1], seed=1), draw(shape[1], seed=2)
+    statistics = batch_statistics(x, *new_running(shape[1]), 0.1)
+    flags = batch_norm(x, weight, bias, *statistics, relu=True).flags
+    first, second = draw(*shape, seed=3), draw(*shape, seed=4).to(E5M2.dtype)
+    total = first + second.float()
+    exact = batch_norm_backward(total, x, weight, flags, *statistics, needs_residual=True)
+    how, bits = Rounding(E5M2, rounding), RandomBits(5, 2**40 + 3)
+    given = batch_norm_backward(
+        first, x, weight, flags, *statistics, more=second, needs_residual=True, how=how, bits=bits
+    )
+    for mine, expected in zip(given[1:], exact[1:], strict=True):
+        assert_close(mine, expected)
+    assert given[0].dtype == E5M2.dtype
+    expected = reference.round_to_format(exact[0].cpu(), how, bits._replace(order="channels_last"))
+    assert_close(given[0].float(), expected)
+
+
+def test_sums_of_two_tensors():
+    a, b = draw(2, 6, 5, 3), draw(2, 6, 5, 3, seed=1).to(E5M2.dtype)
+    assert_close(norm_launch.add(a, b), a + b.float())
+    assert_close(norm_launch.add(b, b), 2 * b.float())
+    with pytest.raises(ValueError, match=r"^b: got strides .*, expected "):
+        norm_launch.add(a, b.contiguous())
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "toward_zero"])
@@ -246,7 +287,7 @@ def test_operators_hold_what_torch_asks_of_them(op):
     rows, scale = draw(4, 6), draw(6)
     for tensor in (x, weight, bias, residual, rows, scale):
         tensor.requires_grad_(op in ("batch_norm", "layer_norm"))
-    flags = torch.full((15,), 0xA5, dtype=torch.uint8, device=DEVICE)
+    flags = torch.full((40, 1), 0xA5, dtype=torch.uint8, device=DEVICE)
     arguments = {
         "batch_statistics": (x, *new_running(3), 0.1, 1e-5),
         "batch_norm": (x, weight, bias, residual, draw(3), draw(3), True, "bf16", spell(Rounding(FP16))),

@@ -22,6 +22,7 @@ from fp8repro.kernels import backend, ops
 from fp8repro.kernels.norm import operators  # noqa: F401 (imported before the names below are replaced)
 from fp8repro.kernels.quantize.launch import round_into
 from fp8repro.models.resnet import make_resnet
+from fp8repro.precision import carrier
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.injection import inject
 from fp8repro.settings.recipes import load_recipe
@@ -39,6 +40,7 @@ def pretend_an_h100(record):
         for attribute in replaced.keys() & vars(module).keys() if name.startswith("fp8repro.") else ():
             setattr(module, attribute, replaced[attribute])
     backend.available = lambda device: None
+    carrier.plain = lambda *_: True
     quantizer._torch_round_into, quantizer._round_both_layouts = round_into, ops.transpose_engine
 
 

@@ -93,9 +93,9 @@ class Bf16Backend(EmulateBackend):
         # Tiles add in another order than dot products, so records tell them apart.
         self.name = "emulate-amx" if library().tiles else "emulate-bf16"
 
-    def rounding(self, how: Rounding, bits: RandomBits) -> Bf16Backend:
-        """Products round a block while the cache has it, gradients of convolutions in a pass behind."""
-        return Bf16Backend(how, bits)
+    def rounding(self, how: Rounding, bits: RandomBits, codes: bool = False) -> Bf16Backend | None:
+        """Products round a block while the cache has it, gradients of convolutions in a pass behind; to values only."""
+        return None if codes else Bf16Backend(how, bits)
 
     def adding(self, total: Tensor) -> Bf16Backend:
         """The same, and rounded results are added to a contiguous FP32 tensor, which then is the result."""
