@@ -5,12 +5,13 @@ A model's first forward pass is watched, and only that one. Nothing here may cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -29,6 +30,18 @@ _PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
         *(Tensor.addmm, Tensor.addbmm, Tensor.baddbmm, Tensor.addmv, Tensor.inner),
     )
 )
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(global_hooks, f"_global{name}") for name in _HOOKS]
+
+
+def has_hooks(parts: Sequence[nn.Module]) -> bool:
+    """True where somebody may look at the tensors in or between parts; who watches a first pass sees functions only."""
+    if any(_GLOBAL_HOOKS):
+        return True
+    modules = (module for part in parts for module in part.modules())
+    hooks = (hook for module in modules for name in _HOOKS for hook in getattr(module, name).values())
+    return not all(isinstance(getattr(hook, "__self__", None), FirstPass) for hook in hooks)
 
 
 def watch_first_pass(model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from fp8repro.models.gnmt import LSTMCell, LSTMLayer
 from fp8repro.numerics.formats import FP32, FloatFormat
 from fp8repro.numerics.rounding import IDENTITY
 from fp8repro.precision.become import become
+from fp8repro.precision.bypass import has_hooks
 from fp8repro.precision.functional import without_autocast
 from fp8repro.precision.fused_normalization import storage_format
 from fp8repro.precision.site import Site
@@ -49,8 +50,7 @@ class FusedLSTMLayer(LSTMLayer):
 def _unwatched(module: nn.Module) -> bool:
     """True where nobody asked to see a layer's calls."""
     site: Site = module.site  # type: ignore[assignment]
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not (any(hooks) or site.context.telemetry.active or site.context.observers)
+    return not (has_hooks([module]) or site.context.telemetry.active or site.context.observers)
 
 
 class NativeLSTMLayer(LSTMLayer):

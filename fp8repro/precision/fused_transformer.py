@@ -15,7 +15,7 @@ from fp8repro.engines.guards import plain
 from fp8repro.models.parts import MatMul
 from fp8repro.models.transformer import DecoderLayer, EncoderLayer, Layer, LayerCache, MultiheadAttention
 from fp8repro.precision.become import become
-from fp8repro.precision.bypass import FirstPass
+from fp8repro.precision.bypass import has_hooks
 from fp8repro.precision.fused_sublayers import Attention, FeedForward, run
 from fp8repro.precision.site import Site
 
@@ -96,16 +96,7 @@ def _taken(layer: Layer, *tensors: Tensor | None) -> bool:
     if context.telemetry.active or context.observers:  # type: ignore[union-attr]
         return False
     attentions = [m for m in layer.children() if isinstance(m, MultiheadAttention)]
-    parts = [m for m in layer.modules() if m is not layer]
-    return not any(_hooked(m) for m in parts) and not any(a.product.dropout.p for a in attentions)
-
-
-def _hooked(module: nn.Module) -> bool:
-    hooks = [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
-    if not any(hooks):
-        return False
-    # The watch over a model's first pass looks for products that no layer makes.
-    return not all(isinstance(getattr(h, "__self__", None), FirstPass) for each in hooks for h in each.values())
+    return not has_hooks(list(layer.children())) and not any(a.product.dropout.p for a in attentions)
 
 
 # A compiler would take a step's random streams for constants.
