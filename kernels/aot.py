@@ -32,6 +32,8 @@ from fp8repro.kernels.norm import launch as norms
 from fp8repro.kernels.optimizer import device as updates
 from fp8repro.kernels.optimizer import launch as update
 from fp8repro.kernels.quantize import device as rounding
+from fp8repro.kernels.quantize import device_grouped as group_rounding
+from fp8repro.kernels.quantize import grouped
 from fp8repro.kernels.quantize import launch as quantize
 from fp8repro.kernels.shared import codec, configs
 from fp8repro.kernels.shared.launch import INTERPRETED
@@ -87,6 +89,24 @@ def _quantize_cases(capability: tuple[int, int]) -> Iterator[Case]:
     for mode in ("nearest", "stochastic"):
         name, constants = f"quantize + transpose e5m2 {mode}", {**options(E5M2, mode), **tile}
         yield Case(name, rounding.round_transpose, types, constants, aligned=aligned, values=rows * width)
+
+
+def _grouped_cases(capability: tuple[int, int]) -> Iterator[Case]:
+    """Weights as a step rounds them: FP16 masters, addresses and streams in device memory."""
+    types = {"table": "*i64", "seed0": "i32", "seed1": "i32"}
+    for mode in ("nearest", "stochastic"):
+        constants = {"X_TYPE": tl.float16, "ENCODING": codec.encoding(Rounding(E5M2, mode), capability)}
+        constants["ALIGNED"] = True
+        flat = {**constants, "CODE_TYPE": tl.uint8, "WHOLE": True, "BLOCK": grouped.BLOCK}
+        for permuted in (False, True)[: 1 + (mode == "stochastic")]:
+            name, options = f"quantize grouped e5m2 {mode}", {**flat, "PERMUTED": permuted}
+            name += ", permuted" if permuted else ""
+            chunks = {**types, "chunks": "*i64"}
+            yield Case(name, group_rounding.round_group, chunks, options, values=grouped.BLOCK)
+        rows, width = grouped.TILE
+        tile = {**constants, "WHOLE_GROUPS": True, "PACKED": 4, "TILE_ROWS": rows, "TILE_COLUMNS": width}
+        name, kernel = f"quantize grouped + transpose e5m2 {mode}", group_rounding.round_group_transposed
+        yield Case(name, kernel, {**types, "tiles": "*i64"}, tile, values=rows * width)
 
 
 def _integers(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
@@ -233,11 +253,14 @@ def _tma_cases(
 
 
 def _update_cases(capability: tuple[int, int]) -> Iterator[Case]:
-    pointers = {"table": "*i64", "chunks": "*i64", "control_ptr": "*fp64"}
-    numbers = updates.Numbers(*["fp32"] * len(updates.Numbers._fields))
-    types = {**pointers, "inverse_scale": "fp32", "numbers": numbers, "seed0": "i32", "seed1": "i32"}
-    constants: dict[str, Any] = {"NESTEROV": False, "HAS_MOMENTUM": True, "FIRST": False, "MASTER_TYPE": tl.float16}
-    constants |= {"MASTER_ENCODING": codec.encoding(Rounding(FP16, "stochastic"), capability)}
+    table = {"table": "*i64", "chunks": "*i64", "terms_ptr": "*fp64"}
+    types = {**table, "control_ptr": "*fp64", "numbers_ptr": "*fp64", "seed0": "i32", "seed1": "i32"}
+    types |= {"master_streams": "*i64"}
+    constants: dict[str, Any] = {"weight_streams": None, "NESTEROV": False, "HAS_MOMENTUM": True}
+    constants |= {
+        "MASTER_TYPE": tl.float16,
+        "MASTER_ENCODING": codec.encoding(Rounding(FP16, "stochastic"), capability),
+    }
     constants |= {"WEIGHT_ENCODING": codec.encoding(Rounding(E5M2), capability)}
     constants |= {"HAS_UPDATED": True, "ALIGNED": True, "BLOCK": update.BLOCK}
     for rule, name in enumerate(("sgd", "adam", "adamw")):
@@ -245,9 +268,18 @@ def _update_cases(capability: tuple[int, int]) -> Iterator[Case]:
             specific = {"RULE": rule, "PERMUTED": permuted}
             layout = " permuted" if permuted else ""
             yield Case(f"update {name}{layout}", updates.update, types, constants | specific, group="update")
-    types = {"table": "*i64", "chunks": "*i64", "partial_ptr": "*fp64", "inverse_scale": "fp32"}
+    constants |= {"WEIGHT_ENCODING": None, "HAS_UPDATED": False, "RULE": 0, "PERMUTED": False}
+    for name, kind in (("FP16", tl.float16), ("FP32", tl.float32)):
+        # As a run launches it.
+        yield Case(
+            f"update sgd, {name} alone", updates.update, types, constants | {"MASTER_TYPE": kind}, group="update"
+        )
     constants = {"ALIGNED": True, "BLOCK": update.BLOCK}
+    types = {**table, "partial_ptr": "*fp64"}
     yield Case("gradient norms", updates.gradient_norms, types, constants, group="update")
+    types = {"partial_ptr": "*fp64", "count": "i32", "terms_ptr": "*fp64", "control_ptr": "*fp64"}
+    constants = {"BLOCK": update.SUMS}
+    yield Case("gradient control", updates.gradient_control, types, constants, update.SUM_WARPS, group="update")
 
 
 def _norm_cases(capability: tuple[int, int]) -> Iterator[Case]:
@@ -309,6 +341,7 @@ def cases(capability: int) -> Iterator[Case]:
     """Every kernel, in the configurations that training launches."""
     version = (capability // 10, capability % 10)
     yield from _quantize_cases(version)
+    yield from _grouped_cases(version)
     yield from _product_cases(version)
     yield from _update_cases(version)
     yield from _norm_cases(version)

@@ -12,7 +12,7 @@ import torch
 from training_tools import tiny_config, tiny_network
 
 import fp8repro.training.loop as loop
-from fp8repro.settings.schema import LossScalingConfig
+from fp8repro.settings.schema import DataConfig, LossScalingConfig
 from fp8repro.training.tasks import classification
 
 
@@ -50,6 +50,14 @@ def stopped_config(run_dir):
     return replace(tiny_config(run_dir, batch_size=480, epochs=1, eval_batch_size=STOPPED), resume="auto")
 
 
+def graphed_config(run_dir, graphs):
+    """Products by kernels; 14 images in batches of 4 and 5; the first steps overflow."""
+    scaling = LossScalingConfig("dynamic", scale=2.0**22, factor=2.0**6, window=4)
+    data = DataConfig("image_folder", str(Path(run_dir).with_name("images")), 8)
+    config = tiny_config(run_dir, "fp8_stochastic", scaling, data, batch_size=6, epochs=2, max_steps=4)
+    return replace(config, backend="triton", graphs=graphs)
+
+
 def no_thread_of_the_group_is_left():
     """Such a thread aborts one process in some, while the interpreter ends under it."""
     names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
@@ -81,6 +89,7 @@ def main(run_dir, what):
             state = {
                 "model": run.model.state_dict(),
                 "scales": scales,
+                "updates": [graph._update is not None for graph in run.replays._graphs.values()],
                 "bits": run.context.stream("x", 0, "y", "error"),
             }
             torch.save(state, Path(run.config.run_dir) / f"rank{rank}.pt")
@@ -103,6 +112,14 @@ def main(run_dir, what):
 
     codes = []
     loop.train_step, loop.measure = step, measure
+    if what == "graphed":
+        from replaying import stand_in_for_a_gpu
+
+        stand_in_for_a_gpu(setattr)
+        for graphs in ("auto", "off"):
+            scales.clear()
+            loop.train(graphed_config(f"{run_dir}-{graphs}", graphs))
+        return
     loop.train(fp8_config(run_dir))
     if what == "both":
         loop.train(synchronized_config(run_dir + "-synchronized"))

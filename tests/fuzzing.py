@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
 from training_tools import tiny_config, tiny_network
 
-from fp8repro.data.images import FolderSettings, _plain_transform, _train_transform
+from fp8repro.data.augmentation import plain_geometry, train_geometry
 from fp8repro.data.pixels import read_image
 from fp8repro.data.translation.datasets import load_translation
 from fp8repro.data.translation.fairseq_binary import write_binary
@@ -213,7 +213,7 @@ def image_reader(folder: Path) -> Reader:
     Image.new("RGB", (4000, 4000)).save(buffer, "PNG")
     bombs = [buffer.getvalue(), *(_png(side, side) for side in (5_000, 12_000, 30_000, 2**31 - 1))]
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) run\n%%EOF\n"
-    transforms = [_train_transform(FolderSettings(), 16), _plain_transform(FolderSettings(), 64)]
+    transforms = [train_geometry("auto", True, 16), plain_geometry(64)]
     path = folder / "image.jpg"
 
     def read(data: bytes) -> None:

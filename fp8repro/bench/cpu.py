@@ -34,7 +34,7 @@ class Row:
         median_ms: median wall time of one call.
         ratio: that time relative to `against`, another name of the group.
         bar: the largest ratio that is good enough; None: no bar.
-        tokens: target tokens of one call, or None where it has none.
+        items: target tokens or images of one call, or None where they are not counted.
     """
 
     group: str
@@ -43,12 +43,12 @@ class Row:
     ratio: float
     against: str
     bar: float | None = None
-    tokens: int | None = None
+    items: int | None = None
 
     @property
-    def tokens_per_second(self) -> float | None:
+    def items_per_second(self) -> float | None:
         """Rate of the median call."""
-        return None if self.tokens is None else self.tokens / self.median_ms * 1e3
+        return None if self.items is None else self.items / self.median_ms * 1e3
 
     @property
     def reached(self) -> bool | None:
@@ -64,15 +64,17 @@ def relaunch_pinned(module: str, arguments: Sequence[str]) -> int | None:
     return subprocess.run(command, env={**os.environ, **PINNING}).returncode
 
 
-def interleaved_medians(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def interleaved_medians(
+    work: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median milliseconds of each piece of work, all of them in turns, after two unmeasured rounds."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(repeats + 2):
         for name, call in work.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if turn >= 2:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append((clock() - start) * 1e3)
     return {name: median(values) for name, values in times.items()}
 
 
@@ -81,11 +83,11 @@ def rows(
     medians: Mapping[str, float],
     against: str,
     bars: Mapping[str, float] | None = None,
-    tokens: int | None = None,
+    items: int | None = None,
 ) -> list[Row]:
     """Rows of one group, relative to one of its members."""
     base = medians[against]
-    return [Row(group, name, ms, ms / base, against, (bars or {}).get(name), tokens) for name, ms in medians.items()]
+    return [Row(group, name, ms, ms / base, against, (bars or {}).get(name), items) for name, ms in medians.items()]
 
 
 class ForeignLoad:
@@ -113,19 +115,25 @@ class ForeignLoad:
         return times.elapsed, busy / os.sysconf("SC_CLK_TCK"), times.user + times.system
 
 
-def report(title: str, measured: Sequence[Row], foreign: float, slug: str, folder: Path) -> None:
-    """Print the table and write it as Markdown and JSON."""
+def report(
+    title: str,
+    measured: Sequence[Row],
+    foreign: float,
+    slug: str,
+    folder: Path,
+    unit: str = "tokens",
+    pinned: bool = True,
+) -> None:
+    """Print the table and write it as Markdown and JSON; `unit` is what the rows' items are."""
     machine = describe_environment()
     record = {
         "benchmark": title,
         "environment": machine,
-        "pinned": PINNING,
+        "pinned": PINNING if pinned else None,
         "foreign_load_cores": round(foreign, 3),
-        "rows": [
-            {**asdict(row), "reached": row.reached, "tokens_per_second": row.tokens_per_second} for row in measured
-        ],
+        "rows": [_plain(row, unit) for row in measured],
     }
-    page = _page(title, measured, foreign, machine)
+    page = _page(title, measured, foreign, machine, unit, pinned)
     print(page)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{slug}.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -133,20 +141,29 @@ def report(title: str, measured: Sequence[Row], foreign: float, slug: str, folde
     print(f"written: {folder / slug}.json, .md")
 
 
-def _page(title: str, measured: Sequence[Row], foreign: float, machine: Mapping[str, Any]) -> str:
+def _plain(row: Row, unit: str) -> dict[str, Any]:
+    values = asdict(row)
+    items = values.pop("items")
+    return {**values, unit: items, "reached": row.reached, f"{unit}_per_second": row.items_per_second}
+
+
+def _page(
+    title: str, measured: Sequence[Row], foreign: float, machine: Mapping[str, Any], unit: str, pinned: bool
+) -> str:
+    threads = torch.get_num_threads()
     head = (
-        f"# {title}\n\n{machine['cpu']}, {torch.get_num_threads()} threads, torch {machine['packages']['torch']}, "
-        f"code {machine['commit']}. Medians, interleaved in one process, pinned threads; "
+        f"# {title}\n\n{machine['cpu']}, {threads} thread{'s' * (threads > 1)}, torch {machine['packages']['torch']}, "
+        f"code {machine['commit']}. Medians, interleaved in one process{', pinned threads' * pinned}; "
         f"other processes kept {foreign:.2f} cores busy meanwhile.\n\n"
     )
     cells = [
         (
             *(row.group, row.name, f"{row.median_ms:.3f}"),
-            "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+            "" if row.items_per_second is None else f"{row.items_per_second:,.0f}",
             f"{row.ratio:.3f} x {row.against}",
             "" if row.bar is None else f"at most {row.bar:g}",
             REACHED[row.reached],
         )
         for row in measured
     ]
-    return head + markdown(("work", "by", "median ms", "tokens/s", "ratio", "bar", "reached"), cells) + "\n"
+    return head + markdown(("work", "by", "median ms", f"{unit}/s", "ratio", "bar", "reached"), cells) + "\n"

@@ -19,6 +19,7 @@ from fp8repro.errors import RunFailure
 from fp8repro.kernels.conv2d.launch import conv2d, conv2d_error, conv2d_gradient
 from fp8repro.kernels.matmul.launch import matmul
 from fp8repro.kernels.optimizer.launch import gradient_control, update
+from fp8repro.kernels.quantize.grouped import Job, prepare
 from fp8repro.kernels.quantize.launch import round_into, round_transpose
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import E4M3, E5M2, FP16
@@ -290,6 +291,28 @@ def measure_translation(bench: Bench) -> None:
     measure_sublayers(bench, rate)
 
 
+def measure_weights(bench: Bench) -> None:
+    """The weights of ResNet-50's convolutions rounded in one launch, as a step begins, beside copy bandwidth."""
+    from torchvision.models import resnet50
+
+    rate = copy_bandwidth(bench)
+    with torch.device("meta"):
+        modules = [module for module in resnet50().modules() if isinstance(module, nn.Conv2d)]
+    made = [torch.randn(bench.size(m.weight.numel()), device=bench.device).half() for m in modules]
+    jobs = [Job(x, Rounding(), torch.empty_like(x, dtype=E5M2.dtype)) for x in made]
+    launches = prepare(jobs, 0)
+
+    def step() -> None:
+        for launch in launches:
+            launch.run()
+
+    ms = bench.milliseconds(step)
+    values = sum(x.numel() for x in made)
+    bench.add(
+        "weights of a ResNet-50, grouped", f"{values / 1e6:.0f}M", ms, 3 * values / ms / rate, "copy bandwidth", 0.6
+    )
+
+
 # In the order in which they matter, should time run out.
 MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "ceilings": measure_ceilings,
@@ -297,6 +320,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "matmul": measure_matmul,
     "error": measure_error,
     "update": measure_update,
+    "weights": measure_weights,
     "convolutions": measure_convolutions,
     "translation": measure_translation,
     "training step": measure_step,

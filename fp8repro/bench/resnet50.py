@@ -73,9 +73,10 @@ class Workload:
             optimizer.zero_grad()
             if graph is None:
                 (loss_of(*batch)[0] * LOSS_SCALE).backward()
+                masters.step(LOSS_SCALE)
             else:
                 graph(batch, LOSS_SCALE)
-            masters.step(LOSS_SCALE)
+                graph.step(masters, LOSS_SCALE)
 
         return step
 

@@ -348,6 +348,7 @@ VERBS = {
     "bench": Verb("measure speed on this machine", bench),
 }
 BENCHES = {
+    "data": "images from files to batches, decoded at each use and once, on this CPU",
     "kernels": "the Triton kernels on this GPU: results first, then speed",
     "quantize": "the CPU quantizer beside a copy, torch and QPyTorch",
     "step": "a training step of each recipe beside FP32 on this CPU",

@@ -28,7 +28,10 @@ SMALLEST_BATCH = 2
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images [B, C, H, W] in FP32, and class indices [B] in int64."""
+    """Images [B, C, H, W] and class indices [B] in int64.
+
+    Images are FP32, or pixels in uint8, a quarter of the bytes to move: `ImageData.normalized` makes FP32 of them.
+    """
 
     images: Tensor
     labels: Tensor
@@ -127,40 +130,48 @@ def load_batches(
         UserError: an image that cannot be read.
         RunFailure: a worker process died.
     """
-    loader = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=keys,  # type: ignore[arg-type]
-            num_workers=workers,
-            collate_fn=_collate,
-            pin_memory=pin_memory,
-            worker_init_fn=_leave_signals_to_parent,
-            # Else the loader draws from torch's global generator.
-            generator=torch.Generator(),
-        )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=keys,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_parent,
+        # Else the loader draws from torch's global generator.
+        generator=torch.Generator(),
     )
+    return fetched(loader, len(keys))
+
+
+def fetched(loader: DataLoader[Any], count: int) -> Generator[Any, None, None]:
+    """The first results of a loader, whose dataset returns errors as values: torch would add a traceback to their text.
+
+    Raises:
+        UserError: such a value.
+        RunFailure: a worker process died.
+    """
+    results = iter(loader)
     try:
-        for _ in keys:
+        for _ in range(count):
             try:
-                batch = next(loader)
+                result = next(results)
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
                 raise RunFailure(f"data.workers: a worker process died ({str(error).splitlines()[0]})") from error
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+            if isinstance(result, UserError):
+                raise result
+            yield result
     finally:
         # Now, not when garbage is collected: the workers ignore the signal that would end them at exit.
-        if workers:
-            loader._shutdown_workers()  # type: ignore[attr-defined]
+        if loader.num_workers:
+            results._shutdown_workers()  # type: ignore[attr-defined]
 
 
-def _collate(samples: list[Sample | UserError]) -> ImageBatch | UserError:
-    """Stack samples. Errors are returned as values: torch would add a traceback to the text of an exception."""
-    for sample in samples:
-        if isinstance(sample, UserError):
-            return sample
+def _collate(samples: list[Sample] | ImageBatch | UserError) -> ImageBatch | UserError:
+    """Stack samples, unless the dataset made a batch of them itself."""
+    if isinstance(samples, (ImageBatch, UserError)):
+        return samples
     images, labels = zip(*samples, strict=True)
     return ImageBatch(torch.stack(images), torch.tensor(labels, dtype=torch.int64))
 

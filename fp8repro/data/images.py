@@ -7,32 +7,34 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fp8repro.data.augmentation import Geometry, Normalization, Pixels, channels, plain_geometry, train_geometry
+from fp8repro.data.copy_images import copied_images
 from fp8repro.data.folders import ImageFiles, stratified_split, train_and_val_files
-from fp8repro.data.image_batches import Sample
+from fp8repro.data.image_batches import ImageBatch, Sample
 from fp8repro.data.keys import derived_seed, seeded_torch
-from fp8repro.data.pixels import read_image
+from fp8repro.data.pixels import read_image, shrunk
 from fp8repro.errors import UserError
-from fp8repro.fields import Bound, build_dataclass
+from fp8repro.fields import Bound, Count, Positive, build_dataclass
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIGITS_VAL_FRACTION = 0.2
-# Images of up to 64 pixels are shifted, not cropped at random sizes, and are not cropped in evaluation.
-LARGEST_SHIFTED_IMAGE = 64
-Transform = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
 class ImageData:
     """A data set as training sees it; datasets are indexed by (epoch, index) and give (FP32 [C, H, W], class).
+
+    Batches of a loader may hold pixels in uint8 instead; `normalized` makes of them what the datasets give.
 
     Attributes:
         train: augmented as configured. val, train_plain: not augmented.
@@ -40,6 +42,7 @@ class ImageData:
         classes: their names. channels, image_size: of every sample.
         identity: hash of the names of all images and classes. Pixels are not hashed, because all would have to be read:
             a resume does not notice an image that changed under the same name.
+        normalization: of pixels in uint8; None where there are none.
     """
 
     train: Dataset[Sample]
@@ -50,6 +53,14 @@ class ImageData:
     image_size: int
     val_labels: list[int]
     identity: str
+    normalization: Normalization | None = None
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Images of a batch in FP32, on their device."""
+        if images.dtype != torch.uint8:
+            return images
+        assert self.normalization is not None
+        return self.normalization(images)
 
 
 @dataclass(frozen=True)
@@ -67,14 +78,17 @@ class FolderSettings:
         val_fraction: share of a single folder that validates; None where there are train/ and val/.
         augmentation: "imagenet" (random resized crop), "small" (shift by up to an eighth), "none", "auto" by size.
         flip: mirror half of the training images.
+        shorter_side: larger images are first resized so that their shorter side has so many pixels, and are cropped
+            after that; None: they are cropped as they are.
         mean, std: normalization by channel.
     """
 
     val_fraction: float | None = None
     augmentation: Literal["auto", "imagenet", "small", "none"] = "auto"
     flip: bool = True
+    shorter_side: Count | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 
 
 def load_images(
@@ -84,6 +98,8 @@ def load_images(
     options: Mapping[str, Any] | None = None,
     *,
     seed: int,
+    cache: bool = False,
+    workers: int = 0,
 ) -> ImageData:
     """Load an image data set by name.
 
@@ -93,9 +109,11 @@ def load_images(
         image_size: side in pixels; None: the data set's own.
         options: fields of the data set's settings class above.
         seed: of the run; keys the augmentation.
+        cache: decode the images of a folder once, into the user's cache; the samples are the same.
+        workers: processes that do.
 
     Raises:
-        UserError: an unknown name or option, or data that is missing or malformed.
+        UserError: an unknown name or option, a cache that cannot be written, or data that is missing or malformed.
     """
     if name == "digits":
         if image_size not in (None, 8):
@@ -107,7 +125,12 @@ def load_images(
         size = image_size or 224
         if size < 4:
             raise UserError(f"data.image_size: got {size}, expected at least 4 pixels")
-        return _load_folder(build_dataclass(FolderSettings, options or {}, "data.options"), Path(root), size, seed)
+        settings: FolderSettings = build_dataclass(FolderSettings, options or {}, "data.options")
+        if settings.shorter_side is not None and settings.shorter_side < size:
+            raise UserError(
+                f"data.options.shorter_side: got {settings.shorter_side}, expected at least data.image_size ({size})"
+            )
+        return _load_folder(settings, Path(root), size, seed, workers if cache else None)
     raise UserError(f"data.name: got {name!r}, expected one of digits, imagenet, image_folder")
 
 
@@ -163,69 +186,97 @@ def _load_digits(settings: DigitsSettings, seed: int) -> ImageData:
     return ImageData(*splits, names, 1, 8, [labels[i] for i in val], identity)
 
 
-class FileImages(Dataset[Sample | UserError]):
-    """Images read from files."""
+class PixelSource(Protocol):
+    """Where the pixels of a split's images come from."""
 
-    def __init__(self, files: ImageFiles, transform: Transform, seed: int) -> None:
-        """`transform` takes a PIL image of `read_image` and may draw from torch's global generator."""
-        self.files, self.transform, self.seed = files, transform, seed
+    def image(self, index: int) -> Any:
+        """A PIL image of `pixels.read_image`, shrunk, or its pixels.
+
+        Raises:
+            UserError: names what cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Files:
+    """A `PixelSource`: image files, decoded at each use."""
+
+    paths: Sequence[str]
+    shorter_side: int | None
+
+    def image(self, index: int) -> Any:
+        """See `PixelSource`."""
+        return shrunk(read_image(self.paths[index]), self.shorter_side)
+
+
+class FileImages(Dataset[Sample]):
+    """A split of a folder of images."""
+
+    def __init__(
+        self, files: ImageFiles, source: PixelSource, geometry: Geometry, normalization: Normalization, seed: int
+    ) -> None:
+        """`source` gives the pixels of `files`; `seed` keys what `geometry` draws."""
+        self.files, self.source, self.seed = files, source, seed
+        self.geometry, self.normalization = geometry, normalization
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.files.paths)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | UserError:
-        """The sample (epoch, index), or the error that names its file."""
-        epoch, index = key
-        path = self.files.paths[index]
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The sample (epoch, index).
+
+        Raises:
+            UserError: names the image that cannot be read.
+        """
+        return self.normalization(channels(self._pixels(*key))), self.files.labels[key[1]]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> ImageBatch | UserError:
+        """The batch of some samples, as torch's loader asks for it: in uint8 where all images have 8 bits.
+
+        An error is returned as a value; see `image_batches.fetched`.
+        """
         try:
-            image = read_image(path)
+            images = [self._pixels(*key) for key in keys]
         except UserError as error:
             return error
+        labels = torch.tensor([self.files.labels[index] for _, index in keys], dtype=torch.int64)
+        if all(image.dtype == np.uint8 for image in images):
+            return ImageBatch(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels)
+        return ImageBatch(torch.stack([self.normalization(channels(image)) for image in images]), labels)
+
+    def _pixels(self, epoch: int, index: int) -> Pixels:
+        pixels = self.source.image(index)
         with seeded_torch(derived_seed("augment", self.seed, epoch, index)):
-            return self.transform(image), self.files.labels[index]
+            return self.geometry(pixels)
 
 
-def _load_folder(settings: FolderSettings, root: Path, size: int, seed: int) -> ImageData:
+def _load_folder(settings: FolderSettings, root: Path, size: int, seed: int, copying: int | None) -> ImageData:
+    """`copying`: processes that copy the decoded images to the cache; None: there is no copy."""
     train, val = train_and_val_files(root, settings.val_fraction)
-    augmented, plain = _train_transform(settings, size), _plain_transform(settings, size)
     digest = hashlib.sha256(os.fsencode("\0".join(train.classes)))
     for files in (train, val):
         names = (f"{label}/{Path(path).name}" for path, label in zip(files.paths, files.labels, strict=True))
         digest.update(os.fsencode("\0".join(names)))
-    # The dataset's errors are values; the loader turns them into exceptions.
-    datasets: list[Any] = [FileImages(*parts, seed) for parts in ((train, augmented), (val, plain), (train, plain))]
-    classes, identity = train.classes, digest.hexdigest()
-    return ImageData(datasets[0], datasets[1], datasets[2], classes, 3, size, val.labels, identity)
+    side = settings.shorter_side
+    sources: Sequence[PixelSource] = [Files(files.paths, side) for files in (train, val)]
+    if copying is not None:
+        sources = copied_images(root, [train.paths, val.paths], side, copying)
+    augmented, plain = train_geometry(settings.augmentation, settings.flip, size), plain_geometry(size)
+    normalization = Normalization(settings.mean, settings.std)
 
+    def dataset(files: ImageFiles, source: PixelSource, geometry: Geometry) -> FileImages:
+        return FileImages(files, source, geometry, normalization, seed)
 
-def rgb_tensor(image: Any) -> Tensor:
-    """A PIL image of `read_image` as FP32 [3, H, W] from 0 to 1; grey in all channels alike."""
-    from torchvision.transforms.functional import to_tensor
-
-    return to_tensor(image).expand(3, -1, -1)  # type: ignore[no-any-return]
-
-
-def _train_transform(settings: FolderSettings, size: int) -> Transform:
-    """The augmentation of a PIL image; "imagenet" is torchvision's reference."""
-    from torchvision import transforms as T
-
-    kind = settings.augmentation
-    if kind == "auto":
-        kind = "small" if size <= LARGEST_SHIFTED_IMAGE else "imagenet"
-    if kind == "none":
-        return _plain_transform(settings, size)
-    geometry: list[Any] = [T.RandomResizedCrop(size)]
-    if kind == "small":
-        geometry = [T.Resize(size), T.CenterCrop(size), T.RandomCrop(size, padding=max(1, size // 8))]
-    flip = [T.RandomHorizontalFlip()] if settings.flip else []
-    return T.Compose([*geometry, *flip, rgb_tensor, T.Normalize(settings.mean, settings.std)])  # type: ignore[no-any-return]
-
-
-def _plain_transform(settings: FolderSettings, size: int) -> Transform:
-    """Resize and center crop, over 64 pixels with ImageNet's 256 to 224 margin; smaller images are enlarged."""
-    from torchvision import transforms as T
-
-    resized = size if size <= LARGEST_SHIFTED_IMAGE else round(size * 256 / 224)
-    steps = [T.Resize(resized), T.CenterCrop(size), rgb_tensor, T.Normalize(settings.mean, settings.std)]
-    return T.Compose(steps)  # type: ignore[no-any-return]
+    return ImageData(
+        dataset(train, sources[0], augmented),
+        dataset(val, sources[1], plain),
+        dataset(train, sources[0], plain),
+        train.classes,
+        3,
+        size,
+        val.labels,
+        digest.hexdigest(),
+        normalization,
+    )

@@ -26,6 +26,29 @@ DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 BITS_TAG, PHOTOMETRIC_TAG, WHITE_IS_ZERO = 258, 262, 0
 
 
+def shrunk(image: Any, shorter_side: int | None) -> Any:
+    """A PIL image, resized so that its shorter side has so many pixels if it has more; None: as it is."""
+    if shorter_side is None or min(image.size) <= shorter_side:
+        return image
+    from torchvision.transforms.functional import resize
+
+    return resize(image, shorter_side)
+
+
+def pixel_count(path: str, shorter_side: int | None = None) -> int:
+    """How many pixels a shrunk image has, from the head of the file alone; 0 where that cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            short, long = sorted(image.size)
+    # As in `read_image`, which names the file.
+    except Exception:
+        return 0
+    side = min(short, shorter_side or short)
+    return side * (long * side // short)
+
+
 def read_image(path: str) -> Any:
     """An image file as a PIL image: RGB, or for grey images of more than 8 bits FP32 from 0 to 1 (mode "F").
 

@@ -6,7 +6,7 @@ Nothing here draws a bit, or decides what a stream is called (context.py).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,18 @@ class StreamTable:
         if index >= len(self._words):
             raise ValueError(f"capacity: got {len(self._words)} slots, expected one for each random operand of a step")
         return StreamSlot(self._words, index)
+
+    def span(self, names: Sequence[Name]) -> Tensor:
+        """The streams of operands that have no slot yet, side by side: int64 [names].
+
+        Raises:
+            ValueError: an operand has a slot, or all slots are given.
+        """
+        first = len(self._slots)
+        for expected, name in enumerate(names, first):
+            if self.slot(name).index != expected:
+                raise ValueError(f"names: got {name}, which has a slot, expected operands without one")
+        return self._words[first : first + len(names)].view(torch.int64).squeeze(1)
 
     def refresh(self, number: Callable[[str, int, str, str], int]) -> None:
         """Write the number of every slot's stream, without waiting for the device."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -109,83 +110,145 @@ def fused_step(
     Raises:
         ValueError: a tensor's device, dtype or layout is not what the engine takes.
     """
-    names = {id(p): name for name, p in parameters.items()}
-    orders = orders or {}
     measuring = context.telemetry.active
-    groups: list[tuple[dict[str, Any], list[tuple[nn.Parameter, Parameter]]]] = []
-    for group in optimizer.param_groups:
-        members = [p for p in group["params"] if id(p) in names and p.grad is not None]
-        streams = [context.stream_number(names[id(p)], context.updates, "master", "master") for p in members]
-        made = [
-            Parameter(
-                p.data,
-                _like_master(p),
-                (),
-                stream,
-                updated=torch.empty_like(p.data).float() if measuring else None,
-                order=orders.get(names[id(p)], "row_major"),
-            )
-            for p, stream in zip(members, streams, strict=True)
-        ]
-        groups.append((group, list(zip(members, made, strict=True))))
-    everything = [parameter for _, pairs in groups for _, parameter in pairs]
+    groups = group_members(optimizer, parameters, orders or {})
+    everything = [member.made for _, members in groups for member in members]
     if not everything:
         return 0.0
+    for member in (member for _, members in groups for member in members):
+        if master.is_stochastic:
+            member.made.master_stream = context.stream_number(member.name, context.updates, "master", "master")
+        if measuring:
+            member.made.updated = torch.empty_like(member.parameter.data).float()
     control = engine.gradient_control(everything, scale, clip_norm)
     # The one place where the host waits: whether a step is skipped decides what the loss scale does next.
     bad, _, norm = control.tolist()
     if bad:
         return None
     before = [parameter.master.clone() for parameter in everything] if measuring else []
-    for group, pairs in groups:
-        rule = _rule(optimizer, group)
-        for step, members_of_step in _with_state(optimizer, group, pairs).items():
-            engine.update(members_of_step, rule, step, master, Rounding(), control, scale, context.seed)
-    ordered = [names[id(p)] for _, pairs in groups for p, _ in pairs]
-    for name, old, parameter in zip(ordered, before, everything, strict=False):
-        assert parameter.updated is not None
-        context.telemetry.record_update(name, old, parameter.updated, parameter.master)
-    # What torch's schedulers look at, to warn of steps of theirs that come before the optimizer's.
-    optimizer._opt_called = True  # type: ignore[attr-defined]
+    for group, members in groups:
+        rule = rule_of(optimizer, group)
+        for step, members_of_step in with_state(optimizer, group, members).items():
+            engine.update(
+                [m.made for m in members_of_step], rule, step, master, Rounding(), control, scale, context.seed
+            )
+            count_step(optimizer, members_of_step)
+    for member, old in zip([m for _, members in groups for m in members], before, strict=False):
+        assert member.made.updated is not None
+        context.telemetry.record_update(member.name, old, member.made.updated, member.made.master)
+    tell_schedulers(optimizer)
     return float(norm)
+
+
+@dataclass
+class Member:
+    """A parameter of an optimizer's group: its name, and what the engine gets of it."""
+
+    name: str
+    parameter: nn.Parameter
+    made: Parameter
+
+
+def group_members(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], orders: Mapping[str, str]
+) -> list[tuple[dict[str, Any], list[Member]]]:
+    """What of an optimizer's groups moves, without state and streams."""
+    names = {id(p): name for name, p in parameters.items()}
+    groups = []
+    for group in optimizer.param_groups:
+        moving = [(names[id(p)], p) for p in group["params"] if id(p) in names and p.grad is not None]
+        members = [
+            Member(name, p, Parameter(p.data, _like_master(p), order=orders.get(name, "row_major")))
+            for name, p in moving
+        ]
+        groups.append((group, members))
+    return groups
+
+
+def in_place(p: nn.Parameter) -> Tensor | None:
+    """The gradient as the engine reads it, in its own memory; None where that is laid out otherwise than the master."""
+    assert p.grad is not None
+    grad = p.grad.detach()
+    sizes_and_steps = zip(grad.shape, grad.stride(), p.data.stride(), strict=True)
+    if grad.is_neg() or any(own != other for size, own, other in sizes_and_steps if size > 1):
+        return None
+    # The steps of dimensions of one element are anybody's.
+    return grad if grad.stride() == p.data.stride() else grad.as_strided(p.data.shape, p.data.stride())
 
 
 def _like_master(p: nn.Parameter) -> Tensor:
     """The gradient in the master's memory layout."""
+    grad = in_place(p)
     assert p.grad is not None
-    grad = p.grad.detach().resolve_neg()
-    if grad.stride() == p.data.stride():
-        return grad
-    return torch.empty_like(p.data, dtype=grad.dtype).copy_(grad)
+    return torch.empty_like(p.data, dtype=p.grad.dtype).copy_(p.grad.detach()) if grad is None else grad
 
 
-def _with_state(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], pairs: list[tuple[nn.Parameter, Parameter]]
-) -> dict[int, list[Parameter]]:
-    """Parameters with the optimizer's FP32 state, by the number of the update that they are about to get."""
-    names: tuple[str, ...] = _STATES[type(optimizer)]
+def state_names(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[str, ...]:
+    """The tensors of a parameter's shape that an optimizer keeps for those of a group."""
     if type(optimizer) is torch.optim.SGD and not group["momentum"]:
-        names = ()
-    states = [optimizer.state[p] if names else {} for p, _ in pairs]
+        return ()
+    return _STATES[type(optimizer)]
+
+
+def has_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> bool:
+    """Whether parameters have all the state that an update needs: the optimizer has moved each of them."""
+    moving = {id(p) for p in parameters.values()}
+    counted = () if type(optimizer) is torch.optim.SGD else ("step",)
+    return all(
+        optimizer.state.get(p, {}).get(name) is not None
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if id(p) in moving
+        for name in (*state_names(optimizer, group), *counted)
+    )
+
+
+def with_state(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], members: list[Member]
+) -> dict[int, list[Member]]:
+    """Members with the optimizer's FP32 state, by the number of the update that they are about to get."""
+    names = state_names(optimizer, group)
+    states = [optimizer.state[member.parameter] if names else {} for member in members]
     fresh = [any(state.get(name) is None for name in names) for state in states]
-    for (p, _), state in ((pair, state) for pair, state, new in zip(pairs, states, fresh, strict=True) if new):
+    for member, state in ((m, state) for m, state, new in zip(members, states, fresh, strict=True) if new):
         # Made where torch would make it, at the first step.
-        state.update({name: torch.zeros_like(p.data, dtype=torch.float32) for name in names})
+        like = member.parameter.data
+        state.update({name: torch.zeros_like(like, dtype=torch.float32) for name in names})
     if type(optimizer) is torch.optim.SGD:
-        # SGD keeps no count; all that matters is whether the momentum starts here.
+        # All that matters is whether the momentum starts here.
         steps = [1 if new else 2 for new in fresh]
     else:
-        counts = [state.setdefault("step", torch.zeros((), dtype=torch.float32)) for state in states]
-        torch._foreach_add_(counts, 1)
-        steps = [int(count) for count in torch.stack(counts).tolist()] if counts else []
-    by_step: dict[int, list[Parameter]] = {}
-    for (_, parameter), state, step in zip(pairs, states, steps, strict=True):
-        parameter.state = tuple(state[name] for name in names)
-        by_step.setdefault(step, []).append(parameter)
+        for state in states:
+            state.setdefault("step", torch.zeros((), dtype=torch.float32))
+        steps = next_steps(optimizer, members)
+    by_step: dict[int, list[Member]] = {}
+    for member, state, step in zip(members, states, steps, strict=True):
+        member.made.state = tuple(state[name] for name in names)
+        by_step.setdefault(step, []).append(member)
     return by_step
 
 
-def _rule(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Rule:
+def next_steps(optimizer: torch.optim.Optimizer, members: list[Member]) -> list[int]:
+    """The number of the update that each member is about to get; all of them have state. SGD keeps no count: 2."""
+    if type(optimizer) is torch.optim.SGD or not members:
+        return [2] * len(members)
+    counts = [optimizer.state[member.parameter]["step"] for member in members]
+    return [int(count) + 1 for count in torch.stack(counts).tolist()]
+
+
+def count_step(optimizer: torch.optim.Optimizer, members: list[Member]) -> None:
+    """Note in the optimizer's state that members got an update."""
+    if type(optimizer) is not torch.optim.SGD:
+        torch._foreach_add_([optimizer.state[member.parameter]["step"] for member in members], 1)
+
+
+def tell_schedulers(optimizer: torch.optim.Optimizer) -> None:
+    """Note that a step was made: torch's schedulers warn of steps of theirs that come before the optimizer's."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def rule_of(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Rule:
+    """An optimizer's arithmetic with a group's numbers as they are now."""
     if type(optimizer) is torch.optim.SGD:
         return Rule(
             "sgd", group["lr"], group["momentum"], weight_decay=group["weight_decay"], nesterov=group["nesterov"]

@@ -1,21 +1,42 @@
-"""Forward and backward pass of a training step as one CUDA graph: the host issues one launch instead of thousands.
+"""A training step as two CUDA graphs, forward and backward pass, and the update: two launches instead of thousands.
 
-A replay gives the bits of the eager step with the same number. The optimizer's step stays outside: the host decides it.
+A replay gives the bits of the eager step with the same number. Whether the update is applied is decided on the device,
+and read afterwards. Two graphs, because the host prepares the second while the device runs the first, and because
+gradients may be summed over processes in between.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fp8repro.engines.updates import Rule
+from fp8repro.numerics.rounding import IDENTITY
 from fp8repro.numerics.streams import StreamTable
 from fp8repro.precision.context import StepContext
+from fp8repro.precision.fused_step import (
+    Member,
+    count_step,
+    group_members,
+    in_place,
+    next_steps,
+    rule_of,
+    state_names,
+    tell_schedulers,
+    with_state,
+)
+from fp8repro.precision.grouped_weights import GroupedWeights
 from fp8repro.precision.injection import context_of, sites
+from fp8repro.precision.master import MasterWeights
+
+if TYPE_CHECKING:
+    from fp8repro.kernels.optimizer.launch import Group
 
 WARM_UPS = 3
 # Gives the sum or mean of the loss (FP32, no dimensions) and other figures, from tensors on the device.
@@ -39,6 +60,10 @@ def why_not_graphed(model: nn.Module) -> str | None:
                 f"{name}: the scale of role {scaled[0]} (scaling: {site.roles[scaled[0]].scaling}) is read by the host"
             )
     for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return f"{name or 'the model'}: DistributedDataParallel sums gradients inside the backward pass"
+        if isinstance(module, nn.SyncBatchNorm):
+            return f"{name}: normalization over all processes communicates inside the model"
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
             return f"{name}: normalization without a momentum reads its count of batches on the host"
     device = next(p.device for p in model.parameters())
@@ -77,10 +102,13 @@ class GraphedStep:
         assert context is not None  # It has converted layers.
         self.context: StepContext = context
         self._sites = list(sites(model).values())
+        self._update: GraphedUpdate | None = None
+        self._update_failed = False
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._state = [*model.parameters(), *model.buffers()]
         device = self._parameters[0].device
         self.streams = StreamTable(device)
+        self._weights = GroupedWeights(model, self.streams)
         self._inputs = [torch.empty_like(t, device=device).copy_(t) for t in batch]
         self._scale = torch.ones((), dtype=torch.float32, device=device)
         self._results: tuple[Tensor, dict[str, Tensor]] | None = None
@@ -144,6 +172,28 @@ class GraphedStep:
         loss, figures = self._results
         return loss.clone(), {name: value.clone() for name, value in figures.items()}
 
+    def step(self, masters: MasterWeights, scale: float = 1.0, clip_norm: float | None = None) -> bool:
+        """`masters.step`, by a graph of its own where the gradients are those of the last call alone.
+
+        They may have been changed in their memory since, summed over processes for example.
+        """
+        return masters.step(scale, clip_norm, self._update_of(masters))
+
+    def _update_of(self, masters: MasterWeights) -> GraphedUpdate | None:
+        own = all(p.grad is gradient for p, gradient in zip(self._parameters, self._gradients, strict=True))
+        moving = masters.capturable() if own and not self._update_failed else None
+        if moving is None:
+            return None
+        if self._update is None or not self._update.fits(moving):
+            # An optimizer that loaded a checkpoint has other tensors.
+            self._update = None
+            try:
+                self._update = GraphedUpdate(masters, moving)
+            # Out of memory, or a driver that cannot capture it: the step is made without a graph.
+            except RuntimeError:
+                self._update_failed = True
+        return self._update
+
     def _pass(self) -> None:
         """What a replay repeats on the device alone."""
         # Its rounded weights are the graph's: it makes them itself, and nobody else may take them.
@@ -152,6 +202,8 @@ class GraphedStep:
             parameter.grad = None
         self.context.begin(self.context.step, self.context.micro_step)
         with self.context.streams_in_memory(self.streams), self.context.fixed_weights():
+            # Here, and not by the update: whatever wrote to a weight between replays is seen.
+            self._weights.round()
             # New aliases: codes of an input that were offered with it in an earlier pass are no part of this one.
             loss, figures = self.loss_of(*(t.detach() for t in self._inputs))
             (loss * self._scale).backward()
@@ -162,6 +214,118 @@ class GraphedStep:
     def _forget_weights(self) -> None:
         for site in self._sites:
             site.forget_weight()
+
+
+class GraphedUpdate:
+    """An update of master weights (`MasterWeights.step`) from gradients that stay in their memory, as a CUDA graph.
+
+    Loss scale, clipping, the optimizer's numbers and the streams lie in device memory, written before each replay.
+    """
+
+    def __init__(self, masters: MasterWeights, moving: Mapping[str, nn.Parameter]) -> None:
+        """Capture; nothing changes.
+
+        Args:
+            masters: whose step it is.
+            moving: what `MasterWeights.capturable` gave, by name.
+
+        Raises:
+            ValueError: a tensor's device, dtype or layout is not what the kernels take.
+        """
+        from fp8repro.kernels.optimizer import launch as kernels
+
+        self._kernels = kernels
+        self._optimizer, self._context, self._master = masters.optimizer, masters.context, masters.spec
+        groups = group_members(self._optimizer, moving, masters.orders)
+        self._members = [member for _, members in groups for member in members]
+        self._gradients = [member.parameter.grad for member in self._members]
+        # Of gradients that lie otherwise than their masters.
+        self._copies = [
+            (member.made.grad, gradient)
+            for member, gradient in zip(self._members, self._gradients, strict=True)
+            if gradient is not None and in_place(member.parameter) is None
+        ]
+        self._check = kernels.prepare_check([member.made.grad for member in self._members])
+        device = self._check.table.device
+        self.streams = StreamTable(device, capacity=len(self._members))
+        # Members that share a rule and a count of steps, by the number of their group, with their launches.
+        self._parts: list[tuple[int, list[Member], Rule, list[tuple[Group, Tensor]]]] = []
+        for number, (group, members) in enumerate(groups):
+            rule = rule_of(self._optimizer, group)
+            for part in with_state(self._optimizer, group, members).values():
+                names = {id(member.made): member.name for member in part}
+                launches = map(kernels.prepare, kernels.groups_of([member.made for member in part], rule, IDENTITY))
+                placed = [
+                    (launch, self.streams.span([(names[id(p)], 0, "master", "master") for p in launch.members]))
+                    for launch in launches
+                ]
+                self._parts.append((number, part, rule, placed))
+        sizes = [kernels.TERMS, *[kernels.NUMBERS] * len(self._parts)]
+        # No gradient is finite at a scale that is no number: warm-up and capture skip the update.
+        self._memory = torch.full((sum(sizes),), math.nan, dtype=torch.float64, device=device)
+        self._terms, *self._numbers = self._memory.split(sizes)
+        # It allocates nothing, so it needs no pool.
+        self._replay = capture(self._launch, device, None)
+
+    def fits(self, moving: Mapping[str, nn.Parameter]) -> bool:
+        """See `master.UpdateGraph`."""
+        if len(moving) != len(self._members) or any(moving.get(m.name) is not m.parameter for m in self._members):
+            return False
+        if any(m.parameter.grad is not own for m, own in zip(self._members, self._gradients, strict=True)):
+            return False
+        groups = self._optimizer.param_groups
+        for number, part, rule, _ in self._parts:
+            now = rule_of(self._optimizer, groups[number])
+            if (now.name, now.nesterov, now.momentum != 0) != (rule.name, rule.nesterov, rule.momentum != 0):
+                return False
+            names = state_names(self._optimizer, groups[number])
+            for member in part:
+                state, tensors = self._optimizer.state[member.parameter], member.made.state
+                if len(names) != len(tensors) or any(
+                    state.get(name) is not own for name, own in zip(names, tensors, strict=True)
+                ):
+                    return False
+                # A parameter in other memory would be read and updated where it was.
+                if member.parameter.data_ptr() != member.made.master.data_ptr():
+                    return False
+        return self._steps() is not None
+
+    def __call__(self, scale: float, clip_norm: float | None) -> float | None:
+        """See `fused_step`; launches all before it waits for the device."""
+        steps = self._steps()
+        assert steps is not None  # It fits.
+        numbers = self._kernels.terms_of(scale, clip_norm)
+        for (number, *_), step in zip(self._parts, steps, strict=True):
+            rule = rule_of(self._optimizer, self._optimizer.param_groups[number])
+            numbers += self._kernels.numbers_of(rule, step)
+        values = torch.tensor(numbers, dtype=torch.float64)
+        self._memory.copy_(values.pin_memory() if self._memory.is_cuda else values, non_blocking=True)
+        if self._master.is_stochastic:
+            updates = self._context.updates
+            self.streams.refresh(lambda name, _, *role: self._context.stream_number(name, updates, *role))
+        self._replay()
+        bad, _, norm = self._check.control.tolist()
+        if bad:
+            return None
+        for _, part, *_ in self._parts:
+            count_step(self._optimizer, part)
+        tell_schedulers(self._optimizer)
+        return float(norm)
+
+    def _steps(self) -> list[int] | None:
+        """The number of the update that each part is about to get; None where its members differ."""
+        steps = [next_steps(self._optimizer, part) for _, part, *_ in self._parts]
+        return [each[0] for each in steps] if all(len(set(each)) == 1 for each in steps) else None
+
+    def _launch(self) -> None:
+        """What a replay repeats on the device alone."""
+        for copy, gradient in self._copies:
+            copy.copy_(gradient)
+        self._check.run(self._terms)
+        what = (self._master, IDENTITY, self._context.seed)
+        for (*_, rule, placed), numbers in zip(self._parts, self._numbers, strict=True):
+            for group, streams in placed:
+                group.update(rule, numbers, self._terms, self._check.control, (streams, None), *what)
 
 
 @lru_cache

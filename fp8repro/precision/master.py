@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,19 @@ from fp8repro.numerics.recipe import Recipe
 from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.precision.bypass import watch_first_pass
 from fp8repro.precision.context import StepContext
-from fp8repro.precision.fused_step import Engine, fused_step, guard_step, unsupported
+from fp8repro.precision.fused_step import Engine, fused_step, guard_step, has_state, unsupported
 from fp8repro.precision.injection import context_of, sites
 from fp8repro.precision.layers import FP8Conv2d, FP8Linear, MasterEmbedding
+
+
+class UpdateGraph(Protocol):
+    """A captured step (`graphs.GraphedUpdate`)."""
+
+    def fits(self, moving: Mapping[str, nn.Parameter]) -> bool:
+        """Whether it is the step of these parameters, by name, with the gradients that they have now."""
+
+    def __call__(self, scale: float, clip_norm: float | None) -> float | None:
+        """What `fused_step` gives."""
 
 
 class MasterWeights:
@@ -150,12 +160,13 @@ class MasterWeights:
         return moving
 
     @torch.no_grad()
-    def step(self, scale: float = 1.0, clip_norm: float | None = None) -> bool:
+    def step(self, scale: float = 1.0, clip_norm: float | None = None, graph: UpdateGraph | None = None) -> bool:
         """Update the masters from the gradients of `scale` times the loss, which stay as they are.
 
         Args:
             scale: what the loss was multiplied by.
             clip_norm: largest norm of the unscaled gradient, or None.
+            graph: replayed where it fits; the bits are the same without.
 
         Returns:
             False, with nothing changed, when a gradient is not finite.
@@ -172,12 +183,25 @@ class MasterWeights:
         engine = self._engine(moving)
         if engine is not None:
             what = (moving, self.optimizer, self.spec, self.context)
-            norm = fused_step(engine, *what, scale, clip_norm, self.orders)
+            if graph is not None and not self.context.telemetry.active and graph.fits(moving):
+                norm = graph(scale, clip_norm)
+            else:
+                norm = fused_step(engine, *what, scale, clip_norm, self.orders)
             applied, self.grad_norm = norm is not None, math.inf if norm is None else norm
         else:
             applied = self._step_of_torch(moving, scale, clip_norm)
         self.context.updates += applied
         return applied
+
+    def capturable(self) -> dict[str, nn.Parameter] | None:
+        """What the next step moves, by name; None where a graph cannot repeat it.
+
+        It can where Triton's kernels make the step, nothing measures it, and the optimizer has all its state.
+        """
+        moving = self._moving()
+        if not moving or self.context.telemetry.active or self._engine(moving) in (None, native_update):
+            return None
+        return moving if has_state(self.optimizer, moving) else None
 
     def _check_gradients(self) -> None:
         """Raise UserError where nothing would move although the model has gradients."""

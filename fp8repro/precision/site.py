@@ -182,6 +182,18 @@ class Site:
         self._kept = KeptWeight(operand, scope, None if scope is None else weight, state)
         return operand
 
+    def has_weight(self, scope: int) -> bool:
+        """Whether the weight was rounded in that `fixed_weights` block."""
+        return self._kept is not None and self._kept.scope == scope
+
+    def keep_weight(self, weight: Tensor, operand: Operand) -> None:
+        """Take a weight that was rounded elsewhere, in training, as `operand` and for the open `fixed_weights` block.
+
+        Its bytes must be those that `weight` would give now.
+        """
+        state = (self.context.step, weight._version, weight.data_ptr(), weight.dtype, True)
+        self._kept = KeptWeight(operand, self.context.scope, weight, state)
+
     def forget_weight(self) -> None:
         """Round the weight again at its next use."""
         self._kept = None

@@ -65,6 +65,9 @@ class DataConfig:
     root: str | None = setting(None, "folder of the data", PLACE)
     image_size: Count | None = setting(None, "side of the images in pixels; null: the data set's own")
     workers: CountOrZero = setting(0, "processes that load images or tokenize text", PLACE)
+    cache: bool = setting(
+        False, "image folders: decode every image once, into $FP8REPRO_CACHE; the batches are the same", PLACE
+    )
     options: Mapping[str, Any] = setting({}, "the data set's own settings")
 
 

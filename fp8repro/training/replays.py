@@ -1,4 +1,4 @@
-"""CUDA graphs in the training loop: which forward and backward passes are replayed, and why others are not.
+"""CUDA graphs in the training loop: which passes and updates are replayed, and why others are not.
 
 A replay computes the same bits as the eager pass; nothing here may decide numerics.
 """
@@ -14,7 +14,9 @@ from fp8repro.data.image_batches import ImageBatch
 from fp8repro.numerics.recipe import Recipe
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.graphs import GraphedStep, why_not_graphed
+from fp8repro.precision.master import MasterWeights
 from fp8repro.training.distributed import World
+from fp8repro.training.running_statistics import SyncBatchNorm2d
 from fp8repro.training.tasks.task import Task
 
 # Batches of an epoch differ by one image at most, and so do the micro-batches cut from each.
@@ -30,9 +32,10 @@ class Replays:
 
     def __init__(self, graphs: str, recipe: Recipe, world: World, task: Task[ImageBatch], model: nn.Module) -> None:
         """Nothing is captured yet; `graphs` is the setting "auto" or "off", `model` the converted one."""
-        self.why_not = _why_never(graphs, recipe, world, task, model)
+        self.why_not = _why_never(graphs, recipe, task, model)
         self._task, self._model, self._device = task, model, world.device
         self._graphs: dict[torch.Size, GraphedStep] = {}
+        self._last: GraphedStep | None = None
         self._most = MOST_SHAPES
         self._first_step: int | None = None
         self._pool = torch.cuda.graph_pool_handle() if self.why_not is None else None
@@ -43,6 +46,7 @@ class Replays:
         The context has begun the micro-step. Steps that telemetry measures are the loop's, and the first one, whose
         memory says whether there is room for a graph.
         """
+        self._last = None
         if self.why_not is not None:
             return None
         context: StepContext = self._model.fp8_context  # type: ignore[assignment]
@@ -54,7 +58,19 @@ class Replays:
         graph = self._graphs.get(batch.images.shape)
         if graph is None and len(self._graphs) < self._most:
             graph = self._capture(tensors)
-        return None if graph is None or not graph.fits(tensors) else graph(tensors, factor)
+        if graph is None or not graph.fits(tensors):
+            return None
+        self._last = graph
+        return graph(tensors, factor)
+
+    def step(self, masters: MasterWeights, scale: float, clip_norm: float | None) -> bool:
+        """`masters.step`, by a graph where the last pass was replayed and left all gradients.
+
+        They may have been summed over processes since, in their memory.
+        """
+        if self._last is None:
+            return masters.step(scale, clip_norm)
+        return self._last.step(masters, scale, clip_norm)
 
     def summary(self) -> str:
         """One line for the run's record."""
@@ -86,13 +102,14 @@ class Replays:
         return self._task.loss(self._model, ImageBatch(images, labels))
 
 
-def _why_never(graphs: str, recipe: Recipe, world: World, task: Task[Any], model: nn.Module) -> str | None:
+def _why_never(graphs: str, recipe: Recipe, task: Task[Any], model: nn.Module) -> str | None:
     if graphs == "off":
         return "graphs=off"
     if not task.fixed_shapes:
         return "batches of sentences differ in shape"
-    if world.size > 1:
-        return "several processes"
+    for name, module in model.named_modules():
+        if isinstance(module, SyncBatchNorm2d):
+            return f"{name}: normalization over all processes communicates inside the model"
     if recipe.autocast != "none":
         return "autocast"
     return why_not_graphed(model)

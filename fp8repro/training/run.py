@@ -14,6 +14,7 @@ import fp8repro
 from fp8repro.errors import UserError
 from fp8repro.numerics.reference import BITS_VERSION
 from fp8repro.precision.context import StepContext
+from fp8repro.precision.grouped_weights import GroupedWeights
 from fp8repro.precision.injection import InjectionReport, inject
 from fp8repro.precision.loss_scaling import LossScaler, make_scaler
 from fp8repro.precision.master import MasterWeights
@@ -51,6 +52,7 @@ class Run:
 
     Attributes:
         config: its learning rate settled.
+        weights: rounds the model's weights for eager passes on a GPU; replayed ones round their own.
         step: updates so far, skipped ones counted.
         seconds: spent in the loop, by former processes too.
         results: plain values that a checkpoint keeps: last evaluation, its step, the best one; rollbacks; last logged
@@ -68,6 +70,7 @@ class Run:
     scaler: LossScaler
     statistics: NormalizationStatistics
     replays: Replays
+    weights: GroupedWeights
     steps_per_epoch: int
     total_steps: int
     step: int = 0
@@ -157,9 +160,8 @@ def build(config: RunConfig, world: World) -> Run:
     scaler = make_scaler(config.loss_scaling, total_steps, config.trainer.epochs)
     statistics = NormalizationStatistics(model)
     replays = Replays(config.graphs, config.precision, world, task, model)
-    return Run(
-        config, world, task, model, context, report, masters, scaler, statistics, replays, steps_per_epoch, total_steps
-    )  # fmt: skip
+    parts = (config, world, task, model, context, report, masters, scaler, statistics, replays, GroupedWeights(model))
+    return Run(*parts, steps_per_epoch, total_steps)
 
 
 def resume(run: Run, record: RunFolder, display: Display) -> None:

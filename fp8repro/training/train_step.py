@@ -57,7 +57,7 @@ def train_step(run: Run, batches: list[Any], stop: bool) -> StepResult:
     result = StepResult(False, lr, scale, count, loss, figures, stops > 0)
     world.sum_tensors(p.grad for p in run.model.parameters() if p.grad is not None)
     world.average_tensors(run.statistics.tensors)
-    result.applied = run.masters.step(scale, config.trainer.clip_norm)
+    result.applied = run.replays.step(run.masters, scale, config.trainer.clip_norm)
     run.scaler.update(not result.applied)
     if not result.applied:
         finite = bool(result.loss.isfinite()) and run.statistics.finite()
@@ -90,6 +90,7 @@ def accumulate_gradients(run: Run, step: int, batches: list[Any], factor: float)
             seed_torch(derived_seed("forward", config.seed, step, micro_step, run.world.rank), device)
             replayed = run.replays.take(batch, factor)
             if replayed is None:
+                run.weights.round()
                 with autocast(config.precision, device):
                     loss, figures = run.task.loss(run.model, batch)
                 (loss * factor).backward()

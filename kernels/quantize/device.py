@@ -248,16 +248,55 @@ def round_transpose(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One tile of [batch, rows, columns]: read once, codes written as they are and as [batch, columns, rows].
+    """One tile of [batch, rows, columns]: read once, codes written as they are and as [batch, columns, rows]."""
+    words = RandomWords(seed0, seed1, stream0, stream1)
+    round_tile(
+        x_ptr,
+        codes_ptr,
+        transposed_ptr,
+        stats_ptr,
+        rows,
+        columns,
+        x_stride,
+        tl.program_id(2).to(tl.int64),
+        tl.program_id(0),
+        tl.program_id(1),
+        words,
+        ENCODING,
+        WHOLE_GROUPS,
+        PACKED,
+        ROWS,
+        COLUMNS,
+    )
+
+
+@triton.jit
+def round_tile(
+    x_ptr,
+    codes_ptr,
+    transposed_ptr,
+    stats_ptr,
+    rows,
+    columns,
+    x_stride,
+    batch,
+    tile_row,
+    tile_column,
+    words,
+    ENCODING: tl.constexpr,
+    WHOLE_GROUPS: tl.constexpr,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Round a tile and write its codes in both layouts.
 
     WHOLE_GROUPS: columns % 8 == 0, so a Philox block covers eight neighbours in a row and a thread uses all its words.
     PACKED: how many rows' codes of a column `transposed_ptr` takes as one integer; divides rows.
     """
-    words = RandomWords(seed0, seed1, stream0, stream1)
-    row = tl.program_id(0) * ROWS + PACKED * tl.arange(0, ROWS // PACKED)[:, None]
-    first_column = tl.program_id(1) * COLUMNS
+    row = tile_row * ROWS + PACKED * tl.arange(0, ROWS // PACKED)[:, None]
+    first_column = tile_column * COLUMNS
     column = first_column + tl.arange(0, COLUMNS)[None, :]
-    batch = tl.program_id(2).to(tl.int64)
     mask = (row < rows) & (column < columns)
     offset = (batch * rows + row) * x_stride + column
     index = (batch * rows + row) * columns + column
@@ -282,10 +321,10 @@ def round_transpose(
         offset += x_stride
         index += columns
         block += columns // 8
-    word = tl.program_id(0) * (ROWS // PACKED) + tl.arange(0, ROWS // PACKED)[None, :]
-    words = rows // PACKED
-    place = (batch * columns + tl.trans(column)) * words + word
+    word = tile_row * (ROWS // PACKED) + tl.arange(0, ROWS // PACKED)[None, :]
+    words_a_column = rows // PACKED
+    place = (batch * columns + tl.trans(column)) * words_a_column + word
     transposed = tl.trans(packed).to(transposed_ptr.dtype.element_ty)
-    tl.store(transposed_ptr + place, transposed, (tl.trans(column) < columns) & (word < words))
+    tl.store(transposed_ptr + place, transposed, (tl.trans(column) < columns) & (word < words_a_column))
     if stats_ptr is not None:
         add_statistics(stats_ptr, statistics)

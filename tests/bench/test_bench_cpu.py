@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fp8repro
-from fp8repro.bench import quantize, step
+from fp8repro.bench import data, quantize, step
 from fp8repro.bench.cpu import PINNING, ForeignLoad, interleaved_medians, relaunch_pinned, report, rows
 from fp8repro.engines.cpu import native
 from fp8repro.numerics.reference import round_to_format
@@ -105,3 +105,29 @@ def test_a_measured_step_trains(model):
     run = step.training_step(model, "fp8")
     for _ in range(2):
         run()
+
+
+def test_images_are_counted_however_they_are_loaded(tmp_path, monkeypatch, capsys):
+    # The benchmark has a cache of its own.
+    monkeypatch.setenv("FP8REPRO_CACHE", str(tmp_path / "none"))
+    monkeypatch.setattr(data, "PHOTOS", (48, 40, 16, 6, 3))
+    monkeypatch.setattr(data, "SMALL", (16, 16, 16, 6, 3))
+    monkeypatch.setattr(data, "SHORTER_SIDE", 32)
+    once = {}
+
+    def call_once(work, repeats, clock):
+        once.update({call: len(list(call())) for call in work.values()})
+        return dict.fromkeys(work, 2.0)
+
+    monkeypatch.setattr(data, "interleaved_medians", call_once)
+    assert data.main(["--repeats", "1", "--workers", "1", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "data.json").read_text())
+    assert record["pinned"] is None
+    groups = {row["group"]: row["images"] for row in record["rows"]}
+    assert list(groups.values()) == [6, 48, 6, 48]
+    for row in record["rows"]:
+        assert row["images_per_second"] == row["images"] * 500
+    # Batches of 3.
+    assert set(once.values()) == {2, 16}
+    assert "images/s" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()

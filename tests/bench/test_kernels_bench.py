@@ -125,7 +125,7 @@ def test_rehearsal():
     made = start(rehearse=True, seconds=60)
     assert made.machine == describe_machine(torch.device("cpu"))
     kernel_work.parity(made)
-    for name in ("ceilings", "quantize", "matmul", "error"):
+    for name in ("ceilings", "quantize", "matmul", "error", "weights"):
         made.run(name, kernel_work.MEASUREMENTS[name])
     assert not made.skipped
     assert len(made.rows) > 15

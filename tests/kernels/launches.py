@@ -1,79 +1,92 @@
-"""Counts what a translation model's step launches on an H100, kernels of ours and torch's; no GPU takes part.
+"""Counts the launches of a training step of ResNet-50 on an H100, as a run replays it; no GPU takes part.
 
-    env -u TRITON_INTERPRET python tests/kernels/launches.py transformer gnmt
+    env -u TRITON_INTERPRET python tests/kernels/launches.py resnet50 fp8
 
-The forward and the backward pass run on the meta device. Prints the numbers as JSON, those of each model: of each
-kernel of ours, of each of torch's operators, and how many of the former round weights.
+The step runs on the meta device. Prints, of each part of the step, Triton's launches by kernel and torch's by operator,
+as JSON.
 """
 
 import json
 import sys
 from collections import Counter
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn.functional as F
-import variants
 from torch.utils._python_dispatch import TorchDispatchMode
+from variants import BATCH, CLASSES, SIDE, pretend_an_h100
 
-from fp8repro.models.gnmt import gnmt
-from fp8repro.models.transformer import transformer
+from fp8repro.kernels.optimizer import launch  # noqa: F401 (imported before names of it are replaced)
+from fp8repro.kernels.quantize import grouped  # noqa: F401
+from fp8repro.models.resnet import make_resnet
+from fp8repro.precision import graphs, grouped_weights
 from fp8repro.precision.context import StepContext
+from fp8repro.precision.graphs import GraphedStep, GraphedUpdate
 from fp8repro.precision.injection import inject
-from fp8repro.precision.site import Site
+from fp8repro.precision.master import MasterWeights
 from fp8repro.settings.recipes import load_recipe
 
-# The paper's depth; batches of 128 sentences.
-MODELS = {"transformer": (transformer, {}, 32), "gnmt": (gnmt, {"layers": 8}, 50)}
-VOCABULARY, BATCH = 32_000, 128
-# Operators that start nothing on a GPU: they make views, or memory.
-FREE = {
-    "alias", "as_strided", "chunk", "detach", "empty", "empty_like", "empty_strided", "expand", "is_same_size",
-    "lift_fresh", "new_empty", "new_empty_strided", "permute", "select", "set_", "slice", "split", "split_with_sizes",
-    "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "view_as", "_reshape_alias", "_unsafe_view",
-}  # fmt: skip
+# Operators that start nothing on a device.
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "is_same_size"}
 
 
-class Operators(TorchDispatchMode):
-    """Counts torch's operators that launch kernels."""
+class Launches(TorchDispatchMode):
+    """Counts torch's operators that launch a kernel or a copy."""
 
     def __init__(self):
         super().__init__()
         self.found = Counter()
 
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        name = str(operator).split(".")[1]
-        if name not in FREE:
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        if not function.is_view and name not in FREE:
             self.found[name] += 1
-        return operator(*args, **(kwargs or {}))
+        return function(*arguments, **(options or {}))
 
 
-def launches(name):
-    """Launches of one step, by kernel and by operator, and those that round weights."""
-    kernels, weights = Counter(), 0
-    build, size, length = MODELS[name]
-    variants.pretend_an_h100(lambda kernel, *arguments, **options: kernels.update([kernel.fn.__name__]))
-    round_weight = Site.weight
+def count(name, recipe):
+    """Launches of each part of a step."""
+    triton_launches = Counter()
+    pretend_an_h100(lambda kernel, *_, **__: triton_launches.update([kernel.fn.__name__]))
+    grouped_weights.reachable = lambda weight: True
+    graphs.why_not_graphed, graphs.capture = lambda model: None, lambda run, device, pool: run
+    parts = {}
 
-    def counted(*arguments):
-        nonlocal weights
-        before = kernels.total()
-        operand = round_weight(*arguments)
-        weights += kernels.total() - before
-        return operand
+    @contextmanager
+    def counted(part):
+        triton_launches.clear()
+        with Launches() as torchs:
+            yield
+        parts[part] = {"triton": dict(triton_launches), "torch": dict(torchs.found)}
 
-    Site.weight = counted
-    try:
-        with torch.device("meta"):
-            model = build(VOCABULARY, **size)
-            source, target = (torch.empty(BATCH, length, dtype=torch.long) for _ in range(2))
-        inject(model, load_recipe("fp8"), StepContext(seed=1), "triton")
-        model.fp8_context.begin(0)
-        with Operators() as operators:
-            F.cross_entropy(model(source, target).flatten(0, 1), target.flatten()).backward()
-    finally:
-        Site.weight = round_weight
-    return {"kernels": dict(kernels), "operators": dict(operators.found), "weights": weights}
+    with torch.device("meta"):
+        model = make_resnet(name, CLASSES, image_size=SIDE).to(memory_format=torch.channels_last)
+        batch = torch.empty(BATCH, 3, SIDE, SIDE).to(memory_format=torch.channels_last), torch.empty(BATCH).long()
+    recipe, context = load_recipe(recipe), StepContext(seed=1)
+    inject(model, recipe, context, "triton")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4)
+    masters = MasterWeights(model, optimizer, recipe)
+    step = GraphedStep(model, lambda x, labels: (F.cross_entropy(model(x), labels), {}), batch)
+    # The first one makes tables.
+    context.begin(1)
+    step(batch, 1e4)
+    optimizer.zero_grad()
+    context.begin(2)
+    with counted("forward and backward"):
+        step(batch, 1e4)
+    for p in model.parameters():
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=torch.float32)
+    update = GraphedUpdate(masters, masters.capturable())
+
+    def replayed():
+        update._launch()
+        raise StopIteration  # The host would wait here.
+
+    update._replay = replayed
+    with counted("update"), suppress(StopIteration):
+        update(1e4, None)
+    return parts
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: launches(name) for name in sys.argv[1:]}))
+    print(json.dumps(count(*sys.argv[1:])))

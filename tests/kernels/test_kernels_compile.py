@@ -41,6 +41,11 @@ BOUNDS = {
     "quantize e4m3 stochastic": 25,
     "quantize e5m2 stochastic, stream in memory": 25,
     "quantize columns e5m2 stochastic": 24,
+    # Addresses from a table.
+    "quantize grouped e5m2 nearest": 11,
+    "quantize grouped + transpose e5m2 nearest": 18,
+    "quantize grouped e5m2 stochastic": 29,
+    "quantize grouped + transpose e5m2 stochastic": 35,
     # To a format with more quanta than one addition can count.
     "quantize fp16 stochastic": 27,
     # To FP32, whose stores want other values in a thread; in two layouts.

@@ -12,6 +12,7 @@ from fp8repro.engines.guards import spell
 from fp8repro.kernels.optimizer import launch as engine
 from fp8repro.kernels.optimizer.launch import gradient_control, update
 from fp8repro.kernels.shared.launch import INTERPRETED, counted_launches
+from fp8repro.kernels.shared.tables import table_of
 from fp8repro.numerics import reference
 from fp8repro.numerics.formats import E5M2, FP16
 from fp8repro.numerics.rounding import ORDERS, RandomBits, Rounding
@@ -118,8 +119,23 @@ def test_launches_do_not_grow_with_the_number_of_tensors():
     parameters = [Parameter(torch.zeros(5, device=DEVICE), torch.ones(5, device=DEVICE)) for _ in range(100)]
     with counted_launches() as launches:
         update(parameters, Rule("sgd", 1.0, 0.0), 1, EXACT, FP8, gradient_control(parameters))
-    assert launches == {"update": 1, "gradient_norms": 1}
+    assert launches == {"update": 1, "gradient_norms": 1, "gradient_control": 1}
     assert all((p.master == -1).all() for p in parameters)
+
+
+def test_tables_of_addresses_are_made_once_for_the_same_tensors():
+    masters, grads = tensors(), tensors(seed=1)
+    parameters = [Parameter(m, g, (torch.zeros_like(m),)) for m, g in zip(masters, grads, strict=True)]
+    made = []
+    for step in (1, 2, 3):
+        before = table_of.cache_info().misses
+        update(parameters, RULES["sgd"], step, EXACT, FP8, gradient_control(parameters), seed=step)
+        made.append(table_of.cache_info().misses - before)
+    assert made[0] > 0
+    assert made[1:] == [0, 0]
+    grads[0] = grads[0].clone()
+    gradient_control([replace(parameters[0], grad=grads[0])])
+    assert table_of.cache_info().misses > before
 
 
 def group(rule):
@@ -130,20 +146,21 @@ def group(rule):
     roundings = (spell(Rounding(FP16, "stochastic")), spell(FP8))
     control = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64, device=DEVICE)
     streams = [1, 2, 3, 4, -5, 6]
-    return grads, masters, states, [], [], control, streams, rule.name, numbers, rule.nesterov, 2, *roundings, 8.0, -7
+    rest = (rule.name, numbers, rule.nesterov, 2, *roundings, 8.0, -7, [False, True, False])
+    return grads, masters, states, [], [], control, streams, *rest
 
 
 def test_operators_hold_what_torch_asks_of_them():
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     grads, masters, *rest = group(RULES["adam"])
-    torch.library.opcheck(engine.gradient_norms, (grads, masters, 8.0), test_utils=utilities)
+    torch.library.opcheck(engine.control_of, (grads, 8.0, 2.0), test_utils=utilities)
     torch.library.opcheck(engine.update_group, (grads, masters, *rest), test_utils=utilities)
 
 
 def test_a_compiled_graph_holds_the_update():
     def step(grads, masters, *rest):
         torch.ops.fp8repro.update(grads, masters, *rest)
-        return torch.ops.fp8repro.gradient_norms(grads, masters, 8.0).sum(0), masters[0] + 1
+        return torch.ops.fp8repro.gradient_control(grads, 8.0, None), masters[0] + 1
 
     plain, compiled = group(RULES["adam"]), group(RULES["adam"])
     expected = step(*plain)

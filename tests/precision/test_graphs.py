@@ -4,13 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from replaying import DEVICE, SCALE, Trained, assert_same, draw, linear, resnet, stand_in_for_a_gpu
 from torch import nn
-from torchvision.models.resnet import BasicBlock, ResNet
 from training_tools import rows, tiny_config, use_tiny_network, write_images
 
 from fp8repro.engines import quantizer
-from fp8repro.kernels import ops
 from fp8repro.kernels.quantize.launch import round_into
 from fp8repro.kernels.shared.launch import INTERPRETED
 from fp8repro.numerics.rounding import RandomBits, Rounding
@@ -19,92 +17,17 @@ from fp8repro.precision import graphs
 from fp8repro.precision.context import StepContext, stream_id
 from fp8repro.precision.graphs import GraphedStep, why_not_graphed
 from fp8repro.precision.injection import inject, sites
-from fp8repro.precision.master import MasterWeights
-from fp8repro.precision.telemetry import Telemetry
 from fp8repro.settings.recipes import load_recipe
 from fp8repro.settings.schema import DataConfig, LossScalingConfig
-from fp8repro.training import replays
 from fp8repro.training.loop import train
 
-DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-SCALE = 1024.0
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 STAND_IN = pytest.mark.skipif(not INTERPRETED, reason="stands in for the graph that a GPU has")
 
 
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def resnet():
-    """Two stages, the second strided; no pooling, whose gradient torch adds by atomics."""
-    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
-    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-    model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(128, 5)
-    return model.to(memory_format=torch.channels_last), (2, 3, 12, 12)
-
-
-def linear():
-    layers = nn.Linear(24, 40), nn.LayerNorm(40), nn.ReLU(), nn.Linear(40, 16), nn.ReLU(), nn.Linear(16, 5)
-    return nn.Sequential(*layers), (6, 24)
-
-
-class Trained:
-    """A converted model with masters and an optimizer."""
-
-    def __init__(self, build, recipe="fp8", telemetry=0):
-        torch.manual_seed(0)
-        model, self.shape = build()
-        self.model = model.to(DEVICE)
-        recipe = load_recipe(recipe)
-        self.context = StepContext(seed=3, telemetry=Telemetry(telemetry))
-        inject(self.model, recipe, self.context, "triton")
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
-        self.masters = MasterWeights(self.model, self.optimizer, recipe)
-
-    def batch(self, step):
-        return draw(*self.shape, seed=step), torch.arange(self.shape[0]) % 5
-
-    def loss_of(self, x, labels):
-        logits = self.model(x)
-        return F.cross_entropy(logits, labels), {"hits": (logits.detach().argmax(1) == labels).sum()}
-
-    def eager(self, batch, scale=SCALE):
-        loss, figures = self.loss_of(*(t.to(DEVICE) for t in batch))
-        (loss * scale).backward()
-        return loss.detach(), figures
-
-    def gradients(self):
-        return {name: p.grad.clone() for name, p in self.model.named_parameters()}
-
-
-def assert_same(given, expected):
-    assert given.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(given[name], tensor), name
-
-
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Kernels for every rounding, and for a graph the same Python again: it finds its streams in the table."""
-    monkeypatch.setattr(quantizer.native, "available", lambda: False)
-    monkeypatch.setattr(quantizer, "_torch_round_into", round_into)
-    monkeypatch.setattr(quantizer, "_round_both_layouts", ops.transpose_engine)
-
-    def capture(run, device, pool):
-        run()
-        return run
-
-    monkeypatch.setattr(graphs, "capture", capture)
-    for module in (graphs, replays):
-        monkeypatch.setattr(module, "why_not_graphed", reason_other_than_the_device)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
-
-
-def reason_other_than_the_device(model):
-    reason = why_not_graphed(model)
-    return None if reason is not None and reason.endswith("need a GPU") else reason
+    stand_in_for_a_gpu(monkeypatch.setattr)
 
 
 def test_slots_hold_the_streams_of_the_step():
@@ -132,6 +55,18 @@ def test_refreshed_slots_are_the_eager_streams_of_any_step(moment):
         slots.refresh(context.stream_number)
         words = [[int(word) & 0xFFFFFFFF for word in slot.words()] for slot in given]
         assert [low | high << 32 for low, high in words] == [context.stream(*operand) for operand in operands]
+
+
+def test_a_span_of_slots_is_one_tensor_of_streams():
+    slots = StreamTable(DEVICE, capacity=5)
+    first = slots.slot(("a", 0, "x", "error"))
+    names = [(f"w{i}", 0, "master", "master") for i in range(3)]
+    span = slots.span(names)
+    slots.refresh(lambda name, *_: 2**64 - 1 if name == "a" else 2**40 + int(name[1:]))
+    assert span.tolist() == [2**40, 2**40 + 1, 2**40 + 2]
+    assert [int(word) for word in first.words()] == [-1, -1]
+    with pytest.raises(ValueError, match=r"^names: got .*'w1'.*, which has a slot, expected operands without one"):
+        slots.span([("new", 0, "master", "master"), names[1]])
 
 
 @pytest.mark.parametrize("layout", ["flat", "columns", "strided"])

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from distributed_worker import fp8_config, synchronized_config, without_dropout
 from torch import nn
-from training_tools import rows
+from training_tools import rows, write_images
 
 import fp8repro.training.tasks.classification
 from fp8repro.errors import UserError
+from fp8repro.precision.graphs import why_not_graphed
+from fp8repro.precision.injection import inject
 from fp8repro.training import train
 from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint
 from fp8repro.training.distributed import World, join_world
@@ -94,6 +96,26 @@ def test_a_signal_to_one_rank_ends_the_evaluation_of_all(fp8_run):
     assert [row["step"] for row in rows(stopped, "eval")] == [3]
 
 
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="stands in for the graph that a GPU has")
+def test_processes_that_replay_their_steps_are_those_that_do_not(tmp_path):
+    write_images(tmp_path / "images", count=14, size=8)
+    torchrun(tmp_path / "run", "graphed")
+    replayed, eager = tmp_path / "run-auto", tmp_path / "run-off"
+    for given, expected in zip(ranks(replayed), ranks(eager), strict=True):
+        assert given["scales"] == expected["scales"]
+        assert {applied for _, applied in given["scales"]} == {True, False}
+        for name, value in expected["model"].items():
+            assert given["model"][name].numpy().tobytes() == value.numpy().tobytes(), name
+    a, b = ranks(replayed)
+    for name, value in a["model"].items():
+        assert value.numpy().tobytes() == b["model"][name].numpy().tobytes(), name
+    # On either rank, with gradients that were summed in the graphs' memory.
+    assert all(given["updates"] and all(given["updates"]) for given in (a, b))
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (replayed, eager)]
+    assert [summary["graphs"] for summary in summaries] == ["replayed for batches of 2", "graphs=off"]
+    assert summaries[0]["best"] == summaries[1]["best"]
+
+
 def test_another_number_of_processes_is_refused(fp8_run, monkeypatch):
     monkeypatch.setattr(fp8repro.training.tasks.classification, "make_resnet", without_dropout)
     with pytest.raises(UserError, match="resume: processes is 2 in the checkpoint and 1 in this run"):
@@ -160,6 +182,18 @@ def test_one_process_is_a_world_whatever_slurm_says(environment, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert join_world("cpu") == World()
+
+
+def test_a_model_that_sums_its_own_gradients_is_not_graphed(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        inject(model, "fp8", backend="triton")
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        expected = "the model: DistributedDataParallel sums gradients inside the backward pass"
+        assert why_not_graphed(wrapped) == expected
+    finally:
+        dist.destroy_process_group()
 
 
 def test_synchronized_normalization_keeps_no_copy_in_fp64_for_backward(tmp_path):

@@ -10,6 +10,10 @@ import functools
 import math
 from typing import Any
 
+import torch
+
+from fp8repro.numerics.reference import counted
+
 Strides = tuple[int, ...]
 # Runs shorter than this cost more to find than a copy of the whole tensor, and so do narrower matrices.
 SHORTEST_RUN = 16
@@ -49,12 +53,16 @@ def plan(
     return "copy", ()
 
 
-def transposed_matrices(shape: tuple[int, ...], strides: Strides) -> tuple[int, int, int] | None:
+@functools.lru_cache(maxsize=4096)
+def counted_matrices(shape: tuple[int, ...], strides: Strides, order: str) -> tuple[int, int, int] | None:
     """(matrices, rows, columns) of a dense tensor whose matrices lie as [rows, columns] and count as [columns, rows].
 
-    No rows where both orders are the same; None for other tensors.
+    `order` is how its elements count (`reference.counted`). No rows where that is how they lie; None for other tensors.
     """
-    sizes, (steps,) = _collapse(shape, (strides,))
+    in_order = counted(torch.empty_strided(shape, strides, device="meta"), order)
+    if in_order.is_contiguous():
+        return 1, 0, in_order.numel()
+    sizes, (steps,) = _collapse(tuple(in_order.shape), (in_order.stride(),))
     if len(sizes) == 1 and steps[0] == 1:
         return 1, 0, sizes[0]
     return _transposed(sizes, steps)

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from fp8repro.engines.cpu import build
-from fp8repro.engines.cpu.layout import transposed_matrices
+from fp8repro.engines.cpu.layout import counted_matrices
 from fp8repro.engines.cpu.native import format_address
 from fp8repro.engines.guards import address, addressable
 from fp8repro.engines.updates import Parameter, Rule
-from fp8repro.numerics.reference import counted
 from fp8repro.numerics.rounding import ORDERS, Rounding
 from fp8repro.numerics.streams import signed64
 
@@ -144,13 +143,5 @@ def _check(p: Parameter) -> tuple[int, int, int]:
 
 
 def _layout(t: Tensor, order: str) -> tuple[int, int, int] | None:
-    """`transposed_matrices` of a tensor whose elements are counted in an order."""
-    return _place(t.shape, t.stride(), order)
-
-
-@functools.lru_cache(maxsize=4096)
-def _place(shape: torch.Size, strides: tuple[int, ...], order: str) -> tuple[int, int, int] | None:
-    in_order = counted(torch.empty_strided(shape, strides, device="meta"), order)
-    if in_order.is_contiguous():
-        return 1, 0, in_order.numel()
-    return transposed_matrices(tuple(in_order.shape), in_order.stride())
+    """`layout.counted_matrices` of a tensor."""
+    return counted_matrices(t.shape, t.stride(), order)

@@ -36,7 +36,9 @@ class ImageTask:
             raise UserError(f"trainer.smoothing_form: got {trainer.smoothing_form!r}, expected all for images")
         for name, value in model.size.items():
             raise UserError(f"model.size.{name}: got {value!r}, expected no sizes for {model.name}")
-        self.data = load_images(data.name, data.root, data.image_size, data.options, seed=seed)
+        self.data = load_images(
+            data.name, data.root, data.image_size, data.options, seed=seed, cache=data.cache, workers=data.workers
+        )
         self.network, self.world, self.workers = model, world, data.workers
         self.smoothing, self.eval_batch_size = trainer.label_smoothing, trainer.eval_batch_size
         self._pinned = world.device.type == "cuda"
@@ -83,7 +85,8 @@ class ImageTask:
 
     def _logits(self, model: nn.Module, batch: ImageBatch) -> tuple[Tensor, Tensor]:
         batch = batch.to(self.world.device)
-        return model(batch.images.contiguous(memory_format=self._layout)).float(), batch.labels
+        images = self.data.normalized(batch.images).contiguous(memory_format=self._layout)
+        return model(images).float(), batch.labels
 
     def figures(self, means: dict[str, float]) -> dict[str, float]:
         """See `Task`."""

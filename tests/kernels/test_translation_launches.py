@@ -13,7 +13,7 @@ BOUNDS = {"transformer": 890, "gnmt": 3990}
 def test_a_step_of_the_translation_models_issues_few_launches():
     # In a process of its own, because this one may interpret kernels.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, Path(__file__).with_name("launches.py"), *BOUNDS]
+    command = [sys.executable, Path(__file__).with_name("translation_launches.py"), *BOUNDS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
