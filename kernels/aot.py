@@ -31,6 +31,8 @@ from fp8repro.kernels.norm import device as normalizations
 from fp8repro.kernels.norm import launch as norms
 from fp8repro.kernels.optimizer import device as updates
 from fp8repro.kernels.optimizer import launch as update
+from fp8repro.kernels.pool import device as pooling
+from fp8repro.kernels.pool import launch as pool
 from fp8repro.kernels.quantize import device as rounding
 from fp8repro.kernels.quantize import device_grouped as group_rounding
 from fp8repro.kernels.quantize import grouped
@@ -337,6 +339,22 @@ def _norm_cases(capability: tuple[int, int]) -> Iterator[Case]:
     yield norm("layer norm gradient", normalizations.layer_backward, {}, {"ROWS": 2, "BLOCK": 1024})
 
 
+def _pool_cases(capability: tuple[int, int]) -> Iterator[Case]:
+    """The pooling of a ResNet's stem, whose result is rounded too."""
+    options = pool.Window((3, 3), (2, 2), (1, 1)).options()
+    shared = {**options, "ROWS": pool.ELEMENTS // pool.CHANNELS, "BLOCK": pool.CHANNELS, "WIDE": False}
+
+    def case(name: str, kernel: Any, pointers: dict[str, str], **constants: Any) -> Case:
+        types = pointers | dict.fromkeys((*pooling.SIZES, "channels"), "i32")
+        return Case(name, kernel, types, shared | constants, 4, 3, 80, "pool", ("channels",), pool.ELEMENTS)
+
+    outputs = {"y_ptr": "*fp32", "taps_ptr": "*u8", "codes_ptr": "*u8"}
+    encoding = codec.encoding(Rounding(E5M2), capability)
+    yield case("max pool", pooling.max_pool, {"x_ptr": "*fp32", **outputs}, ENCODING=encoding)
+    pointers = {"grad_ptr": "*fp32", "taps_ptr": "*u8", "grad_x_ptr": "*fp32"}
+    yield case("max pool gradient", pooling.max_pool_gradient, pointers)
+
+
 def cases(capability: int) -> Iterator[Case]:
     """Every kernel, in the configurations that training launches."""
     version = (capability // 10, capability % 10)
@@ -347,6 +365,7 @@ def cases(capability: int) -> Iterator[Case]:
     yield from _norm_cases(version)
     yield from lstm_cases(version)
     yield from sublayer_cases(version)
+    yield from _pool_cases(version)
 
 
 def _arguments(case: Case) -> tuple[dict[str, Any], dict[Any, Any], dict[tuple[int, ...], list[list[Any]]]]:

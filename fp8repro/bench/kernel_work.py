@@ -19,6 +19,7 @@ from fp8repro.errors import RunFailure
 from fp8repro.kernels.conv2d.launch import conv2d, conv2d_error, conv2d_gradient
 from fp8repro.kernels.matmul.launch import matmul
 from fp8repro.kernels.optimizer.launch import gradient_control, update
+from fp8repro.kernels.pool.launch import Window, max_pool, max_pool_backward
 from fp8repro.kernels.quantize.grouped import Job, prepare
 from fp8repro.kernels.quantize.launch import round_into, round_transpose
 from fp8repro.numerics import reference
@@ -259,6 +260,29 @@ def _output(shape: tuple[int, ...], module: nn.Conv2d) -> tuple[int, ...]:
         return tuple(module(torch.empty(shape)).shape)
 
 
+def measure_pooling(bench: Bench) -> None:
+    """Max pooling of ResNet-50's stem, beside copy bandwidth and torch's in FP32."""
+    batch, side = (256, 112) if bench.scale == 1 else (1, 8)
+    rate, window = copy_bandwidth(bench), Window((3, 3), (2, 2), (1, 1))
+    x = torch.randn(batch, 64, side, side, device=bench.device).to(memory_format=torch.channels_last)
+    y, taps, _ = max_pool(x, window, Rounding(E5M2))
+    # Values and taps are written and read; the result is rounded too.
+    size = {"forward": 4 * x.numel() + 6 * y.numel(), "gradient": 5 * y.numel() + 4 * x.numel()}
+    leaf = x.detach().requires_grad_()
+    pooled = F.max_pool2d(leaf, *window)
+    both: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "forward": (lambda: max_pool(x, window, Rounding(E5M2)), lambda: F.max_pool2d(leaf, *window)),
+        "gradient": (
+            lambda: max_pool_backward(y, taps, x.shape, window),
+            lambda: torch.autograd.grad(pooled, leaf, y, retain_graph=True),
+        ),
+    }
+    for name, (ours, torchs) in both.items():
+        ms, shape = bench.milliseconds(ours), f"{batch}x64x{side}^2"
+        bench.add(f"max pooling, {name}", shape, ms, size[name] / ms / rate, "copy bandwidth", None)
+        bench.add(f"max pooling, {name}", shape, ms, bench.milliseconds(torchs) / ms, "torch FP32", None)
+
+
 def measure_update(bench: Bench) -> None:
     """The fused SGD step (norm and finite check included) beside copy bandwidth and torch's fused SGD."""
     rate = copy_bandwidth(bench)
@@ -320,6 +344,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "matmul": measure_matmul,
     "error": measure_error,
     "update": measure_update,
+    "pooling": measure_pooling,
     "weights": measure_weights,
     "convolutions": measure_convolutions,
     "translation": measure_translation,

@@ -36,6 +36,21 @@ PRECISION = """\
   precision.ROLE.rounding=nearest|stochastic|toward_zero
 """
 
+WARM = """\
+usage: fp8repro warm [group=choice ...] [setting=value ...] [capability=90] [processors=132]
+
+  fp8repro warm model=resnet50 precision=fp8
+  fp8repro warm model=transformer precision=fp8 capability=90
+
+Compiles the Triton kernels that fp8repro train would compile with the same settings, one process a core, into Triton's
+cache (TRITON_CACHE_DIR). What is there stays. No GPU takes part, but the data has to be there: it decides the shapes.
+Kernels of the beam search are compiled when they are first launched.
+
+options
+  capability=N  compute capability to compile for, 90 for sm_90 (default: this machine's GPU)
+  processors=N  its multiprocessors, by which tiles are chosen (default: this GPU's; known for 89, 90, 100 and 120)
+  -h, --help    this text"""
+
 EVALUATE = """\
 usage: fp8repro evaluate WEIGHTS [group=choice ...] [setting=value ...] [--split val|train|test]
 

@@ -153,6 +153,35 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
+def warm(arguments: list[str]) -> int:
+    """`fp8repro warm`: the kernels of a run, compiled before it."""
+    parser = _Parser("warm")
+    parser.add_argument("settings", nargs="*")
+    options = parser.parse_intermixed_args(arguments)
+    if options.help:
+        from fp8repro.cli.help import WARM
+
+        print(WARM)
+        return 0
+    own = dict(part.split("=", 1) for part in options.settings if part.startswith(("capability=", "processors=")))
+    from fp8repro.settings.overrides import jobs
+    from fp8repro.settings.schema import run_config
+
+    (job,) = jobs([part for part in options.settings if part.split("=")[0] not in own], sweep=False)
+    config = run_config(job.values)
+    numbers = [_whole_number(name, own.get(name)) for name in ("capability", "processors")]
+    from fp8repro.training.warm import warm_config
+
+    print(warm_config(config, *numbers))
+    return 0
+
+
+def _whole_number(name: str, text: str | None) -> int | None:
+    if text is not None and not (text.isdecimal() and int(text) > 0):
+        raise UserError(f"{name}: got {text!r}, expected a whole number over 0")
+    return None if text is None else int(text)
+
+
 def evaluate(arguments: list[str]) -> int:
     """`fp8repro evaluate`: saved weights on the validation data, in any precision."""
     parser = _Parser("evaluate")
@@ -340,6 +369,7 @@ def _print_main(text: str) -> None:
 
 VERBS = {
     "train": Verb("train a model, or a sweep of models", train),
+    "warm": Verb("compile a run's GPU kernels before it", warm),
     "evaluate": Verb("measure saved weights, in any precision", evaluate),
     "reproduce": Verb("run every cell of the paper's tables", reproduce),
     "report": Verb("the page: tables, verdicts and figures of finished runs", report),

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fp8repro.engines.cpu import native
-from fp8repro.engines.guards import spell
 from fp8repro.engines.products import decode
 from fp8repro.engines.quantizer import round_into
 from fp8repro.errors import UserError
@@ -22,6 +21,8 @@ from fp8repro.numerics.formats import BF16, FP32, FloatFormat
 from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.become import become
 from fp8repro.precision.context import StepContext
+from fp8repro.precision.offers import offered
+from fp8repro.precision.pooling import pool_by_kernels
 from fp8repro.precision.site import Site
 
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
@@ -126,7 +127,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         from fp8repro.kernels.norm.operators import normalize_batch
 
         # A result before its ReLU goes into a sum, not into a layer.
-        rounding = _offered(consumers) if relu else ""
+        rounding = offered(consumers) if relu else ""
         kept = "" if self.input_format is FP32 else self.input_format.name
         running = (self.running_mean, self.running_var, self.num_batches_tracked)
         y, codes, *_ = normalize_batch(
@@ -171,20 +172,11 @@ class FusedLayerNorm(nn.LayerNorm):
         """[..., D] FP32 -> the same shape."""
         from fp8repro.kernels.norm.operators import normalize_rows
 
-        rounding = _offered(self.consumers)
+        rounding = offered(self.consumers)
         y, codes, _, _ = normalize_rows(input, self.weight, self.bias, self.eps, rounding)
         if rounding:
             self.context.offers.make(y, self.consumers, codes.detach())
         return y
-
-
-def _offered(consumers: Rounding) -> str:
-    """How a normalization can round for the layers behind it (`guards.spell`); "" where it cannot.
-
-    Not to random bits, which each layer draws for itself, nor to a scale, which needs the whole tensor first.
-    """
-    spec = consumers
-    return spell(spec) if spec.format.is_fp8 and not spec.is_stochastic and spec.scaling == "none" else ""
 
 
 def fuse_normalizations(model: nn.Module, context: StepContext) -> list[str]:
@@ -216,7 +208,7 @@ def _fusible(norm: nn.Module) -> bool:
 
 
 def use_kernels(model: nn.Module, consumers: Rounding, context: StepContext) -> None:
-    """Let Triton kernels do the fused batch normalizations and the layer normalizations, in place.
+    """Let Triton kernels do the fused batch normalizations, the layer normalizations and max pooling, in place.
 
     Args:
         model: after `fuse_normalizations`.
@@ -229,3 +221,5 @@ def use_kernels(model: nn.Module, consumers: Rounding, context: StepContext) -> 
             become(module, FusedLayerNorm, consumers=consumers, context=context)
         elif isinstance(module, FusedBatchNorm2d):
             module.consumers = consumers
+        else:
+            pool_by_kernels(module, consumers, context)

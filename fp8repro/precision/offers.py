@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fp8repro.engines.guards import spell
 from fp8repro.numerics.rounding import Rounding
 
 
@@ -53,3 +54,12 @@ class Offers:
         """What is offered for a tensor under a rounding, or None."""
         offer: Offer | None = self._offers.get(x)
         return offer if offer is not None and (offer.version, offer.how) == (x._version, how) else None
+
+
+def offered(consumers: Rounding) -> str:
+    """How a normalization or a pooling can round for the layers behind it (`guards.spell`); "" where it cannot.
+
+    Not to random bits, which each layer draws for itself, nor to a scale, which needs the whole tensor first.
+    """
+    spec = consumers
+    return spell(spec) if spec.format.is_fp8 and not spec.is_stochastic and spec.scaling == "none" else ""

@@ -188,6 +188,9 @@ class RunConfig:
     graphs: Literal["auto", "off"] = setting(
         "auto", "auto replays steps as CUDA graphs where possible; same bits", PLACE
     )
+    warm: Literal["auto", "off"] = setting(
+        "auto", "auto compiles a run's kernels in parallel processes before its first step, on a GPU", PLACE
+    )
     run_dir: str | None = setting(None, "folder of the run; null: runs/<what runs>", PLACE)
     resume: str = setting("never", "never, auto (from the last checkpoint in run_dir), or path of a checkpoint", PLACE)
     overwrite: bool = setting(False, "delete what is in run_dir first", PLACE)

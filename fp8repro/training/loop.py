@@ -29,6 +29,7 @@ from fp8repro.training.signals import Interrupted, StopRequest, exit_code
 from fp8repro.training.soundness import all_finite, no_better_than_guessing, warnings, what_was_not_finite
 from fp8repro.training.tasks.task import Poll, autocast
 from fp8repro.training.train_step import StepResult, train_step
+from fp8repro.training.warm import compile_kernels
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -69,6 +70,7 @@ def _train(run: Run, record: RunFolder, stop: StopRequest) -> dict[str, Any]:
     if (finished := _resume(run, record, display)) is not None:
         return finished
     announce(run, record, display, rate_settled)
+    compile_kernels(run, display, stop)
     loop = _Loop(run, Journal(run, record, display), stop)
     try:
         loop.train()

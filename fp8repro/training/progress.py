@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,13 +18,13 @@ class Display:
     """Progress of one run; with `visible=False` it shows nothing."""
 
     def __init__(self, steps: int, start: int, visible: bool = True) -> None:
-        """`steps` of the whole run, `start` of them done."""
+        """`steps` of the whole run, `start` of them done; a display without steps is for `counting` alone."""
         self.steps, self.visible = steps, visible
         self._bar: Any = None
         self._last_line = -SECONDS_BETWEEN_LINES
         if visible and sys.stdout.isatty():
             self._bar = _make_bar()
-            self._task = self._bar.add_task("training", total=steps, completed=start, figures="")
+            self._task = self._bar.add_task("training", total=steps, completed=start, figures="", visible=steps > 0)
             self._bar.start()
 
     def show(self, step: int, figures: Mapping[str, Any]) -> None:
@@ -31,9 +32,32 @@ class Display:
         text = "  ".join(f"{name} {_figure(value)}" for name, value in figures.items() if value is not None)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=text)
-        elif self.visible and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
+        elif self._line_is_due():
             print(f"step {step}/{self.steps}  {text}", flush=True)
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar, or lines, of its own inside: call what it gives with how many are done, of how many."""
+        task = None if self._bar is None else self._bar.add_task(what, total=None, figures=what)
+
+        def show(done: int, total: int) -> None:
+            if self._bar is not None:
+                self._bar.update(task, completed=done, total=total)
+            elif self._line_is_due():
+                print(f"{what} {done}/{total}", flush=True)
+
+        try:
+            yield show
+        finally:
+            if self._bar is not None:
+                self._bar.remove_task(task)
+
+    def _line_is_due(self) -> bool:
+        """Whether a line may be printed, which then counts as printed."""
+        if not self.visible or time.monotonic() - self._last_line < SECONDS_BETWEEN_LINES:
+            return False
+        self._last_line = time.monotonic()
+        return True
 
     def say(self, text: str) -> None:
         """A line that stays."""

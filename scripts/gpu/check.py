@@ -53,6 +53,9 @@ class Check:
         self.start = time.monotonic()
         # Paths that logs must not tell, and what they say instead.
         self.hidden = {str(out.resolve()): "OUT", str(out): "OUT", str(ROOT): ".", sys.prefix: "PREFIX"}
+        # Where compiled kernels are kept; of somebody without a home it is the root of all paths.
+        if len(home := str(Path.home())) > 1:
+            self.hidden[home] = "HOME"
 
     def run(self) -> int:
         """Run all stages; gives the exit code."""
@@ -176,7 +179,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("out", type=Path, help="folder of the results")
-    parser.add_argument("--data", type=Path, help="class folders of images, in train/ and val/")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="class folders of images, in train/ and val/; for transformer, aligned text: train, valid or val, test",
+    )
     parser.add_argument("--budget", type=float, default=450, help="seconds of all stages together")
     parser.add_argument("--epochs", type=float, default=4, help="of each training run")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, kernels interpreted")
@@ -193,6 +200,9 @@ def main() -> int:
         str((origin / part).absolute()) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part
     )
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(out / "work" / "hypothesis")
+    if options.part == "transformer":
+        # Where text is prepared.
+        os.environ["FP8REPRO_CACHE"] = str(out / "work" / "cache")
     if options.rehearse:
         os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     else:

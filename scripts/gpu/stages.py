@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-PARTS = ("train", "resnet50", "kernels")
+PARTS = ("train", "resnet50", "transformer", "kernels")
 HERE = Path(__file__).parent
 # Names in the work folder, so that no record holds a path of this machine.
 DATA, RUNS = "data", "runs"
@@ -40,7 +40,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the caller chose: folder of the results, class folders of images or None, tiny sizes on a CPU or not."""
+    """What the caller chose: folder of the results, the part's data or None, epochs, tiny sizes on a CPU or not."""
 
     out: Path
     data: Path | None
@@ -50,7 +50,7 @@ class Choices:
 
 def stages(part: str, choices: Choices) -> list[Stage]:
     """The stages of a part, the most important one first."""
-    makers = {"train": _train, "resnet50": _resnet50, "kernels": _kernels}
+    makers = {"train": _train, "resnet50": _resnet50, "transformer": _transformer, "kernels": _kernels}
     return list(makers[part](choices))
 
 
@@ -61,13 +61,14 @@ def _train(choices: Choices) -> Iterator[Stage]:
     yield _bench("product", "parity", choices, limit=40)
     if choices.data is None:
         yield Stage("image folder", why="no --data FOLDER was given: the handwritten digits take its place")
-    settings = [f"trainer.epochs={choices.epochs:g}"]
+    settings = ["model=resnet18", *_images(choices, side=32), f"trainer.epochs={choices.epochs:g}"]
+    yield _warm(settings, choices, limit=100)
     for seed in range(RANDOM_SEEDS):
         for precision in ("fp32", "fp8"):
             name = f"resnet18-{precision}-seed{seed}"
             like = f"resnet18-{precision}-seed0" if seed else None
-            chosen = ["model=resnet18", f"precision={precision}", f"seed={seed}", *settings]
-            yield _run(name, chosen, choices, side=32, limit=200, like=like, watched=precision == "fp8")
+            chosen = [*settings, f"precision={precision}", f"seed={seed}"]
+            yield _run(name, chosen, choices, limit=200, like=like, watched=precision == "fp8")
 
 
 def _resnet50(choices: Choices) -> Iterator[Stage]:
@@ -80,8 +81,18 @@ def _resnet50(choices: Choices) -> Iterator[Stage]:
         return
     for precision in ("fp8", "bf16"):
         settings = ["model=resnet50", f"precision={precision}", "trainer.batch_size=256", "trainer.max_steps=80"]
-        settings += ["trainer.eval_every_epochs=0", "trainer.epochs=1"]
-        yield _run(f"resnet50-{precision}-train", settings, choices, side=224, limit=90)
+        settings += ["trainer.eval_every_epochs=0", "trainer.epochs=1", *_images(choices, side=224)]
+        yield _run(f"resnet50-{precision}-train", settings, choices, limit=90)
+
+
+def _transformer(choices: Choices) -> Iterator[Stage]:
+    settings = ["model=transformer", *_text(choices), f"trainer.epochs={choices.epochs:g}"]
+    if choices.data is None:
+        yield Stage("text", why="no --data FOLDER was given: generated text takes its place")
+    # Prepares the text, too.
+    yield _warm(settings, choices, limit=120)
+    for precision in ("fp32", "fp8"):
+        yield _run(f"transformer-{precision}", [*settings, f"precision={precision}"], choices, limit=200)
 
 
 def _kernels(choices: Choices) -> Iterator[Stage]:
@@ -104,27 +115,52 @@ def _bench(name: str, only: str | None, choices: Choices, limit: float, seconds:
     return Stage(name, (*command, *(["--rehearse"] if choices.rehearse else [])), limit=limit)
 
 
+def _images(choices: Choices, side: int) -> list[str]:
+    """Settings of the data of a ResNet."""
+    if choices.data is None:
+        return ["data=digits"]
+    workers = 0 if choices.rehearse else min(12, _cores())
+    side = min(side, 32) if choices.rehearse else side
+    return ["data=image_folder", f"data.root={DATA}", f"data.image_size={side}", f"data.workers={workers}"]
+
+
+def _text(choices: Choices) -> list[str]:
+    """Settings of the data of a Transformer, and in a rehearsal of its size."""
+    settings = ["data=synthetic_translation"]
+    if choices.data is not None:
+        valid = "valid" if any(choices.data.glob("valid.*")) else "val"
+        settings = ["data=parallel_text", f"data.root={DATA}", f"data.options.valid={valid}"]
+    if choices.rehearse:
+        size = "encoder_layers: 1, decoder_layers: 1, width: 16, ffn_width: 16, heads: 2"
+        settings += [f"model.size={{{size}}}", "data.options.bpe_merges=50", "decode.beam=1", "data.workers=0"]
+    return settings
+
+
+def _warm(settings: list[str], choices: Choices, limit: float) -> Stage:
+    """Compiles the FP8 run's kernels; in a rehearsal there are none, and the data is all that is prepared."""
+    command = (sys.executable, "-m", "fp8repro.cli", "warm", *settings)
+    if choices.rehearse:
+        command = ("env", "-u", "TRITON_INTERPRET", *command, "precision=fp32", "capability=90")
+    else:
+        command += ("precision=fp8",)
+    return Stage("warm", command, limit=limit, in_work=True)
+
+
 def _run(
     name: str,
     settings: list[str],
     choices: Choices,
-    side: int,
     limit: float,
     like: str | None = None,
     watched: bool = False,
 ) -> Stage:
     """A run of `fp8repro train`."""
     command = [sys.executable, str(HERE / "watched_run.py"), str(choices.out / f"{name}.json"), f"{RUNS}/{name}"]
-    if choices.data is None:
-        settings = [*settings, "data=digits"]
-    else:
-        workers = 0 if choices.rehearse else min(12, _cores())
-        side = min(side, 32) if choices.rehearse else side
-        settings = [*settings, "data=image_folder", f"data.root={DATA}", f"data.image_size={side}"]
-        settings += [f"data.workers={workers}"]
-    settings += ["logger=none", "overwrite=true", "trainer.keep_checkpoints=1", "trainer.checkpoint_every_minutes=null"]
+    settings = [*settings, "logger=none", "overwrite=true", "trainer.keep_checkpoints=1", "warm=off"]
+    settings += ["trainer.checkpoint_every_minutes=null"]
     if choices.rehearse:
-        settings += ["device=cpu", "backend=emulate", "trainer.batch_size=4", "trainer.max_steps=2"]
+        batch = 256 if "model=transformer" in settings else 4
+        settings += ["device=cpu", "backend=emulate", f"trainer.batch_size={batch}", "trainer.max_steps=2"]
         settings += ["trainer.log_every=1", "trainer.eval_every_epochs=0", "loss_scaling=none"]
     elif watched:
         command += ["--replays-within", "90"]

@@ -24,7 +24,8 @@ from fp8repro.training.replays import Replays
 ENOUGH = 50
 # For the step in progress and the checkpoint, once a run is asked to stop.
 GRACE = 15.0
-FIGURES = ("status", "top1", "steps", "skipped_steps", "train_seconds", "backend", "graphs", "reason")
+FIGURES = ("status", "top1", "bleu", "chrf", "perplexity", "decode_seconds", "steps", "skipped_steps", "train_seconds")
+FIGURES += ("backend", "graphs", "reason")
 
 
 class Watch:
@@ -70,11 +71,12 @@ def where_the_main_thread_is() -> str:
 def outcome(folder: Path, watch: Watch) -> dict[str, Any]:
     """What is known of a run, finished or not."""
     summary = read_or_empty(folder / SUMMARY)
-    rates = [row["images_per_second"] for row in metrics_rows(folder) if row.get("images_per_second")]
+    rows = list(metrics_rows(folder))
+    rates = {name: [row[name] for row in rows if row.get(name)] for name in ("images_per_second", "tokens_per_second")}
     return {
         **{name: summary.get(name) for name in FIGURES},
-        # The first figures count compilation in.
-        "images_per_second": round(median(rates[len(rates) // 2 :]), 1) if rates else None,
+        # The first figures count in what is done once.
+        **{name: round(median(found[len(found) // 2 :]), 1) if found else None for name, found in rates.items()},
         "passes": watch.passes,
         "replayed": watch.replays,
         f"seconds_to_{ENOUGH}_replays": watch.seconds,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from fp8repro.settings.overrides import jobs
+from fp8repro.settings.schema import run_config
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS / "gpu"))
@@ -126,9 +130,14 @@ def test_parts(part, rehearse, tmp_path):
         assert stage.least <= stage.limit <= 450
         assert stage.like is None or stage.like in names[:number]
     if part == "train":
-        assert names[:5] == ["environment", "conversions", "product", "resnet18-fp32-seed0", "resnet18-fp8-seed0"]
+        first = ["environment", "conversions", "product", "warm", "resnet18-fp32-seed0", "resnet18-fp8-seed0"]
+        assert names[:6] == first
         watched = [stage.name for stage in planned if "--replays-within" in stage.command]
         assert watched == ([] if rehearse else [f"resnet18-fp8-seed{seed}" for seed in range(3)])
+    if part == "transformer":
+        assert names == ["warm", "transformer-fp32", "transformer-fp8"]
+    # Kernels of all runs are compiled before the first one.
+    assert all("warm=off" in stage.command for stage in planned if "watched_run.py" in str(stage.command))
     # Relative: what a run records of them names no machine.
     runs = [stage for stage in planned if stage.in_work]
     assert all(f"data.root={check.DATA}" in stage.command for stage in runs)
@@ -195,9 +204,35 @@ def images(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory):
+    """Aligned text, named as Multi30k is."""
+    root = tmp_path_factory.mktemp("text")
+    for split, count in (("train", 40), ("val", 4), ("test", 4)):
+        for language, words in (
+            ("en", ("a", "cat", "sees", "two", "dogs")),
+            ("de", ("die", "Katze", "sieht", "Hunde")),
+        ):
+            lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 6)) for i in range(1, count + 1)]
+            (root / f"{split}.{language}").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("rehearse", [True, False])
+def test_settings_of_all_stages_are_accepted(part, rehearse, images, sentences, tmp_path):
+    for data in (sentences if part == "transformer" else images, None):
+        for stage in stages(part, Choices(tmp_path, data, 4, rehearse)):
+            settings = [word for word in stage.command if re.match(r"(?!capability)[a-z_.]+=", word)]
+            if stage.in_work:
+                (job,) = jobs(settings, sweep=False)
+                run_config(job.values)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("part", PARTS)
-def test_rehearsal(part, images, tmp_path):
+def test_rehearsal(part, images, sentences, tmp_path):
+    images = sentences if part == "transformer" else images
     done = start(part, str(tmp_path / "out"), "--rehearse", "--data", str(images), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     found = statuses(tmp_path / "out", part)
@@ -206,7 +241,8 @@ def test_rehearsal(part, images, tmp_path):
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert not [path for path in written if str(tmp_path) in path.read_text() or str(images) in path.read_text()]
     # What the kernels' benchmark finds is read again, and runs are records.
-    assert {path.name for path in written} >= {"manifest.json", "triton-s-interpreter.json"}
+    expected = {"manifest.json"} | ({"triton-s-interpreter.json"} if part != "transformer" else set())
+    assert {path.name for path in written} >= expected
     for name in found:
-        if name.startswith("resnet"):
+        if name.startswith(("resnet", "transformer")):
             assert (tmp_path / "out" / "runs" / name / "summary.json").exists()

@@ -64,6 +64,12 @@ def test_sm_90_elementwise_kernels_take_few_instructions_a_value(rows, name):
     assert rows[name]["instructions"] <= BOUNDS[name] * rows[name]["values_a_thread"]
 
 
+# A result looks at nine values, and is one of four that a stride of 2 leaves; a gradient asks four windows.
+@pytest.mark.parametrize(("name", "most"), [("max pool", 126), ("max pool gradient", 46)])
+def test_sm_90_pooling_takes_few_instructions_a_value(rows, name, most):
+    assert rows[name]["instructions"] <= most * rows[name]["values_a_thread"]
+
+
 def test_sm_90_kernels_do_not_spill(rows):
     # Triton 3.6 keeps 8 bytes of one convolution on the stack.
     allowed = 8 if version("triton").startswith("3.6.") else 0

@@ -18,7 +18,7 @@ from fp8repro.errors import UserError
 from fp8repro.models.resnet import make_resnet
 from fp8repro.settings.schema import DataConfig, ModelConfig, TrainerConfig
 from fp8repro.training.distributed import World
-from fp8repro.training.tasks.task import Poll, no_poll, polled
+from fp8repro.training.tasks.task import Examples, Poll, no_poll, polled
 
 
 class ImageTask:
@@ -59,6 +59,17 @@ class ImageTask:
         network, data = self.network, self.data
         model = make_resnet(network.name, len(data.classes), data.channels, data.image_size, network.stem)
         return model.to(memory_format=self._layout)
+
+    def examples(self) -> Examples:
+        """See `Task`."""
+        size, images = self.eval_batch_size, len(range(self.world.rank, len(self.data.val_labels), self.world.size))
+        training = {len(batch) for batch in self.batches.epoch_indices(0)}
+        evaluation = {min(size, images - start) for start in range(0, images, size)}
+        return Examples([self._example(n) for n in sorted(training)], [self._example(n) for n in sorted(evaluation)])
+
+    def _example(self, count: int) -> tuple[Tensor, ...]:
+        shape = (count, self.data.channels, self.data.image_size, self.data.image_size)
+        return (torch.empty(shape, device="meta", memory_format=self._layout),)
 
     def identity(self) -> dict[str, Any]:
         """See `Task`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -36,6 +37,19 @@ class TrainBatches(Protocol):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where `state_dict` was taken."""
         ...
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Arguments of a model on the meta device: one tuple for each shape that it meets on this rank.
+
+    Attributes:
+        training: of training batches.
+        evaluation: of the batches whose loss is evaluated.
+    """
+
+    training: list[tuple[Tensor, ...]]
+    evaluation: list[tuple[Tensor, ...]]
 
 
 B = TypeVar("B", contravariant=True)
@@ -81,6 +95,10 @@ class Task(Protocol[B]):
 
     def model(self) -> nn.Module:
         """A fresh model on the CPU, drawn from torch's global generator."""
+        ...
+
+    def examples(self) -> Examples:
+        """What the model is called with."""
         ...
 
     def identity(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from fp8repro.settings.schema import DataConfig, DecodeConfig, ModelConfig, Trai
 from fp8repro.training.distributed import World
 from fp8repro.training.tasks.bleu import Score, chrf_score, sacrebleu_score, tokenized_bleu
 from fp8repro.training.tasks.decode import translate
-from fp8repro.training.tasks.task import Poll, no_poll, polled
+from fp8repro.training.tasks.task import Examples, Poll, no_poll, polled
 
 HYPOTHESES, REFERENCES, SAMPLES = "test.hypotheses.txt", "test.references.txt", "samples.txt"
 SAMPLE_COUNT = 20
@@ -76,6 +76,16 @@ class TranslationTask:
         if name not in MODELS:
             raise UserError(f"model.name: got {name!r}, expected one of {', '.join(MODELS)}")
         return MODELS[name](len(self.data.vocabulary), PAD, EOS, **self.network.size)
+
+    def examples(self) -> Examples:
+        """See `Task`."""
+        lengths = pair_lengths(self.data.valid)
+        longest = int(padded_lengths(lengths).max(initial=0))
+        evaluation = evaluation_batches(lengths, max(self.trainer.eval_batch_size, longest))
+        shapes = {(len(rows.indices), *rows.widths) for rows in evaluation}
+        return Examples(
+            *([_example(*shape) for shape in sorted(found)] for found in (set(self.batches.plan.shapes), shapes))
+        )
 
     def identity(self) -> dict[str, Any]:
         """See `Task`: a checkpoint fits a vocabulary, the subword codes that fill it, and the training pairs."""
@@ -236,6 +246,10 @@ def smoothed_loss(logits: Tensor, target: Tensor, smoothing: float = 0.0, form: 
 def perplexity(loss: float) -> float:
     """exp(loss); infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def _example(rows: int, *widths: int) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(rows, width, dtype=torch.long, device="meta") for width in widths)
 
 
 def _digest(data: bytes) -> str:

@@ -1,0 +1,1 @@
+"""Pooling that keeps a byte an output for its backward pass."""
