@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn.functional as F
+from h100 import pretend_an_h100
 from torch.utils._python_dispatch import TorchDispatchMode
-from variants import BATCH, CLASSES, SIDE, pretend_an_h100
+from variants import BATCH, CLASSES, SIDE
 
 from fp8repro.kernels.optimizer import launch  # noqa: F401 (imported before names of it are replaced)
 from fp8repro.kernels.quantize import grouped  # noqa: F401

@@ -10,9 +10,9 @@ import json
 import sys
 from collections import Counter
 
+import h100
 import torch
 import torch.nn.functional as F
-import variants
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8repro.models.gnmt import gnmt
@@ -51,7 +51,7 @@ def launches(name):
     """Launches of one step, by kernel and by operator, and those that round weights."""
     kernels, weights = Counter(), 0
     build, size, length = MODELS[name]
-    variants.pretend_an_h100(lambda kernel, *arguments, **options: kernels.update([kernel.fn.__name__]))
+    h100.pretend_an_h100(lambda kernel, *arguments, **options: kernels.update([kernel.fn.__name__]))
     round_weight = Site.weight
 
     def counted(*arguments):
