@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import triton
@@ -21,6 +20,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fp8repro.kernels.aot_cases import Case
+from fp8repro.kernels.aot_translation import lstm_cases, sublayer_cases
 from fp8repro.kernels.conv2d import device as convolutions
 from fp8repro.kernels.conv2d import device_tma as tma_convolutions
 from fp8repro.kernels.conv2d import launch as convolution_launch
@@ -42,27 +43,6 @@ from fp8repro.kernels.shared.tiles import FP16_MMA, UNPROMOTED
 from fp8repro.numerics.formats import E4M3, E5M2, FP16, FloatFormat
 from fp8repro.numerics.rounding import IDENTITY, Rounding
 from fp8repro.tabular import markdown
-
-
-@dataclass
-class Case:
-    """One kernel with the types of its arguments and the values of its compile-time ones.
-
-    Of an argument that is a tuple the type is a tuple of types. One element has the name "argument.field" (or
-    "argument.0"), among constants and among those that are aligned, where "argument" stands for all of them.
-    """
-
-    name: str
-    kernel: Any
-    types: dict[str, Any]
-    constants: dict[str, Any]
-    warps: int = 4
-    stages: int = 3
-    minimum: int = 80  # least compute capability
-    group: str = "quantize"
-    aligned: tuple[str, ...] = field(default=())  # integer arguments that are multiples of 16
-    values: int = 0  # how many a program of a quantizer rounds
-
 
 WORDS = dict.fromkeys(codec.RANDOM_WORDS, "i32")
 STREAM_IN_MEMORY = {"stream0": "*i32", "stream1": "*i32"}
@@ -383,6 +363,8 @@ def cases(capability: int) -> Iterator[Case]:
     yield from _product_cases(version)
     yield from _update_cases(version)
     yield from _norm_cases(version)
+    yield from lstm_cases(version)
+    yield from sublayer_cases(version)
     yield from _pool_cases(version)
 
 

@@ -93,6 +93,14 @@ class TritonBackend:
         result = self._matmul(error.codes.flatten(0, -2), codes, None, _inverse_scale(error, weight))
         return result.view(*error.codes.shape[:-1], result.shape[-1])
 
+    def linear_error_parts(self, error: Operand, weight: Operand) -> Tensor:
+        """`linear_error` of a matrix, not rounded, as FP32 [parts, rows, K] that add up to it."""
+        if not _native(error, weight):
+            return self.emulated.linear_error(error, weight).unsqueeze(0)
+        codes = weight.codes if weight.transposed is None else weight.transposed.t()
+        options = self._plain_options(_inverse_scale(error, weight))
+        return product.matmul(error.codes, codes, parts_apart=True, **options)
+
     def linear_gradient(self, error: Operand, x: Operand) -> Tensor:
         """See `products.Backend`."""
         if not _native(error, x):
@@ -100,6 +108,15 @@ class TritonBackend:
         transposed = error.codes.flatten(0, -2).t() if error.transposed is None else error.transposed
         codes = x.codes.flatten(0, -2) if x.transposed is None else x.transposed.t()
         return self._matmul(transposed, codes, None, _inverse_scale(error, x))
+
+    def linear_gradient_parts(self, error: Operand, x: Operand) -> Tensor:
+        """`linear_gradient` of matrices, not rounded, as FP32 [parts, N, K] that add up to it."""
+        if not _native(error, x):
+            return self.emulated.linear_gradient(error, x).unsqueeze(0)
+        transposed = error.codes.t() if error.transposed is None else error.transposed
+        codes = x.codes if x.transposed is None else x.transposed.t()
+        options = self._plain_options(_inverse_scale(error, x))
+        return product.matmul(transposed, codes, parts_apart=True, **options)
 
     def conv2d(self, x: Operand, weight: Operand, bias: Tensor | None, geometry: Conv2dGeometry) -> Tensor:
         """See `products.Backend`."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fp8repro.bench.gpu import Bench
 from fp8repro.bench.resnet50 import measure_compiled_step, measure_step, profile_step
+from fp8repro.bench.translation_kernels import measure_lstm, measure_sublayers
 from fp8repro.engines.products import Conv2dGeometry
 from fp8repro.engines.updates import Parameter, Rule
 from fp8repro.errors import RunFailure
@@ -307,6 +308,13 @@ def measure_update(bench: Bench) -> None:
         bench.add("update SGD", f"{millions}M", ms, other / ms, "torch.optim.SGD(fused=True), FP32", 1.0)
 
 
+def measure_translation(bench: Bench) -> None:
+    """What lies between the products of translation models."""
+    rate = copy_bandwidth(bench)
+    measure_lstm(bench, rate)
+    measure_sublayers(bench, rate)
+
+
 def measure_weights(bench: Bench) -> None:
     """The weights of ResNet-50's convolutions rounded in one launch, as a step begins, beside copy bandwidth."""
     from torchvision.models import resnet50
@@ -339,6 +347,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "pooling": measure_pooling,
     "weights": measure_weights,
     "convolutions": measure_convolutions,
+    "translation": measure_translation,
     "training step": measure_step,
     "compiled training step": measure_compiled_step,
 }

@@ -44,7 +44,7 @@ class GNMTConfig:
             raise UserError(f"model.size.init_range: got {self.init_range}, expected a number over 0")
 
 
-class _LSTMCell(torch.autograd.Function):
+class LSTMCell(torch.autograd.Function):
     """Element-wise part of an LSTM cell; an own backward pass, because autograd's takes three times the calls."""
 
     @staticmethod
@@ -111,9 +111,14 @@ class LSTMLayer(nn.Module):
         for gates in self.input_gates(x).unbind(0):
             # Under autocast the products are narrower than the state, which must not lose precision from step to step.
             total = (gates + hidden_gates(hidden)).to(cell.dtype)
-            hidden, cell = _LSTMCell.apply(total, cell)
+            hidden, cell = self.cell(total, cell)
             outputs.append(hidden)
         return torch.stack(outputs), (hidden, cell)
+
+    def cell(self, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        """The element-wise part of a step: gates before activation [B, 4 * width], cell [B, width] -> hidden, cell."""
+        hidden, new_cell = LSTMCell.apply(gates, cell)
+        return hidden, new_cell
 
 
 class BidirectionalLSTM(nn.Module):

@@ -60,6 +60,12 @@ class LayerCache:
     key: Tensor | None = None
     value: Tensor | None = None
 
+    def select(self, rows: Tensor) -> None:
+        """Keep (repeat, reorder) rows."""
+        for name, value in vars(self).items():
+            if value is not None:
+                setattr(self, name, value.index_select(0, rows))
+
 
 @dataclass
 class TransformerState:
@@ -73,9 +79,7 @@ class TransformerState:
         """Keep (repeat, reorder) rows of every cache."""
         self.source_mask = self.source_mask.index_select(0, rows)
         for cache in self.layers:
-            for name, value in vars(cache).items():
-                if value is not None:
-                    setattr(cache, name, value.index_select(0, rows))
+            cache.select(rows)
 
 
 class MultiheadAttention(nn.Module):
@@ -148,6 +152,10 @@ class DecoderLayer(Layer):
         super().__init__(config)
         self.encoder_attn = MultiheadAttention(config.width, config.heads, config.attention_dropout)
         self.encoder_attn_layer_norm = nn.LayerNorm(config.width)
+
+    def cache(self, encoded: Tensor) -> LayerCache:
+        """What a decoder that feeds this layer keeps, from the encoder's output [S, B, width]."""
+        return LayerCache(*self.encoder_attn.keys_and_values(encoded))
 
     def forward(self, x: Tensor, cache: LayerCache, source_mask: Tensor, mask: Tensor | None) -> Tensor:
         """[T, B, width] -> [T, B, width]; appends x's keys and values to the cache, then attends to all of it."""
@@ -237,7 +245,7 @@ class Transformer(nn.Module):
         caches = []
         for layer in self.decoder.layers:
             assert isinstance(layer, DecoderLayer)
-            caches.append(LayerCache(*layer.encoder_attn.keys_and_values(encoded)))
+            caches.append(layer.cache(encoded))
         return TransformerState(source_mask, caches)
 
     def forward(self, source: Tensor, decoder_input: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.nn.modules import module as global_hooks
 from torch.overrides import TorchFunctionMode
 
 from fp8repro.engines.products import Operand
@@ -26,6 +27,18 @@ from fp8repro.precision.injection_report import InjectionReport, InjectionRow
 from fp8repro.precision.layers import MasterEmbedding
 from fp8repro.precision.places import FUNCTION_PRODUCTS, Places
 from fp8repro.precision.site import Site
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(global_hooks, f"_global{name}") for name in _HOOKS]
+
+
+def has_hooks(parts: Sequence[nn.Module]) -> bool:
+    """True where somebody may look at the tensors in or between parts; who watches a first pass sees functions only."""
+    if any(_GLOBAL_HOOKS):
+        return True
+    modules = (module for part in parts for module in part.modules())
+    hooks = (hook for module in modules for name in _HOOKS for hook in getattr(module, name).values())
+    return not all(isinstance(getattr(hook, "__self__", None), FirstPass) for hook in hooks)
 
 
 def watch_first_pass(model: nn.Module, places: Places | None = None, report: InjectionReport | None = None) -> None:

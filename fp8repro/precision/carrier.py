@@ -16,20 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules import module as global_hooks
 
 from fp8repro.engines.guards import plain
 from fp8repro.numerics.rounding import RandomBits, Rounding
-from fp8repro.precision.bypass import FirstPass
+from fp8repro.precision.bypass import has_hooks
 from fp8repro.precision.convolutions import FP8Conv2d
 from fp8repro.precision.functional import product_of_codes
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, check_size
 
 if TYPE_CHECKING:
     from fp8repro.models.fused_resnet import ResidualBlock
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = [getattr(global_hooks, f"_global{name}") for name in _HOOKS]
 
 
 def carry_codes(model: nn.Module) -> None:
@@ -59,7 +55,7 @@ def carried(stages: Sequence[nn.Module], x: Tensor) -> Tensor | None:
     """
     from fp8repro.models.fused_resnet import residual_blocks
 
-    if not (torch.is_grad_enabled() and plain(x)) or _has_hooks(stages):
+    if not (torch.is_grad_enabled() and plain(x)) or has_hooks(stages):
         return None
     blocks = residual_blocks(stages)
     if not blocks or not _all_take_codes(blocks):
@@ -192,15 +188,6 @@ class _Normalize(torch.autograd.Function):
             bits=bits,
         )
         return *found, passed, *[None] * 4
-
-
-def _has_hooks(stages: Sequence[nn.Module]) -> bool:
-    """True where somebody may look at the tensors between layers; who watches a first pass looks at functions only."""
-    if any(_GLOBAL_HOOKS):
-        return True
-    modules = (module for stage in stages for module in stage.modules())
-    hooks = (hook for module in modules for name in _HOOKS for hook in getattr(module, name).values())
-    return not all(isinstance(getattr(hook, "__self__", None), FirstPass) for hook in hooks)
 
 
 def _all_take_codes(blocks: Sequence[ResidualBlock]) -> bool:

@@ -23,7 +23,9 @@ from fp8repro.precision.bypass import watch_first_pass
 from fp8repro.precision.carrier import carry_codes
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.function_products import FP8MatMul
+from fp8repro.precision.fused_lstm import use_lstm_kernels, use_native_cells
 from fp8repro.precision.fused_normalization import FusedBatchNorm2d, fuse_normalizations, use_kernels
+from fp8repro.precision.fused_transformer import use_transformer_kernels
 from fp8repro.precision.injection_report import InjectionReport, InjectionRow
 from fp8repro.precision.layers import MasterEmbedding
 from fp8repro.precision.places import FUNCTION_PRODUCTS, Places
@@ -114,6 +116,11 @@ def inject(
             if products.name == "triton":
                 use_kernels(model, recipe.activation, context)
                 carry_codes(model)
+        if products.name == "triton":
+            use_lstm_kernels(model)
+            use_transformer_kernels(model)
+        elif device.type == "cpu":
+            use_native_cells(model)
         watch_first_pass(model, places, report)
         if not candidates:
             warnings.warn(

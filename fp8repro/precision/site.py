@@ -127,7 +127,7 @@ class Site:
         offer = None if self.context.telemetry.active else self.context.offers.find(x, spec)
         if offer is not None:
             return Operand(offer.codes, fmt, transposed=offer.transposed)
-        bits = self._bits(spec, role, name, call)
+        bits = self.bits(spec, role, name, call)
         if fmt.dtype is None:
             # Without a storage dtype the FP32 values are the codes.
             rounded = torch.empty_like(x, dtype=torch.float32)
@@ -231,7 +231,7 @@ class Site:
         if role is None or spec is None or spec.is_identity:
             return multiply(self.backend) if total is None else total.add_(multiply(self.backend))
         backend = None
-        bits = self._bits(spec, role, name, call)
+        bits = self.bits(spec, role, name, call)
         # A scale and statistics need the result first.
         if spec.scaling == "none" and not self.context.telemetry.active:
             backend = self.backend.rounding(spec, bits, codes)
@@ -260,14 +260,15 @@ class Site:
     def rounding(self, role: str, name: str, call: int) -> tuple[Rounding, RandomBits]:
         """How an operand of a training step is rounded, for whoever rounds it on the layer's behalf."""
         spec = self.spec(role, True)
-        return spec, self._bits(spec, role, name, call)
+        return spec, self.bits(spec, role, name, call)
 
     def announce(self, product: str, *operands: Operand) -> None:
         """Tell the context's observers of a product (forward, error or gradient) that is about to be computed."""
         for observer in self.context.observers:
             observer(self.name, product, operands)
 
-    def _bits(self, spec: Rounding, role: str, name: str, call: int) -> RandomBits:
+    def bits(self, spec: Rounding, role: str, name: str, call: int) -> RandomBits:
+        """Where the random bits come from with which a call rounds an operand."""
         stream = self.context.stream(self.name, call, name, role) if spec.is_stochastic else 0
         return RandomBits(self.context.seed, stream, self.order)
 

@@ -146,6 +146,7 @@ def matmul(
     splits: int | None = None,
     tile: configs.Tile | None = None,
     target: configs.Target | None = None,
+    parts_apart: bool = False,
 ) -> Tensor:
     """The product a @ b * inverse_scale + bias, accumulated in FP32 (paper, section 3).
 
@@ -161,9 +162,10 @@ def matmul(
         splits: parts of K that are summed apart, in a fixed order; None chooses.
         tile: the kernel's configuration; None takes the table's.
         target: the GPU to plan for; None: the one that holds `a`.
+        parts_apart: of matrices without bias and epilogue, leave it to the caller to add the parts up.
 
     Returns:
-        [..., M, N], contiguous, FP32 unless the epilogue makes codes.
+        [..., M, N], contiguous, FP32 unless the epilogue makes codes; with `parts_apart` FP32 [splits, M, N].
 
     Raises:
         ValueError: an argument's device, dtype or shape does not fit; nothing was launched.
@@ -176,7 +178,9 @@ def matmul(
             f"b: got shape {tuple(b.shape)}, expected {(*a.shape[:-2], a.shape[-1] if a.dim() else 'K', 'N')}"
         )
     check_bias(bias, b.shape[-1], a.device)
-    lead = a.shape[:-2]
+    if parts_apart and (a.dim() > 2 or bias is not None or not epilogue.how.is_identity):
+        raise ValueError(f"parts_apart: got shape {tuple(a.shape)}, expected matrices, no bias and no epilogue")
+    lead = torch.Size((1,)) if parts_apart else a.shape[:-2]
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     if lead.numel() * m * n == 0:
         return torch.empty((*lead, m, n), dtype=epilogue.dtype, device=a.device)
@@ -193,6 +197,8 @@ def matmul(
     else:
         parts = torch.empty((a.shape[0], plan.splits, m, n), dtype=torch.float32, device=a.device)
         _launch(plan, loaded or (a, b), sizes, None, parts, inverse_scale, accumulate, stored)
+        if parts_apart:
+            return parts[0]
         torch.sum(parts, 1, out=result.view(-1, m, n))
         if bias is not None:
             result += bias

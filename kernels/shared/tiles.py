@@ -63,6 +63,41 @@ def groups_of_row(rows, first, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def uniform_of_tile(row, first, words, WHOLE_GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """16 random bits on top of a uint32 for each element of a tile [ROWS, BLOCK].
+
+    Args:
+        row: int64 [ROWS, 1], how the tensor's elements count where the tile's rows begin, at column 0.
+        first: the tile's first column.
+        WHOLE_GROUPS: all of these are multiples of 8.
+    """
+    if WHOLE_GROUPS:
+        w0, w1, w2, w3 = codec.words_of_blocks(groups_of_row(row, first, BLOCK), words)
+        draw = tl.reshape(codec.draws_of_words(w0, w1, w2, w3), [row.shape[0], BLOCK])
+    else:
+        draw = codec.draw_of_index(row + (first + tl.arange(0, BLOCK))[None, :], words)
+    return draw
+
+
+@triton.jit
+def draws_of_tile(row, first, words, ENCODING: tl.constexpr, WHOLE_GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """What `codec.encode` takes as draws for a tile, see `uniform_of_tile`; of no use where nothing is drawn."""
+    draw = row
+    if ENCODING.rounding == STOCHASTIC:
+        draw = uniform_of_tile(row, first, words, WHOLE_GROUPS, BLOCK)
+    return draw
+
+
+@triton.jit
+def rounded_tile(x, row, first, words, ENCODING: tl.constexpr, WHOLE_GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile's values rounded once, as FP32; see `uniform_of_tile`."""
+    if ENCODING.mantissa_bits < 23:
+        draw = draws_of_tile(row, first, words, ENCODING, WHOLE_GROUPS, BLOCK)
+        x = codec.decode(codec.encode(x, draw, ENCODING), ENCODING)
+    return x
+
+
+@triton.jit
 def store_rounded(
     pointers,
     result,

@@ -1,10 +1,10 @@
-"""Counts what a training step of a ResNet takes on an H100, as a run replays it; no GPU takes part.
+"""Counts what a training step of a model takes on an H100, as a run replays it; no GPU takes part.
 
-    env -u TRITON_INTERPRET python tests/kernels/step_counts.py resnet50 fp8
+    env -u TRITON_INTERPRET python tests/kernels/step_counts.py resnet18|resnet50|transformer|gnmt fp8
 
 The step runs on the meta device. Prints as JSON: the kernels that Triton compiles for it ("variants"), launches and
-bytes of Triton's kernels and of torch's operators in each part of the step, and the bytes of activations that are saved
-for the backward pass, in the recipe and in BF16.
+bytes of Triton's kernels and of torch's operators in each part of the step, and, of a ResNet, the bytes of activations
+that are saved for the backward pass, in the recipe and in BF16.
 """
 
 import json
@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fp8repro.kernels.listing import Gpu, HostReadsZeros, pretend
+from fp8repro.models.gnmt import gnmt
 from fp8repro.models.resnet import make_resnet
+from fp8repro.models.transformer import transformer
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.graphs import GraphedStep
 from fp8repro.precision.injection import inject
@@ -27,6 +29,9 @@ from fp8repro.settings.recipes import load_recipe
 from fp8repro.training import warm_steps
 
 BATCH, SIDE, CLASSES = 256, 224, 1000
+# The paper's depth, and the length of sentences.
+TRANSLATION = {"transformer": (transformer, {}, 32), "gnmt": (gnmt, {"layers": 8}, 50)}
+VOCABULARY, SENTENCES = 32_000, 128
 # Operators that start nothing on a device.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "is_same_size"}
 
@@ -54,14 +59,25 @@ class Operators(TorchDispatchMode):
 
 
 def made(name):
-    """A model, images and labels without data."""
+    """A model, its inputs and labels, without data."""
     with torch.device("meta"):
+        if name in TRANSLATION:
+            build, depth, length = TRANSLATION[name]
+            source, target = (torch.empty(SENTENCES, length, dtype=torch.long) for _ in range(2))
+            return build(VOCABULARY, **depth), (source, target), target.flatten()
         model = make_resnet(name, CLASSES, image_size=SIDE).to(memory_format=torch.channels_last)
         images = torch.empty(BATCH, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
-        return model, images, torch.empty(BATCH, dtype=torch.long)
+        return model, (images,), torch.empty(BATCH, dtype=torch.long)
 
 
-def saved(model, images, labels):
+def loss_of(model, *batch):
+    """The loss of inputs and labels."""
+    *inputs, labels = batch
+    output = model(*inputs).float()
+    return F.cross_entropy(output.flatten(0, -2) if output.dim() > 2 else output, labels)
+
+
+def saved(model, *batch):
     """Bytes that a forward pass saves for the backward pass, without weights and images."""
     storages = {}
 
@@ -70,8 +86,8 @@ def saved(model, images, labels):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        loss = F.cross_entropy(model(images).float(), labels)
-    for t in (*model.parameters(), *model.buffers(), images, labels):
+        loss = loss_of(model, *batch)
+    for t in (*model.parameters(), *model.buffers(), *batch):
         storages.pop(t.untyped_storage()._cdata, None)
     del loss
     return sum(storage.nbytes() for storage in storages.values())
@@ -100,27 +116,29 @@ def counts(name, recipe):
 
     pretend(Gpu((9, 0), 132), lambda kernel: variants.append(kernel.name), note)
     warm_steps.pretend_to_capture()
-    model, images, labels = made(name)
+    model, inputs, labels = made(name)
+    batch = (*inputs, labels)
     precision, context = load_recipe(recipe), StepContext(seed=1)
     inject(model, precision, context, "triton")
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4)
     masters = MasterWeights(model, optimizer, precision)
     with HostReadsZeros():
-        step = GraphedStep(model, lambda x, y: (F.cross_entropy(model(x), y), {}), (images, labels))
+        step = GraphedStep(model, lambda *given: (loss_of(model, *given), {}), batch)
         for number in (1, 2):
             # The first one makes tables and the optimizer's state.
             context.begin(number)
             optimizer.zero_grad()
             with part("forward and backward"):
-                step((images, labels), 1e4)
+                step(batch, 1e4)
             with part("update"):
                 step.step(masters, 1e4)
         compiled = Counter(variants)
         context.begin(3)
-        kept = saved(model, images, labels)
-    model, images, labels = made(name)
-    kept_in_bf16 = saved(model.to(torch.bfloat16), images.to(torch.bfloat16), labels)
-    return {"variants": compiled, "parts": parts, "saved": kept, "saved in BF16": kept_in_bf16}
+        result = {"variants": compiled, "parts": parts, "saved": saved(model, *batch)}
+    if name not in TRANSLATION:
+        model, (images,), labels = made(name)
+        result["saved in BF16"] = saved(model.to(torch.bfloat16), images.to(torch.bfloat16), labels)
+    return result
 
 
 if __name__ == "__main__":

@@ -58,3 +58,21 @@ def test_a_step_needs_few_compiled_kernels(resnet50, name, recipe, most):
     update = step["parts"]["update"]["triton"]
     assert 30 < sum(count for kernel, count in step["variants"].items() if kernel not in update) <= most
     assert sum(step["variants"][kernel] for kernel in update) == 4
+
+
+# Small launches are bound by the host: with a module and an operator each, 2,047 and 29,289.
+@pytest.mark.parametrize(("name", "most"), [("transformer", 800), ("gnmt", 3_950)])
+def test_a_step_of_the_translation_models_takes_few_launches(name, most):
+    parts = counted(name, "fp8")["parts"]
+    launches = [sum(part[kind].values()) for part in parts.values() for kind in ("triton", "torch")]
+    assert 300 < sum(launches) <= most
+    kernels = parts["forward and backward"]["triton"]
+    if name == "gnmt":
+        # One launch a layer and time step, each way, beside its product.
+        steps = (2 * 8 + 1) * 50
+        assert kernels["cell_forward"] == kernels["cell_backward"] == steps
+        assert kernels["multiply"] < 2 * steps + 100
+    else:
+        # Six attentions of the encoder and twelve of the decoder; nothing in them is turned.
+        assert kernels["softmax_forward"] == kernels["softmax_backward"] == 18
+        assert "transpose" not in kernels

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fp8repro.errors import UserError
-from fp8repro.models.gnmt import GNMT, BahdanauAttention, BidirectionalLSTM, LSTMLayer, _LSTMCell, gnmt
+from fp8repro.models.gnmt import GNMT, BahdanauAttention, BidirectionalLSTM, LSTMCell, LSTMLayer, gnmt
 
 SOURCE = torch.tensor([[5, 6, 7, 8, 2], [9, 4, 2, 1, 1], [2, 1, 1, 1, 1]])
 LENGTHS = torch.tensor([5, 3, 1])
@@ -58,7 +58,7 @@ def test_lstm_cells_backward_pass_by_finite_differences() -> None:
     torch.manual_seed(1)
     gates = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     cell = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(_LSTMCell.apply, (gates, cell))
+    assert torch.autograd.gradcheck(LSTMCell.apply, (gates, cell))
 
 
 def test_bidirectional_layer_equals_torchs_on_packed_sequences() -> None:
