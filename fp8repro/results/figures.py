@@ -30,7 +30,7 @@ ROLE_OPERANDS = (
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: label, points, and the number of the hue it shares with others; `spread`: half of each error bar."""
+    """Label, points, and hue, shared with others; `spread`: half of each error bar (or NaN)."""
 
     label: str
     x: Sequence[float]
@@ -87,7 +87,7 @@ class Figure:
         points: list[tuple[Any, ...]] = []
         for panel in self.panels:
             for line in panel.lines:
-                spread: Sequence[float | None] = line.spread or [None] * len(line.x)
+                spread = [None if math.isnan(half) else half for half in line.spread] or [None] * len(line.x)
                 points += [(panel.title, line.label, *point) for point in zip(line.x, line.y, spread, strict=True)]
         for map in self.maps:
             for row, values in zip(map.rows, map.values, strict=True):
@@ -136,6 +136,7 @@ def dose_response(cells: Cells, profile: str) -> Figure:
     """Accuracy by loss scale and by what that scale loses, for each rounding of errors and gradients (C4)."""
     by_scale: list[Line] = []
     by_loss: list[Line] = []
+    seeds: set[int] = set()
     for hue, (curve, label) in enumerate(doses.CURVES.items() if study_cells(doses.STUDY, profile) else ()):
         scores = {power: stat(cell.figures("score")) for power, cell in doses.points(cells, curve)}
         lost = {power: 100 * share for power, share in doses.shares(cells, curve).items()}
@@ -143,17 +144,21 @@ def dose_response(cells: Cells, profile: str) -> Figure:
             there = [(axis[power], score) for power, score in scores.items() if score is not None and power in axis]
             if there:
                 x, means = [at for at, _ in there], [score.mean for _, score in there]
-                spread = [score.sd or 0.0 for _, score in there]
+                # A single seed has no deviation, which is not one of zero.
+                spread = [math.nan if score.sd is None else score.sd for _, score in there]
+                seeds |= {score.seeds for _, score in there}
                 # It is expected to lie on another one.
                 lines.append(Line(label, x, means, hue, dashed=curve == doses.SUBNORMAL, spread=spread))
     panels = [
         Panel("by loss scale", "log2 of the loss scale", "top-1, %", by_scale),
         Panel("by what the scale loses", "errors of an FP32 run that become zero, %", "top-1, %", by_loss),
     ]
+    count = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds, default=0)}"
     caption = (
-        "Final validation accuracy, mean over seeds; bars: standard deviation. Curves differ in the rounding of errors "
-        "and gradients alone. FP16's smallest value lies eight octaves under E5M2's: if errors that become zero are "
-        "what does the harm, its curve lies as far to the left, and to nearest both fall alike by what is lost."
+        f"Final validation accuracy, mean over seeds ({count} a point); bars: standard deviation. Curves differ in the "
+        "rounding of errors and gradients alone. FP16's smallest value lies eight octaves under E5M2's: if errors that "
+        "become zero are what does the harm, its curve lies as far to the left, and to nearest both fall alike by what "
+        "is lost."
     )
     return Figure(
         "doses", "C4: accuracy by loss scale", caption, [panel for panel in panels if panel.lines], shared=True

@@ -28,6 +28,8 @@ INK, GRID = "#1f2328", "#d0d7de"
 VARIABLES = {INK: "var(--ink)", GRID: "var(--line)", **{hue: f"var(--hue{i})" for i, hue in enumerate(HUES)}}
 # Fades into the page, so that it reads on white and on black.
 MAP_COLOURS = LinearSegmentedColormap.from_list("share", [(0.10, 0.45, 0.80, 0.03), (0.10, 0.45, 0.80, 1.0)])
+# Of lines with error bars, which may lie on each other.
+MARKERS = "os^D"
 PANELS_IN_A_ROW = 3
 PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
 STYLE: dict[Any, Any] = {
@@ -95,8 +97,14 @@ def _draw(figure: Figure) -> Canvas:
     axes = canvas.subplots(
         rows, columns, squeeze=False, height_ratios=ratios, sharey=bool(figure.shared and figure.panels)
     ).flatten()
+    named: set[tuple[str, ...]] = set()
     for ax, panel in zip(axes, figure.panels, strict=False):
         _lines(ax, panel, _decades(figure.panels if figure.shared else [panel]))
+        labels = tuple(line.label for line in panel.lines)
+        # Panels on one scale that show the same lines share the legend of the first.
+        if any(labels) and not (figure.shared and labels in named):
+            ax.legend()
+        named.add(labels)
     for ax, map in zip(axes, figure.maps, strict=False):
         _map(canvas, ax, map, figure.maps if figure.shared else [map])
     for ax in axes[count:]:
@@ -109,7 +117,9 @@ def _lines(ax: Axes, panel: Panel, decades: float) -> None:
         ax.plot(
             line.x, line.y, color=HUES[line.hue % len(HUES)], label=line.label or "_", alpha=0.35 if line.faint else 1,
             linewidth=1.0 if line.faint else 1.6, linestyle="--" if line.dashed else "-",
-            marker="o" if len(line.x) == 1 or line.spread else "", markersize=4,
+            marker=MARKERS[line.hue % len(MARKERS)] if line.spread else "o" if len(line.x) == 1 else "",
+            # A ring around the point of the line under it.
+            markersize=8 if line.dashed else 4, fillstyle="none" if line.dashed else "full",
         )  # fmt: skip
         if line.spread:
             hue = HUES[line.hue % len(HUES)]
@@ -119,8 +129,6 @@ def _lines(ax: Axes, panel: Panel, decades: float) -> None:
         ax.set_yscale("log")
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.yaxis.set_major_formatter(PLAIN)
-    if any(line.label for line in panel.lines):
-        ax.legend()
 
 
 def _map(canvas: Canvas, ax: Axes, map: HeatMap, together: Sequence[HeatMap]) -> None:

@@ -105,8 +105,8 @@ AS_FP16 = {f"{ERROR}.format": "fp16", f"{GRADIENT}.format": "fp16", **NEAREST}
 def test_doses_differ_in_the_rounding_of_errors_and_gradients_and_in_scale(name: str, expected: dict[str, Any]) -> None:
     scales = plan_file()["studies"]["doses"]["scales"]
     for power in scales[name]:
-        found = changed(f"{name}@2^{power}", "dose_stochastic@2^1")
-        scale = {} if power == 1 else {SCALE: 2.0**power}
+        found = changed(f"{name}@2^{power}", "dose_stochastic@2^10")
+        scale = {} if power == 10 else {SCALE: 2.0**power}
         assert found == {**expected, **scale, NAME: name}
         settings = planned()[f"{name}@2^{power}"][0].settings
         assert cell_name(name, settings) == f"{name}@2^{power}"
