@@ -89,7 +89,7 @@ def main(run_dir, what):
             state = {
                 "model": run.model.state_dict(),
                 "scales": scales,
-                "updates": [graph._update is not None for graph in run.replays._graphs.values()],
+                "updates": [graph._shared.update is not None for graph in run.replays._graphs.values()],
                 "bits": run.context.stream("x", 0, "y", "error"),
             }
             torch.save(state, Path(run.config.run_dir) / f"rank{rank}.pt")

@@ -38,7 +38,6 @@ def stand_in_for_a_gpu(patch: Callable[[Any, str, Any], None]) -> None:
     patch(graphs, "capture", capture)
     for module in (graphs, replays):
         patch(module, "why_not_graphed", reason_other_than_the_device)
-    patch(torch.cuda, "graph_pool_handle", lambda: None)
     patch(torch.cuda, "mem_get_info", lambda device: (1, 1))
 
 

@@ -82,6 +82,12 @@ def write_images(root: Path, count: int = 60, size: int = 16) -> Path:
     return root
 
 
+def untimed(run_dir, kind=None):
+    """Rows without what a clock says: two runs of the same bits have the same."""
+    clocks = ("seconds", "images_per_second", "tokens_per_second")
+    return [{name: value for name, value in row.items() if name not in clocks} for row in rows(run_dir, kind)]
+
+
 def rows(run_dir, kind=None):
     lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if kind in (None, row["kind"])]

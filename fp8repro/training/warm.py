@@ -123,7 +123,7 @@ def warm_config(config: RunConfig, capability: int | None, processors: int | Non
             raise UserError("capability: missing where there is no GPU, expected capability=90 or that of another GPU")
         capability, processors = _gpu(torch.device("cuda"))
     task = make_task(config, World())
-    work = work_of(config, task, config.graphs == "auto" and task.fixed_shapes, capability, processors)
+    work = work_of(config, task, config.graphs == "auto" and task.why_not_replayed is None, capability, processors)
     display = Display(0, 0)
     try:
         with display.counting("compiling kernels") as show:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from replaying import DEVICE, SCALE, Trained, assert_same, linear, stand_in_for_a_gpu
 from torch import nn
-from training_tools import rows, tiny_config, use_tiny_network, write_images
+from training_tools import tiny_config, untimed, use_tiny_network, write_images
 
 from fp8repro.kernels.shared.launch import INTERPRETED, counted_launches
 from fp8repro.numerics.rounding import Rounding
@@ -245,8 +245,7 @@ def trained_both_ways(tmp_path, **settings):
         scaling = LossScalingConfig("dynamic", scale=2.0**22, window=2, factor=2.0**6)
         config = tiny_config(tmp_path / choice, "fp8", scaling, data, **options)
         summary = train(replace(config, graphs=choice, backend="triton", **settings))
-        kept = [{k: v for k, v in row.items() if "per_second" not in k} for row in rows(tmp_path / choice)]
-        results.append((summary, kept))
+        results.append((summary, untimed(tmp_path / choice)))
     return results
 
 
@@ -267,7 +266,7 @@ def test_a_run_with_graphed_updates_is_the_run_without(tmp_path, stand_in, monke
 
 def test_processes_replay_steps_without_collectives_inside():
     recipe = load_recipe("fp8")
-    task = type("Images", (), {"fixed_shapes": True})()
+    task = type("Images", (), {"why_not_replayed": None})()
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)).to(DEVICE)
     inject(model, recipe, backend="triton")
     device = "the model is on cpu, and CUDA graphs need a GPU"

@@ -118,7 +118,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens_whatever_the_batches(t
         network.zero_grad()
         total = 0.0
         for batch in batches:
-            loss, _ = work.loss(network, batch)
+            loss, _ = work.loss(network, *work.inputs(batch))
             (loss / count).backward()
             total += loss.item()
         return total / count, [p.grad.clone() for p in network.parameters() if p.grad is not None]
@@ -139,7 +139,8 @@ def test_more_padding_changes_neither_the_loss_nor_a_gradient(text: Path, model:
     for widths in ((24, 24), (40, 24), (24, 48)):
         network.zero_grad()
         run.context.begin(0)
-        loss, _ = run.task.loss(network, make_batch(run.task.data.train, list(range(9)), widths))  # type: ignore[attr-defined]
+        batch = make_batch(run.task.data.train, list(range(9)), widths)  # type: ignore[attr-defined]
+        loss, _ = run.task.loss(network, *run.task.inputs(batch))
         (loss / 100).backward()
         found.append((loss.item(), [p.grad.clone() for p in network.parameters() if p.grad is not None]))
     # Longer sums run in another order: FP32's tolerance, and in FP8 now and then another rounding behind it.
