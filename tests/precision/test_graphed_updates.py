@@ -95,6 +95,37 @@ def test_a_graphed_update_is_the_update(name, stand_in):
     assert replayed == ([captured] + [once] * 5 if name == "plain sgd" else expected)
 
 
+def test_steps_beside_each_other_share_gradients_weights_and_update(stand_in):
+    """Two shapes take turns; one is captured between micro-steps, where its gradients are still to be added to."""
+    recipe = replace(load_recipe("fp8_stochastic"), exempt=())
+    eager, graphed = (Quick(small, recipe) for _ in range(2))
+    steps, updates = {}, []
+    for step, sizes in enumerate([(2,), (2, 1), (1,), (2,), (1,)]):
+        for trained in (eager, graphed):
+            trained.optimizer.zero_grad()
+            for micro_step, size in enumerate(sizes):
+                batch = tuple(t[:size] for t in trained.batch(10 * step + micro_step))
+                trained.context.begin(step, micro_step)
+                if trained is eager:
+                    trained.eager(batch)
+                    continue
+                if size not in steps:
+                    steps[size] = GraphedStep(graphed.model, graphed.loss_of, batch, steps.get(2))
+                steps[size](batch, SCALE)
+        assert_same(graphed.gradients(), eager.gradients())
+        assert eager.masters.step(SCALE)
+        with counted_launches() as launches:
+            assert steps[sizes[-1]].step(graphed.masters, SCALE)
+        updates.append(launches["gradient_norms"])
+        assert_same(state_of(graphed), state_of(eager))
+    for a, b in zip(steps[2]._gradients, steps[1]._gradients, strict=True):
+        assert a is b
+    # Captured once for both, where one pass left all gradients and the momentum was there: at step 2.
+    assert updates == [1, 1, 2, 1, 1]
+    with pytest.raises(ValueError, match=r"^beside: got a step of another model"):
+        GraphedStep(eager.model, eager.loss_of, eager.batch(0), steps[1])
+
+
 def test_an_update_whose_gradients_lie_otherwise_copies_them(stand_in):
     eager, graphed = Quick(linear), Quick(linear)
     for trained in (eager, graphed):

@@ -184,6 +184,9 @@ def test_a_replay_of_fused_layers_is_the_eager_step(name, lengths, stand_in):
         (loss * scale).backward()
         return loss.detach(), figures
 
+    # A first pass is watched and takes the modules, as a run's first step does.
+    with torch.no_grad():
+        model(*captured[:2])
     found = []
     for step in (GraphedStep(model, loss_of, captured), eager):
         model.zero_grad()
