@@ -5,19 +5,16 @@ from itertools import groupby
 
 import pytest
 import torch
-from replaying import assert_same, stand_in_for_a_gpu
+from replaying import SIZES, Small, assert_same, stand_in_for_a_gpu, translation_config, write_text
 from torch import nn
 from training_tools import untimed
 
-from fp8repro.data.translation.synthetic import synthetic_corpus
 from fp8repro.kernels.shared.launch import INTERPRETED
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.graphs import GraphedStep, GraphedUpdate
 from fp8repro.precision.injection import inject
 from fp8repro.precision.master import MasterWeights
-from fp8repro.settings.choices import compose_group
 from fp8repro.settings.recipes import load_recipe
-from fp8repro.settings.schema import LossScalingConfig, run_config
 from fp8repro.training import replays
 from fp8repro.training.checkpoint import list_checkpoints, read_checkpoint
 from fp8repro.training.distributed import World
@@ -25,11 +22,6 @@ from fp8repro.training.loop import train
 from fp8repro.training.tasks import make_task, translation
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="stands in for the graph that a GPU has")
-
-SIZES = {
-    "transformer": {"width": 8, "ffn_width": 8, "heads": 1, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.1},
-    "gnmt": {"width": 8, "layers": 2, "init_range": 0.4, "dropout": 0.1},
-}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,70 +33,12 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Training sentences of five shapes."""
-    folder = tmp_path_factory.mktemp("text")
-    for split, pairs in synthetic_corpus(train=8, valid=1, test=1, max_words=6).items():
-        for side, language in enumerate(("en", "de")):
-            (folder / f"{split}.{language}").write_text("".join(f"{p[side]}\n" for p in pairs), encoding="utf-8")
-    return folder
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
     stand_in_for_a_gpu(monkeypatch.setattr)
-
-
-class Fed:
-    """What `Small` keeps of rows under decoding."""
-
-    def __init__(self, mean):
-        self.mean = mean
-
-    def select(self, rows):
-        self.mean = self.mean.index_select(0, rows)
-
-
-class Small(nn.Module):
-    """A translation model of two products, whose steps the interpreter makes in parts of a second."""
-
-    def __init__(self, words, pad, eos, **_):
-        super().__init__()
-        self.pad, self.eos = pad, eos
-        self.embedding = nn.Embedding(words, 8, padding_idx=pad)
-        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, words)
-        self.norm, self.dropout = nn.LayerNorm(8), nn.Dropout(0.1)
-
-    def begin(self, source):
-        present = source.ne(self.pad).unsqueeze(-1)
-        return Fed((self.first(self.embedding(source)) * present).sum(1) / present.sum(1))
-
-    def step(self, tokens, state):
-        return self(None, tokens.unsqueeze(1), state).squeeze(1), None
-
-    def forward(self, source, decoder_input, state=None):
-        state = state or self.begin(source)
-        return self.last(self.norm(self.dropout(self.embedding(decoder_input)) + state.mean.unsqueeze(1)))
-
-
-def config(text, run_dir, model="transformer", **trainer):
-    values = {
-        "model": {"name": model, "task": "translation", "size": SIZES.get(model, {})},
-        "data": {"name": "parallel_text", "root": str(text), "options": {"bpe_merges": 200}},
-        "precision": compose_group("precision", "fp8"),
-        "optimizer": {"name": "adam", "lr": 1e-2, "weight_decay": 0.0, "betas": [0.9, 0.98]},
-        "schedule": {"name": "cosine", "warmup": 0.1},
-        "decode": {"max_length_a": 0.0, "max_length_b": 2, "beam": 1},
-        "trainer": {"epochs": 2, "batch_size": 32, "label_smoothing": 0.1, "log_every": 1}
-        | {"eval_every_epochs": 2, "checkpoint_every_minutes": None}
-        | trainer,
-        "logger": "none",
-        "device": "cpu",
-        "run_dir": str(run_dir),
-        "backend": "triton",
-    }
-    # The first steps overflow, and later ones again.
-    scaling = LossScalingConfig("dynamic", scale=2.0**22, window=3, factor=2.0**6)
-    return replace(run_config(values), loss_scaling=scaling)
 
 
 def final_state(run_dir):
@@ -118,7 +52,7 @@ def trained_both_ways(text, folder, steps, model="transformer"):
     """A run with graphs and one without; both are stopped after half of the steps, and resumed."""
     found = {}
     for graphs in ("auto", "off"):
-        whole = replace(config(text, folder / graphs, model, max_steps=steps), graphs=graphs)
+        whole = replace(translation_config(text, folder / graphs, model, max_steps=steps), graphs=graphs)
         found[graphs] = [train(replace(whole, trainer=replace(whole.trainer, max_steps=steps // 2)))]
         found[graphs].append(train(replace(whole, resume="auto")))
     (given, *others), (expected, *expected_others) = final_state(folder / "auto"), final_state(folder / "off")
@@ -211,7 +145,7 @@ def test_a_run_of_fused_layers_with_graphs_is_the_run_without(name, text, tmp_pa
 
 def test_fairseqs_model_is_not_replayed_and_says_why(text):
     pytest.importorskip("fairseq")
-    settings = config(text, "unused", "fairseq_transformer")
+    settings = translation_config(text, "unused", "fairseq_transformer")
     task = make_task(settings, World())
     replaying = replays.Replays("auto", load_recipe("fp8"), World(), task, nn.Linear(1, 1))
     assert replaying.summary() == "fairseq's model asks the device whether a batch is padded"
