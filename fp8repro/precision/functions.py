@@ -38,6 +38,26 @@ from fp8repro.precision.recurrent import Cell, gru_cell, lstm_cell, relu_cell, t
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
+class Products(nn.ModuleDict):
+    """The products by functions of a module, its child."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is the child's in the model."""
+        super().__init__()
+        self.name = name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """A module that calls all of its children calls this one, too.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"model: got a module that calls all of its children, {self.name} among them, "
+            f"expected inject(..., leave=[{self.name + '.*'!r}])"
+        )
+
+
 class FunctionProducts(ModuleMode):
     """Gives the products by functions of one module to the recipe, while the module runs."""
 
@@ -117,11 +137,12 @@ class FunctionProducts(ModuleMode):
         index = self.counts[-1][what]
         self.counts[-1][what] += 1
         key = f"{what}_{index}"
-        name = f"{self.name}.{FUNCTION_PRODUCTS}.{key}" if self.name else f"{FUNCTION_PRODUCTS}.{key}"
+        child = f"{self.name}.{FUNCTION_PRODUCTS}" if self.name else FUNCTION_PRODUCTS
+        name = f"{child}.{key}"
         if self.places.leaves(name):
             return NotImplemented
         if FUNCTION_PRODUCTS not in self.module._modules:
-            self.module.add_module(FUNCTION_PRODUCTS, nn.ModuleDict())
+            self.module.add_module(FUNCTION_PRODUCTS, Products(child))
         products = self.module._modules[FUNCTION_PRODUCTS]
         assert isinstance(products, nn.ModuleDict)
         if key not in products:

@@ -338,3 +338,27 @@ def test_leaving_an_attention_layer_leaves_all_of_it() -> None:
     report = inject(model, "fp8", leave=["0"])
     assert torch.equal(layer(x, x, x)[0], expected)
     assert report.names("left") == ["0", "0.out_proj"]
+
+
+class Iterating(nn.Module):
+    """Calls its children one after the other, and multiplies by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for child in self.children():
+            x = child(x)
+        return x @ x.t()
+
+
+def test_modules_that_call_all_of_their_children_are_told_what_to_leave() -> None:
+    model, x = nn.Sequential(Iterating()), torch.randn(4, 8)
+    inject(model, "fp8")
+    model(x)
+    with pytest.raises(UserError, match=r"expected inject\(..., leave=\['0.fp8_products.\*'\]\)"):
+        model(x)
+    model = nn.Sequential(Iterating())
+    inject(model, "fp8", leave=["0.fp8_products.*"])
+    assert torch.equal(model.eval()(x), model(x))
