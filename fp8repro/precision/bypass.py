@@ -21,6 +21,7 @@ from torch.nn.modules import module as global_hooks
 
 from fp8repro.engines.products import Operand
 from fp8repro.errors import UserError
+from fp8repro.precision.context import StepContext
 from fp8repro.precision.convolutions import FP8Convolution
 from fp8repro.precision.functions import PRODUCTS, FunctionProducts, multiply_adds
 from fp8repro.precision.injection_report import InjectionReport, InjectionRow
@@ -40,6 +41,11 @@ def has_hooks(parts: Sequence[nn.Module]) -> bool:
     modules = (module for part in parts for module in part.modules())
     hooks = (hook for module in modules for name in _HOOKS for hook in getattr(module, name).values())
     return not all(isinstance(getattr(hook, "__self__", None), FirstPass) for hook in hooks)
+
+
+def is_observed(context: StepContext) -> bool:
+    """True where somebody asked to see every product; who watches a first pass is told of them by fused nodes too."""
+    return any(not isinstance(getattr(observer, "__self__", None), _Watch) for observer in context.observers)
 
 
 def watch_first_pass(model: nn.Module, places: Places | None = None, report: InjectionReport | None = None) -> None:
@@ -214,11 +220,17 @@ class _Watch(ModuleMode):
         self.counted[name, what, converted] += number
 
     def note(self, layer: str, product: str, operands: tuple[Operand, ...]) -> None:
-        """Count a convolution whose product was computed without calling it, from codes to codes."""
+        """Count a layer whose product a fused node computed, without calling the layer."""
         module = self.layers.get(layer)
-        if product != "forward" or not isinstance(module, FP8Convolution) or module in self.running:
+        # Modules that multiply by functions tell of these themselves.
+        if product != "forward" or module is None or module in self.running or not _is_ours(self.running[-1]):
             return
         x, weight = (operand.codes.shape for operand in operands)
+        if not isinstance(module, FP8Convolution):
+            # Rows of a linear layer's weight, columns of a second activation.
+            width = weight[0] if isinstance(module, nn.Linear) else weight[-1]
+            self.count(self._name(module), "layer", True, math.prod(x) * width)
+            return
         padding: Any = module.padding
         options = zip(x[2:], weight[2:], module.stride, padding, module.dilation, strict=True)
         sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in options]
@@ -248,7 +260,7 @@ class _Watch(ModuleMode):
         if func not in PRODUCTS or self.interrupted():
             return func(*args, **kwargs)
         innermost = self.running[-1]
-        ours = type(innermost).__module__.startswith("fp8repro.")
+        ours = _is_ours(innermost)
         if not ours and self.places is not None:
             result = self._owner(innermost).multiply(func, args, kwargs)
             if result is not NotImplemented:
@@ -285,6 +297,10 @@ class _Watch(ModuleMode):
             return arg
         self.found.add(name)
         return arg.float() if arg.dtype.itemsize < 4 else arg
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("fp8repro.")
 
 
 def _check_replicas(model: nn.Module) -> None:
