@@ -8,6 +8,7 @@ Only the first pass is watched. Nothing here may change what a pass computes in 
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.modules import module as global_hooks
-from torch.overrides import TorchFunctionMode
 
 from fp8repro.engines.products import Operand
 from fp8repro.errors import UserError
@@ -26,6 +26,7 @@ from fp8repro.precision.convolutions import FP8Convolution
 from fp8repro.precision.functions import PRODUCTS, FunctionProducts, multiply_adds
 from fp8repro.precision.injection_report import InjectionReport, InjectionRow
 from fp8repro.precision.layers import MasterEmbedding
+from fp8repro.precision.module_modes import ModuleMode, leave_interrupted
 from fp8repro.precision.places import FUNCTION_PRODUCTS, Places
 from fp8repro.precision.site import Site
 
@@ -65,7 +66,10 @@ def watch_first_pass(model: nn.Module, places: Places | None = None, report: Inj
 
 
 class FirstPass:
-    """Hooks around the forward passes of all modules; each goes after the first pass in which it was called."""
+    """Hooks around the forward passes of all modules; each goes after the first pass in which it was called.
+
+    A pass that ended in an error or an interrupt may have missed products, and does not count.
+    """
 
     def __init__(self, model: nn.Module, places: Places | None, report: InjectionReport | None) -> None:
         """Nothing is hooked yet."""
@@ -94,11 +98,14 @@ class FirstPass:
             if self.foreign:
                 self.compiled()
             return
+        if self.mode is not None and self.mode.interrupted():
+            leave_interrupted()
+            self.stop(self.mode)
         if self.mode is None:
             self.model = self.model or module
             _check_replicas(self.model)
             self.mode = _Watch(self.model, self.places)
-            self.mode.__enter__()
+            self.mode.begin()
             if self.places is not None:
                 self.places.context.observers.append(self.mode.note)
         self.mode.enter(module)
@@ -115,6 +122,12 @@ class FirstPass:
                 stacklevel=2,
             )
 
+    def stop(self, mode: _Watch) -> None:
+        """A pass has ended, one way or another."""
+        self.mode = None
+        if self.places is not None:
+            self.places.context.observers.remove(mode.note)
+
     def leave(self, module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
         """After it; raises UserError for what was found."""
         mode = self.mode
@@ -123,10 +136,10 @@ class FirstPass:
         mode.leave(inputs or tuple(kwargs.values()), output)
         if mode.running:
             return
-        self.mode = None
-        mode.__exit__(None, None, None)
-        if self.places is not None:
-            self.places.context.observers.remove(mode.note)
+        mode.end()
+        self.stop(mode)
+        if sys.exception() is not mode.handled:
+            return
         for seen in mode.seen:
             _unhook(seen, self)
         for products in mode.owners.values():
@@ -158,7 +171,7 @@ def _unhook(module: nn.Module, owner: FirstPass) -> None:
             table.pop(key, None)
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(ModuleMode):
     """The running modules, and what they multiply.
 
     Attributes:
@@ -167,6 +180,7 @@ class _Watch(TorchFunctionMode):
         owners: those that multiply by functions.
         found: weights that were multiplied by behind their layers' backs.
         counted: multiply-adds by (layer or module, what multiplied, whether under the recipe).
+        handled: the exception in whose handler the pass began, if any; another one at its end has ended it.
         weights: by their ids, the product that first took each weight of another module, and its number of elements.
     """
 
@@ -175,6 +189,7 @@ class _Watch(TorchFunctionMode):
         self.places, self.model = places, model
         self.names = {module: name for name, module in model.named_modules()}
         self.storages: Mapping[int, str] = _storages(model)
+        self.handled = sys.exception()
         self.running: list[nn.Module] = []
         self.seen: set[nn.Module] = set()
         self.owners: dict[nn.Module, FunctionProducts] = {}
@@ -242,7 +257,7 @@ class _Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in PRODUCTS:
+        if func not in PRODUCTS or self.interrupted():
             return func(*args, **kwargs)
         innermost = self.running[-1]
         ours = _is_ours(innermost)
@@ -281,7 +296,7 @@ class _Watch(TorchFunctionMode):
         if name is None:
             return arg
         self.found.add(name)
-        return arg.float()
+        return arg.float() if arg.dtype.itemsize < 4 else arg
 
 
 def _is_ours(module: nn.Module) -> bool:
