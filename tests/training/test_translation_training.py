@@ -18,6 +18,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from training_tools import rows as metrics_of
 
 from fp8repro.data.translation import buckets
 from fp8repro.data.translation.batching import make_batch
@@ -260,10 +261,7 @@ def test_asked_to_stop_amid_the_translation_it_is_left_and_made_as_a_whole_later
     assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert all(torch.equal(first[name], second[name]) for name in first)
-    measured = [
-        [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "eval"]
-        for folder in (tmp_path / "whole", tmp_path / "run")
-    ]
+    measured = [metrics_of(folder, "eval") for folder in (tmp_path / "whole", tmp_path / "run")]
     assert measured[0] == measured[1]
 
 
