@@ -13,7 +13,7 @@ from training_tools import tiny_config, tiny_network
 
 import fp8repro.training.loop as loop
 from fp8repro.settings.schema import DataConfig, LossScalingConfig
-from fp8repro.training.tasks import classification
+from fp8repro.training.tasks import classification, translation
 
 
 def without_dropout(*arguments):
@@ -89,7 +89,7 @@ def main(run_dir, what):
             state = {
                 "model": run.model.state_dict(),
                 "scales": scales,
-                "updates": [graph._update is not None for graph in run.replays._graphs.values()],
+                "updates": [graph._shared.update is not None for graph in run.replays._graphs.values()],
                 "bits": run.context.stream("x", 0, "y", "error"),
             }
             torch.save(state, Path(run.config.run_dir) / f"rank{rank}.pt")
@@ -104,7 +104,7 @@ def main(run_dir, what):
             nonlocal polls
             polls += 1
             # One rank gets the signal, after the last batch of its own.
-            if task.eval_batch_size == STOPPED and codes == [] and (rank, polls) == (1, 2):
+            if what == "both" and task.eval_batch_size == STOPPED and codes == [] and (rank, polls) == (1, 2):
                 os.kill(os.getpid(), signal.SIGUSR1)
             poll()
 
@@ -113,12 +113,17 @@ def main(run_dir, what):
     codes = []
     loop.train_step, loop.measure = step, measure
     if what == "graphed":
-        from replaying import stand_in_for_a_gpu
+        from replaying import Small, stand_in_for_a_gpu, translation_config
 
         stand_in_for_a_gpu(setattr)
+        translation.MODELS["transformer"] = Small
+        text = Path(run_dir).with_name("text")
         for graphs in ("auto", "off"):
             scales.clear()
             loop.train(graphed_config(f"{run_dir}-{graphs}", graphs))
+            scales.clear()
+            sentences = translation_config(text, f"{run_dir}-sentences-{graphs}", batch_size=64, max_steps=5)
+            loop.train(replace(sentences, graphs=graphs))
         return
     loop.train(fp8_config(run_dir))
     if what == "both":

@@ -6,6 +6,7 @@ Kernels run in Triton's interpreter, and for a graph the same Python runs again,
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from fp8repro.data.translation.synthetic import synthetic_corpus
 from fp8repro.engines import quantizer
 from fp8repro.kernels import ops
 from fp8repro.kernels.quantize.launch import round_into
@@ -22,11 +24,17 @@ from fp8repro.precision.graphs import GraphedStep, why_not_graphed
 from fp8repro.precision.injection import inject
 from fp8repro.precision.master import MasterWeights
 from fp8repro.precision.telemetry import Telemetry
+from fp8repro.settings.choices import compose_group
 from fp8repro.settings.recipes import load_recipe
+from fp8repro.settings.schema import LossScalingConfig, run_config
 from fp8repro.training import replays
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 SCALE = 1024.0
+SIZES = {
+    "transformer": {"width": 8, "ffn_width": 8, "heads": 1, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.1},
+    "gnmt": {"width": 8, "layers": 2, "init_range": 0.4, "dropout": 0.1},
+}
 
 
 def stand_in_for_a_gpu(patch: Callable[[Any, str, Any], None]) -> None:
@@ -38,7 +46,6 @@ def stand_in_for_a_gpu(patch: Callable[[Any, str, Any], None]) -> None:
     patch(graphs, "capture", capture)
     for module in (graphs, replays):
         patch(module, "why_not_graphed", reason_other_than_the_device)
-    patch(torch.cuda, "graph_pool_handle", lambda: None)
     patch(torch.cuda, "mem_get_info", lambda device: (1, 1))
 
 
@@ -110,6 +117,67 @@ class Trained:
 
     def gradients(self):
         return {name: p.grad.clone() for name, p in self.model.named_parameters()}
+
+
+class Fed:
+    """What `Small` keeps of rows under decoding."""
+
+    def __init__(self, mean):
+        self.mean = mean
+
+    def select(self, rows):
+        self.mean = self.mean.index_select(0, rows)
+
+
+class Small(nn.Module):
+    """A translation model of two products, whose steps the interpreter makes in parts of a second."""
+
+    def __init__(self, words, pad, eos, **_):
+        super().__init__()
+        self.pad, self.eos = pad, eos
+        self.embedding = nn.Embedding(words, 8, padding_idx=pad)
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, words)
+        self.norm, self.dropout = nn.LayerNorm(8), nn.Dropout(0.1)
+
+    def begin(self, source):
+        present = source.ne(self.pad).unsqueeze(-1)
+        return Fed((self.first(self.embedding(source)) * present).sum(1) / present.sum(1))
+
+    def step(self, tokens, state):
+        return self(None, tokens.unsqueeze(1), state).squeeze(1), None
+
+    def forward(self, source, decoder_input, state=None):
+        state = state or self.begin(source)
+        return self.last(self.norm(self.dropout(self.embedding(decoder_input)) + state.mean.unsqueeze(1)))
+
+
+def translation_config(text, run_dir, model="transformer", **trainer):
+    values = {
+        "model": {"name": model, "task": "translation", "size": SIZES.get(model, {})},
+        "data": {"name": "parallel_text", "root": str(text), "options": {"bpe_merges": 200}},
+        "precision": compose_group("precision", "fp8"),
+        "optimizer": {"name": "adam", "lr": 1e-2, "weight_decay": 0.0, "betas": [0.9, 0.98]},
+        "schedule": {"name": "cosine", "warmup": 0.1},
+        "decode": {"max_length_a": 0.0, "max_length_b": 2, "beam": 1},
+        "trainer": {"epochs": 2, "batch_size": 32, "label_smoothing": 0.1, "log_every": 1}
+        | {"eval_every_epochs": 2, "checkpoint_every_minutes": None}
+        | trainer,
+        "logger": "none",
+        "device": "cpu",
+        "run_dir": str(run_dir),
+        "backend": "triton",
+    }
+    # The first steps overflow, and later ones again.
+    scaling = LossScalingConfig("dynamic", scale=2.0**22, window=3, factor=2.0**6)
+    return replace(run_config(values), loss_scaling=scaling)
+
+
+def write_text(folder):
+    """Parallel text whose training sentences make batches of five shapes."""
+    for split, pairs in synthetic_corpus(train=8, valid=1, test=1, max_words=6).items():
+        for side, language in enumerate(("en", "de")):
+            (folder / f"{split}.{language}").write_text("".join(f"{p[side]}\n" for p in pairs), encoding="utf-8")
+    return folder
 
 
 def assert_same(given, expected):

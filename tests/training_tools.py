@@ -82,6 +82,14 @@ def write_images(root: Path, count: int = 60, size: int = 16) -> Path:
     return root
 
 
-def rows(run_dir, kind=None):
+def untimed(run_dir, kind=None):
+    """Rows without what a clock says: two runs of the same bits have the same."""
+    clocks = ("seconds", "images_per_second", "tokens_per_second")
+    return [{name: value for name, value in row.items() if name not in clocks} for row in rows(run_dir, kind)]
+
+
+def rows(run_dir, kind=None, timed=False):
+    """Of a run's metrics; `timed`: with the seconds of evaluations, which differ each time."""
     lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if kind in (None, row["kind"])]
+    found = [row for row in map(json.loads, lines) if kind in (None, row["kind"])]
+    return [{k: v for k, v in row.items() if timed or (row["kind"], k) != ("eval", "seconds")} for row in found]

@@ -76,7 +76,7 @@ def doctor(settings: Iterable[str]) -> int:
         name, _, value = setting.partition("=")
         places = {"data.root": roots, "run": runs, "figure": figures}
         if name not in places or not value:
-            raise UserError(f"doctor: got {setting!r}, expected data.root=FOLDER or run=FOLDER")
+            raise UserError(f"doctor: got {setting!r}, expected data.root=FOLDER, run=FOLDER or figure=FILE")
         places[name].append(Path(value))
     if figures and not runs:
         raise UserError("doctor: got figure= without run=, expected run=FOLDER figure=FILE")

@@ -8,6 +8,7 @@ Only the first pass is watched. Nothing here may change what a pass computes in 
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.modules import module as global_hooks
-from torch.overrides import TorchFunctionMode
 
 from fp8repro.engines.products import Operand
 from fp8repro.errors import UserError
+from fp8repro.precision.context import StepContext
 from fp8repro.precision.convolutions import FP8Convolution
 from fp8repro.precision.functions import PRODUCTS, FunctionProducts, multiply_adds
 from fp8repro.precision.injection_report import InjectionReport, InjectionRow
 from fp8repro.precision.layers import MasterEmbedding
+from fp8repro.precision.module_modes import ModuleMode, leave_interrupted
 from fp8repro.precision.places import FUNCTION_PRODUCTS, Places
 from fp8repro.precision.site import Site
 
@@ -39,6 +41,11 @@ def has_hooks(parts: Sequence[nn.Module]) -> bool:
     modules = (module for part in parts for module in part.modules())
     hooks = (hook for module in modules for name in _HOOKS for hook in getattr(module, name).values())
     return not all(isinstance(getattr(hook, "__self__", None), FirstPass) for hook in hooks)
+
+
+def is_observed(context: StepContext) -> bool:
+    """True where somebody asked to see every product; who watches a first pass is told of them by fused nodes too."""
+    return any(not isinstance(getattr(observer, "__self__", None), _Watch) for observer in context.observers)
 
 
 def watch_first_pass(model: nn.Module, places: Places | None = None, report: InjectionReport | None = None) -> None:
@@ -59,7 +66,10 @@ def watch_first_pass(model: nn.Module, places: Places | None = None, report: Inj
 
 
 class FirstPass:
-    """Hooks around the forward passes of all modules; each goes after the first pass in which it was called."""
+    """Hooks around the forward passes of all modules; each goes after the first pass in which it was called.
+
+    A pass that ended in an error or an interrupt may have missed products, and does not count.
+    """
 
     def __init__(self, model: nn.Module, places: Places | None, report: InjectionReport | None) -> None:
         """Nothing is hooked yet."""
@@ -88,11 +98,14 @@ class FirstPass:
             if self.foreign:
                 self.compiled()
             return
+        if self.mode is not None and self.mode.interrupted():
+            leave_interrupted()
+            self.stop(self.mode)
         if self.mode is None:
             self.model = self.model or module
             _check_replicas(self.model)
             self.mode = _Watch(self.model, self.places)
-            self.mode.__enter__()
+            self.mode.begin()
             if self.places is not None:
                 self.places.context.observers.append(self.mode.note)
         self.mode.enter(module)
@@ -109,6 +122,12 @@ class FirstPass:
                 stacklevel=2,
             )
 
+    def stop(self, mode: _Watch) -> None:
+        """A pass has ended, one way or another."""
+        self.mode = None
+        if self.places is not None:
+            self.places.context.observers.remove(mode.note)
+
     def leave(self, module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
         """After it; raises UserError for what was found."""
         mode = self.mode
@@ -117,10 +136,10 @@ class FirstPass:
         mode.leave(inputs or tuple(kwargs.values()), output)
         if mode.running:
             return
-        self.mode = None
-        mode.__exit__(None, None, None)
-        if self.places is not None:
-            self.places.context.observers.remove(mode.note)
+        mode.end()
+        self.stop(mode)
+        if sys.exception() is not mode.handled:
+            return
         for seen in mode.seen:
             _unhook(seen, self)
         for products in mode.owners.values():
@@ -152,7 +171,7 @@ def _unhook(module: nn.Module, owner: FirstPass) -> None:
             table.pop(key, None)
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(ModuleMode):
     """The running modules, and what they multiply.
 
     Attributes:
@@ -161,6 +180,7 @@ class _Watch(TorchFunctionMode):
         owners: those that multiply by functions.
         found: weights that were multiplied by behind their layers' backs.
         counted: multiply-adds by (layer or module, what multiplied, whether under the recipe).
+        handled: the exception in whose handler the pass began, if any; another one at its end has ended it.
         weights: by their ids, the product that first took each weight of another module, and its number of elements.
     """
 
@@ -169,6 +189,7 @@ class _Watch(TorchFunctionMode):
         self.places, self.model = places, model
         self.names = {module: name for name, module in model.named_modules()}
         self.storages: Mapping[int, str] = _storages(model)
+        self.handled = sys.exception()
         self.running: list[nn.Module] = []
         self.seen: set[nn.Module] = set()
         self.owners: dict[nn.Module, FunctionProducts] = {}
@@ -199,11 +220,17 @@ class _Watch(TorchFunctionMode):
         self.counted[name, what, converted] += number
 
     def note(self, layer: str, product: str, operands: tuple[Operand, ...]) -> None:
-        """Count a convolution whose product was computed without calling it, from codes to codes."""
+        """Count a layer whose product a fused node computed, without calling the layer."""
         module = self.layers.get(layer)
-        if product != "forward" or not isinstance(module, FP8Convolution) or module in self.running:
+        # Modules that multiply by functions tell of these themselves.
+        if product != "forward" or module is None or module in self.running or not _is_ours(self.running[-1]):
             return
         x, weight = (operand.codes.shape for operand in operands)
+        if not isinstance(module, FP8Convolution):
+            # Rows of a linear layer's weight, columns of a second activation.
+            width = weight[0] if isinstance(module, nn.Linear) else weight[-1]
+            self.count(self._name(module), "layer", True, math.prod(x) * width)
+            return
         padding: Any = module.padding
         options = zip(x[2:], weight[2:], module.stride, padding, module.dilation, strict=True)
         sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in options]
@@ -230,10 +257,10 @@ class _Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in PRODUCTS:
+        if func not in PRODUCTS or self.interrupted():
             return func(*args, **kwargs)
         innermost = self.running[-1]
-        ours = type(innermost).__module__.startswith("fp8repro.")
+        ours = _is_ours(innermost)
         if not ours and self.places is not None:
             result = self._owner(innermost).multiply(func, args, kwargs)
             if result is not NotImplemented:
@@ -269,7 +296,11 @@ class _Watch(TorchFunctionMode):
         if name is None:
             return arg
         self.found.add(name)
-        return arg.float()
+        return arg.float() if arg.dtype.itemsize < 4 else arg
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("fp8repro.")
 
 
 def _check_replicas(model: nn.Module) -> None:

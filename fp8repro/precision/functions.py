@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.nn.utils.parametrize import is_parametrized
 
 from fp8repro.engines.guards import INPUT_DTYPES
 from fp8repro.engines.products import ConvolutionGeometry
@@ -30,11 +30,35 @@ from fp8repro.precision.function_products import (
 )
 from fp8repro.precision.functional import LINEAR, quantized_product
 from fp8repro.precision.layers import FP8Linear
+from fp8repro.precision.module_modes import ModuleMode
 from fp8repro.precision.places import FUNCTION_PRODUCTS, Places
 from fp8repro.precision.recurrent import Cell, gru_cell, lstm_cell, relu_cell, tanh_cell
 
+# Their children are what they iterate over: nothing may be added.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
-class FunctionProducts(TorchFunctionMode):
+
+class Products(nn.ModuleDict):
+    """The products by functions of a module, its child."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is the child's in the model."""
+        super().__init__()
+        self.name = name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """A module that calls all of its children calls this one, too.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"model: got a module that calls all of its children, {self.name} among them, "
+            f"expected inject(..., leave=[{self.name + '.*'!r}])"
+        )
+
+
+class FunctionProducts(ModuleMode):
     """Gives the products by functions of one module to the recipe, while the module runs."""
 
     def __init__(self, module: nn.Module, name: str, places: Places, model: nn.Module) -> None:
@@ -46,12 +70,15 @@ class FunctionProducts(TorchFunctionMode):
         left = [m for n, m in modules.items() if places.leaves(n)]
         self.left = [p for m in left for p in m.parameters(recurse=False)]
         self.counts: list[Counter[str]] = []
+        # What computes a weight (spectral norm) is no layer.
+        helper = type(module).__module__.startswith("torch.nn.utils.") and not is_parametrized(module)
+        self.all_left = helper or isinstance(module, _CONTAINERS)
         # Told of every product in the first pass: the name of its place, multiply-adds, and its weight.
         self.tell: Callable[[str, int, Tensor | None], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy tells nobody."""
-        return {**self.__dict__, "counts": [], "tell": None}
+        return {**self.__dict__, "counts": [], "_frames": [], "tell": None}
 
     def install(self) -> None:
         """Be active in every forward pass of the module from now on."""
@@ -61,20 +88,25 @@ class FunctionProducts(TorchFunctionMode):
 
     def enter(self, module: nn.Module, inputs: Any) -> None:
         """Before a forward pass."""
+        self.begin()
         self.counts.append(Counter())
-        self.__enter__()
 
     def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """After it."""
-        self.__exit__(None, None, None)
-        self.counts.pop()
+        """After it; a hook before ours may have ended the pass."""
+        if self.counts:
+            self.end()
+
+    def end(self) -> None:
+        """Leave the mode."""
+        del self.counts[len(self._frames) - 1 :]
+        super().end()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Hand a product over; everything else is what it is."""
         kwargs = kwargs or {}
-        if func not in PRODUCTS:
+        if func not in PRODUCTS or self.interrupted():
             return func(*args, **kwargs)
         result = self.multiply(func, args, kwargs)
         if result is NotImplemented:
@@ -90,7 +122,7 @@ class FunctionProducts(TorchFunctionMode):
             UserError: it would need the gradient of a part of a weight that is stored in 16 bit.
         """
         convert = CONVERSIONS.get(func)
-        if convert is None or self.places.leaves(self.name) or kwargs.get("out") is not None:
+        if convert is None or self.all_left or self.places.leaves(self.name) or kwargs.get("out") is not None:
             return NotImplemented
         operands = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         operands += [t for arg in args if isinstance(arg, (list, tuple)) for t in arg if isinstance(t, Tensor)]
@@ -105,11 +137,12 @@ class FunctionProducts(TorchFunctionMode):
         index = self.counts[-1][what]
         self.counts[-1][what] += 1
         key = f"{what}_{index}"
-        name = f"{self.name}.{FUNCTION_PRODUCTS}.{key}" if self.name else f"{FUNCTION_PRODUCTS}.{key}"
+        child = f"{self.name}.{FUNCTION_PRODUCTS}" if self.name else FUNCTION_PRODUCTS
+        name = f"{child}.{key}"
         if self.places.leaves(name):
             return NotImplemented
         if FUNCTION_PRODUCTS not in self.module._modules:
-            self.module.add_module(FUNCTION_PRODUCTS, nn.ModuleDict())
+            self.module.add_module(FUNCTION_PRODUCTS, Products(child))
         products = self.module._modules[FUNCTION_PRODUCTS]
         assert isinstance(products, nn.ModuleDict)
         if key not in products:

@@ -23,7 +23,7 @@ from fp8repro.models.gnmt import LSTMCell, LSTMLayer
 from fp8repro.numerics.formats import FP32, FloatFormat
 from fp8repro.numerics.rounding import IDENTITY
 from fp8repro.precision.become import become
-from fp8repro.precision.bypass import has_hooks
+from fp8repro.precision.bypass import has_hooks, is_observed
 from fp8repro.precision.functional import without_autocast
 from fp8repro.precision.fused_normalization import storage_format
 from fp8repro.precision.site import Site
@@ -50,7 +50,7 @@ class FusedLSTMLayer(LSTMLayer):
 def _unwatched(module: nn.Module) -> bool:
     """True where nobody asked to see a layer's calls."""
     site: Site = module.site  # type: ignore[assignment]
-    return not (has_hooks([module]) or site.context.telemetry.active or site.context.observers)
+    return not (has_hooks([module]) or site.context.telemetry.active or is_observed(site.context))
 
 
 class NativeLSTMLayer(LSTMLayer):
@@ -145,6 +145,7 @@ class _Recurrence(torch.autograd.Function):
             role = "activation" if site.round_outputs else None
             for step, call in enumerate(calls):
                 x = Operand(codes[step], how.format)
+                site.announce("forward", x, recurrent)
                 product = site.product(lambda b: b.linear(x, recurrent, bias), role, "output", call, training)  # noqa: B023
                 final = step + 1 == steps
                 # Nobody takes the last state; it is rounded for the layers behind.

@@ -48,6 +48,7 @@ class Projection:
 
     def forward(self, x: Operand) -> Tensor:
         """The layer's output, rounded."""
+        self.site.announce("forward", x, self.weight)
         multiply = lambda b: b.linear(x, self.weight, self.bias)  # noqa: E731
         return self.site.product(multiply, "activation", "output", self.call)
 
@@ -195,8 +196,10 @@ class Attention:
         tensors = [kernels.Rerounded(v, *both) for v, both in zip(views, operands, strict=True)]
         kernels.reround(tensors, how, scale=self.scaling)
         (q, q_turned), (k, k_turned), (v, v_turned) = operands
+        first, second = Operand(q, format), Operand(k.transpose(-1, -2), format)
+        self.scores.announce("forward", first, second)
         scores = self.scores.product(
-            lambda b: b.matmul(Operand(q, format), Operand(k.transpose(-1, -2), format)),
+            lambda b: b.matmul(first, second),
             "activation",
             "output",
             self.scores_call,
@@ -205,8 +208,10 @@ class Attention:
         weights_turned = kernels.empty_operand(batch, heads, length, steps, like=x, dtype=dtype)
         kept_scores = torch.empty_like(scores, dtype=storage_format(self.scores).dtype)
         kernels.softmax(scores, self.mask, how, weights, weights_turned, kept_scores)
+        averaged, values = Operand(weights, format), Operand(v_turned.transpose(-1, -2), format)
+        self.context.announce("forward", averaged, values)
         result = self.context.product(
-            lambda b: b.matmul(Operand(weights, format), Operand(v_turned.transpose(-1, -2), format)),
+            lambda b: b.matmul(averaged, values),
             "activation",
             "output",
             self.context_call,

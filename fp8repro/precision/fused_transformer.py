@@ -15,7 +15,8 @@ from fp8repro.engines.guards import plain
 from fp8repro.models.parts import MatMul
 from fp8repro.models.transformer import DecoderLayer, EncoderLayer, Layer, LayerCache, MultiheadAttention
 from fp8repro.precision.become import become
-from fp8repro.precision.bypass import has_hooks
+from fp8repro.precision.bypass import has_hooks, is_observed
+from fp8repro.precision.context import StepContext
 from fp8repro.precision.fused_sublayers import Attention, FeedForward, run
 from fp8repro.precision.site import Site
 
@@ -92,8 +93,8 @@ def _taken(layer: Layer, *tensors: Tensor | None) -> bool:
         return False
     if not all(p.requires_grad for p in layer.parameters()):
         return False
-    context = layer.fc1.site.context  # type: ignore[union-attr]
-    if context.telemetry.active or context.observers:  # type: ignore[union-attr]
+    context: StepContext = layer.fc1.site.context  # type: ignore[union-attr,assignment]
+    if context.telemetry.active or is_observed(context):
         return False
     attentions = [m for m in layer.children() if isinstance(m, MultiheadAttention)]
     return not has_hooks(list(layer.children())) and not any(a.product.dropout.p for a in attentions)

@@ -70,6 +70,43 @@ def why_not_graphed(model: nn.Module) -> str | None:
     return None if device.type == "cuda" else f"the model is on {device.type}, and CUDA graphs need a GPU"
 
 
+class _Shared:
+    """What the graphed steps of a model share, for one replays after the other.
+
+    Attributes:
+        pool: of the memory that captured passes take.
+        streams: of the weights.
+        weights: rounds them into one memory.
+        gradients: where every pass leaves them: those of the first capture.
+        update: reads them there.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        """Nothing is captured."""
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.streams = StreamTable(device, capacity=len(sites(model)))
+        self.weights = GroupedWeights(model, self.streams)
+        self.gradients: list[Tensor | None] = []
+        self.update: GraphedUpdate | None = None
+        self.update_failed = False
+
+    def place(self, found: list[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of a pass, where they are to lie."""
+        if not self.gradients:
+            return found
+        placed: list[Tensor | None] = []
+        copied: tuple[list[Tensor], list[Tensor]] = [], []
+        for own, given in zip(self.gradients, found, strict=True):
+            if own is None or given is None:
+                placed.append(given)
+                continue
+            placed.append(own)
+            copied[0].append(own)
+            copied[1].append(given)
+        torch._foreach_copy_(*copied)
+        return placed
+
+
 class GraphedStep:
     """Forward pass, loss and backward pass of a converted model, for inputs of one shape.
 
@@ -81,18 +118,21 @@ class GraphedStep:
     Not part of the graph: whatever else a model does on the host. It must do the same at every step.
     """
 
-    def __init__(self, model: nn.Module, loss_of: LossOf, batch: Sequence[Tensor], pool: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, loss_of: LossOf, batch: Sequence[Tensor], beside: GraphedStep | None = None
+    ) -> None:
         """Warm up and capture; weights, gradients, statistics, random numbers and the run's step stay what they are.
 
         Args:
             model: in training mode, on a GPU, after `inject`; after `MasterWeights` if there are any.
             loss_of: called with tensors like those of `batch`, on the model's device.
             batch: inputs and targets, for their shapes and dtypes, and as values that the warm-up can compute with.
-            pool: `torch.cuda.graph_pool_handle()`; steps that share one share memory, and one's gradients are lost
-                when another replays.
+            beside: a step of the same model for other shapes; both share memory for passes, rounded weights, gradients
+                and the update, and one's gradients are lost when the other replays. Capture the largest first: the
+                others find room in its memory.
 
         Raises:
-            ValueError: the step cannot be graphed (`why_not_graphed`).
+            ValueError: the step cannot be graphed (`why_not_graphed`), or not beside the other.
         """
         reason = why_not_graphed(model)
         if reason is not None:
@@ -102,24 +142,26 @@ class GraphedStep:
         assert context is not None  # It has converted layers.
         self.context: StepContext = context
         self._sites = list(sites(model).values())
-        self._update: GraphedUpdate | None = None
-        self._update_failed = False
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._state = [*model.parameters(), *model.buffers()]
         device = self._parameters[0].device
         self.streams = StreamTable(device)
-        self._weights = GroupedWeights(model, self.streams)
         self._inputs = [torch.empty_like(t, device=device).copy_(t) for t in batch]
         self._scale = torch.ones((), dtype=torch.float32, device=device)
         self._results: tuple[Tensor, dict[str, Tensor]] | None = None
         self._gradients: list[Tensor | None] = []
         self._addresses = [t.data_ptr() for t in self._state]
+        if beside is not None and (beside.model is not model or beside._addresses != self._addresses):
+            raise ValueError("beside: got a step of another model, or of this one in other memory, expected this one's")
+        self._shared: _Shared = _Shared(model, device) if beside is None else beside._shared
         # Capturing runs the model: what it changes is put back.
-        gradients = [p.grad for p in self._parameters]
+        gradients = [p.grad if p.grad is None or beside is None else p.grad.clone() for p in self._parameters]
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                self._replay = capture(self._pass, device, pool)
+                self._replay = capture(self._pass, device, self._shared.pool)
+            if beside is None:
+                self._shared.gradients = self._gradients
         finally:
             for buffer, before in buffers:
                 buffer.copy_(before)
@@ -158,7 +200,8 @@ class GraphedStep:
         for own, tensor in zip(self._inputs, batch, strict=True):
             own.copy_(tensor, non_blocking=True)
         self._scale.fill_(scale)
-        self.streams.refresh(self.context.stream_number)
+        for streams in (self._shared.streams, self.streams):
+            streams.refresh(self.context.stream_number)
         # Copied, because they may be this graph's buffers, or another's that shares its memory.
         earlier = [None if p.grad is None else p.grad.clone() for p in self._parameters]
         self._replay()
@@ -180,19 +223,19 @@ class GraphedStep:
         return masters.step(scale, clip_norm, self._update_of(masters))
 
     def _update_of(self, masters: MasterWeights) -> GraphedUpdate | None:
-        own = all(p.grad is gradient for p, gradient in zip(self._parameters, self._gradients, strict=True))
-        moving = masters.capturable() if own and not self._update_failed else None
+        own, shared = all(p.grad is g for p, g in zip(self._parameters, self._gradients, strict=True)), self._shared
+        moving = masters.capturable() if own and not shared.update_failed else None
         if moving is None:
             return None
-        if self._update is None or not self._update.fits(moving):
+        if shared.update is None or not shared.update.fits(moving):
             # An optimizer that loaded a checkpoint has other tensors.
-            self._update = None
+            shared.update = None
             try:
-                self._update = GraphedUpdate(masters, moving)
+                shared.update = GraphedUpdate(masters, moving)
             # Out of memory, or a driver that cannot capture it: the step is made without a graph.
             except RuntimeError:
-                self._update_failed = True
-        return self._update
+                shared.update_failed = True
+        return shared.update
 
     def _pass(self) -> None:
         """What a replay repeats on the device alone."""
@@ -203,12 +246,12 @@ class GraphedStep:
         self.context.begin(self.context.step, self.context.micro_step)
         with self.context.streams_in_memory(self.streams), self.context.fixed_weights():
             # Here, and not by the update: whatever wrote to a weight between replays is seen.
-            self._weights.round()
+            self._shared.weights.round()
             # New aliases: codes of an input that were offered with it in an earlier pass are no part of this one.
             loss, figures = self.loss_of(*(t.detach() for t in self._inputs))
             (loss * self._scale).backward()
         self._results = loss.detach(), {name: value.detach() for name, value in figures.items()}
-        self._gradients = [p.grad for p in self._parameters]
+        self._gradients = self._shared.place([p.grad for p in self._parameters])
         self._forget_weights()
 
     def _forget_weights(self) -> None:

@@ -84,6 +84,8 @@ def inject(
     candidates = [name for name, module in modules.items() if converted_type(type(module)) is not None]
     layers = [*candidates, *_embeddings(modules)]
     left = _matching(leave, layers, "leave", [name for name in modules if name not in layers]) & set(layers)
+    # torch's attention multiplies by its output's weight itself.
+    left |= {f"{name}.out_proj" for name in left if isinstance(modules[name], nn.MultiheadAttention)}
     candidates = [name for name in candidates if name not in left]
     _check_fresh(modules)
     if recipe.converts:

@@ -92,7 +92,7 @@ def accumulate_gradients(run: Run, step: int, batches: list[Any], factor: float)
             if replayed is None:
                 run.weights.round()
                 with autocast(config.precision, device):
-                    loss, figures = run.task.loss(run.model, batch)
+                    loss, figures = run.task.loss(run.model, *run.task.inputs(batch))
                 (loss * factor).backward()
             else:
                 loss, figures = replayed

@@ -28,7 +28,7 @@ from fp8repro.settings.schema import RunConfig
 from fp8repro.training.distributed import World
 from fp8repro.training.progress import Display
 from fp8repro.training.run import Run
-from fp8repro.training.signals import StopRequest
+from fp8repro.training.signals import StopRequest, exit_code
 from fp8repro.training.tasks import make_task
 from fp8repro.training.tasks.task import Examples, Task
 
@@ -117,17 +117,24 @@ def warm_config(config: RunConfig, capability: int | None, processors: int | Non
     Raises:
         UserError: as `warm` and `work_of`; no GPU is here and no capability is given; data that cannot be used.
         RunFailure: a kernel could not be listed or compiled.
+        SystemExit: a signal asked to stop; what was being compiled is there, whole.
     """
     if capability is None:
         if not torch.cuda.is_available():
             raise UserError("capability: missing where there is no GPU, expected capability=90 or that of another GPU")
         capability, processors = _gpu(torch.device("cuda"))
     task = make_task(config, World())
-    work = work_of(config, task, config.graphs == "auto" and task.fixed_shapes, capability, processors)
+    work = work_of(config, task, config.graphs == "auto" and task.why_not_replayed is None, capability, processors)
     display = Display(0, 0)
+    stop = StopRequest()
     try:
-        with display.counting("compiling kernels") as show:
-            return warm(work, show)
+        with stop, display.counting("compiling kernels") as show:
+            return warm(work, show, lambda: bool(stop.signal))
+    except RunFailure:
+        if stop.signal:
+            print("fp8repro: interrupted", file=sys.stderr)
+            raise SystemExit(exit_code(stop.signal)) from None
+        raise
     finally:
         display.close()
 

@@ -29,7 +29,7 @@ from fp8repro.precision.injection import inject
 from fp8repro.precision.master import MasterWeights
 from fp8repro.precision.telemetry import Telemetry
 from fp8repro.training.optimizer import make_optimizer
-from fp8repro.training.replays import MOST_SHAPES
+from fp8repro.training.replays import MOST_GRAPHS
 from fp8repro.training.warm import Work
 
 
@@ -53,10 +53,11 @@ def take_steps(work: Work) -> None:
             if step < 2:
                 masters.step(1.0, config.trainer.clip_norm)
         if work.replayed:
-            for step, arguments in enumerate(work.examples.training[:MOST_SHAPES]):
+            graphed = None
+            for step, arguments in enumerate(work.examples.training[:MOST_GRAPHS]):
                 context.begin(step)
                 masters.optimizer.zero_grad()
-                graphed = GraphedStep(model, partial(_loss, model), arguments)
+                graphed = GraphedStep(model, partial(_loss, model), arguments, beside=graphed)
                 graphed(arguments)
                 if step == 0:
                     graphed.step(masters, 1.0, config.trainer.clip_norm)

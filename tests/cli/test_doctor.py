@@ -170,7 +170,7 @@ def test_data_roots_of_every_kind(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["root=x"], "doctor: got 'root=x', expected data.root=FOLDER or run=FOLDER"),
+        (["root=x"], "doctor: got 'root=x', expected data.root=FOLDER, run=FOLDER or figure=FILE"),
         (["run="], "doctor: got 'run='"),
         (["run=x", "data.root=y"], "got run= beside other settings"),
         (["run=nowhere"], "run: 'nowhere' holds no run"),

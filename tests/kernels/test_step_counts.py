@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 
-# Convolutions and matrix products, whose operands FP8 halves anyway.
-PRODUCTS = {"implicit_gemm", "implicit_gemm_tma", "multiply", "wgrad", "wgrad_tma"}
-
 
 def counted(name, recipe):
     # In a process of its own, because this one may interpret kernels.
@@ -43,11 +40,8 @@ def test_a_step_of_resnet50_takes_few_launches(resnet50):
 
 
 def test_a_step_of_resnet50_moves_few_bytes(resnet50):
-    moved = [
-        size for part in resnet50["parts"].values() for kernel, size in part["bytes"].items() if kernel not in PRODUCTS
-    ]
-    # 152 GB with FP32 tensors between the layers.
-    assert 30e9 < sum(moved) <= 64e9
+    # 150 GB with FP32 tensors between the layers. Products count apart: FP8 halves their operands anyway.
+    assert 30e9 < sum(resnet50["moved"].values()) <= 64e9
     assert 0.3 < resnet50["saved"] / resnet50["saved in BF16"] <= 0.53
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from replaying import DEVICE, SCALE, Trained, assert_same, linear, stand_in_for_a_gpu
 from torch import nn
-from training_tools import rows, tiny_config, use_tiny_network, write_images
+from training_tools import tiny_config, untimed, use_tiny_network, write_images
 
 from fp8repro.kernels.shared.launch import INTERPRETED, counted_launches
 from fp8repro.numerics.rounding import Rounding
@@ -93,6 +93,37 @@ def test_a_graphed_update_is_the_update(name, stand_in):
     expected = [*without_state, captured, once, captured, once]
     # Nothing of plain SGD has to be there, and nothing of it is loaded.
     assert replayed == ([captured] + [once] * 5 if name == "plain sgd" else expected)
+
+
+def test_steps_beside_each_other_share_gradients_weights_and_update(stand_in):
+    """Two shapes take turns; one is captured between micro-steps, where its gradients are still to be added to."""
+    recipe = replace(load_recipe("fp8_stochastic"), exempt=())
+    eager, graphed = (Quick(small, recipe) for _ in range(2))
+    steps, updates = {}, []
+    for step, sizes in enumerate([(2,), (2, 1), (1,), (2,), (1,)]):
+        for trained in (eager, graphed):
+            trained.optimizer.zero_grad()
+            for micro_step, size in enumerate(sizes):
+                batch = tuple(t[:size] for t in trained.batch(10 * step + micro_step))
+                trained.context.begin(step, micro_step)
+                if trained is eager:
+                    trained.eager(batch)
+                    continue
+                if size not in steps:
+                    steps[size] = GraphedStep(graphed.model, graphed.loss_of, batch, steps.get(2))
+                steps[size](batch, SCALE)
+        assert_same(graphed.gradients(), eager.gradients())
+        assert eager.masters.step(SCALE)
+        with counted_launches() as launches:
+            assert steps[sizes[-1]].step(graphed.masters, SCALE)
+        updates.append(launches["gradient_norms"])
+        assert_same(state_of(graphed), state_of(eager))
+    for a, b in zip(steps[2]._gradients, steps[1]._gradients, strict=True):
+        assert a is b
+    # Captured once for both, where one pass left all gradients and the momentum was there: at step 2.
+    assert updates == [1, 1, 2, 1, 1]
+    with pytest.raises(ValueError, match=r"^beside: got a step of another model"):
+        GraphedStep(eager.model, eager.loss_of, eager.batch(0), steps[1])
 
 
 def test_an_update_whose_gradients_lie_otherwise_copies_them(stand_in):
@@ -245,8 +276,7 @@ def trained_both_ways(tmp_path, **settings):
         scaling = LossScalingConfig("dynamic", scale=2.0**22, window=2, factor=2.0**6)
         config = tiny_config(tmp_path / choice, "fp8", scaling, data, **options)
         summary = train(replace(config, graphs=choice, backend="triton", **settings))
-        kept = [{k: v for k, v in row.items() if "per_second" not in k} for row in rows(tmp_path / choice)]
-        results.append((summary, kept))
+        results.append((summary, untimed(tmp_path / choice)))
     return results
 
 
@@ -267,7 +297,7 @@ def test_a_run_with_graphed_updates_is_the_run_without(tmp_path, stand_in, monke
 
 def test_processes_replay_steps_without_collectives_inside():
     recipe = load_recipe("fp8")
-    task = type("Images", (), {"fixed_shapes": True})()
+    task = type("Images", (), {"why_not_replayed": None})()
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)).to(DEVICE)
     inject(model, recipe, backend="triton")
     device = "the model is on cpu, and CUDA graphs need a GPU"

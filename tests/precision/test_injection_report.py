@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer, mobilenet_v3_small
 from torchvision.models.swin_transformer import SwinTransformer
 
+from fp8repro.kernels.shared.launch import INTERPRETED
 from fp8repro.models.gnmt import gnmt
 from fp8repro.models.transformer import transformer
 from fp8repro.precision.injection import inject
@@ -69,6 +70,22 @@ def test_multiply_adds_are_those_that_torch_counts(make: Any, inputs: tuple[Tens
     assert sum(report.share(status) for status in ("converted", "exempt", "left")) == pytest.approx(1)
     assert report.share("left") == 0
     assert report.never_ran() == []
+
+
+@pytest.mark.parametrize("make", [gnmt, transformer])
+def test_fused_nodes_tell_of_the_layers_that_they_do_not_call(make: Any) -> None:
+    if not INTERPRETED:
+        pytest.skip("a CPU takes Triton's kernels in its interpreter only")
+    torch.manual_seed(0)
+    width = {"width": 16} if make is gnmt else {"width": 16, "ffn_width": 16, "heads": 2}
+    found = []
+    for backend in ("emulate", "triton"):
+        model = make(9, **width)
+        report = inject(model, FP8, backend=backend)
+        model(torch.tensor([[4, 5, 2]]), torch.tensor([[2, 6, 7, 8]]))
+        assert report.never_ran() == []
+        found.append(report.multiply_adds)
+    assert found[0] == found[1]
 
 
 def test_recurrent_layers_count_all_of_their_products() -> None:

@@ -252,3 +252,113 @@ def test_layers_of_ones_own_are_converted_named_exempt_and_counted() -> None:
     assert report.names("exempt") == ["1"]
     assert report.share("exempt") == pytest.approx(4 / 12)
     assert report.never_ran() == []
+
+
+class Stopped(Exception):
+    """What ends a pass in the tests."""
+
+
+class Stopping(nn.Module):
+    """A layer, then a product by a function; raises `error` before or behind the product."""
+
+    def __init__(self, before: bool) -> None:
+        super().__init__()
+        self.layer, self.weight, self.before = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8)), before
+        self.error: BaseException | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        if self.error is not None and self.before:
+            raise self.error
+        x = x @ self.weight
+        if self.error is not None:
+            raise self.error
+        return x
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=("first", "later"))
+@pytest.mark.parametrize("before", [True, False], ids=("before", "behind"))
+@pytest.mark.parametrize("error", [Stopped(), KeyboardInterrupt()], ids=("error", "interrupt"))
+def test_a_pass_that_was_stopped_leaves_nothing_behind_and_misses_nothing(
+    error: BaseException, before: bool, which: int
+) -> None:
+    torch.manual_seed(0)
+    model, x = Stopping(before), torch.randn(4, 8)
+    clean = copy.deepcopy(model)
+    reports = [inject(each, "fp8_nearest") for each in (model, clean)]
+    for _ in range(which):
+        model(x)
+    model.error = error
+    with pytest.raises(type(error)):
+        model(x)
+    a, b = torch.full((2, 8), 0.3), torch.full((8, 2), 0.3)
+    torch.testing.assert_close(a @ b, torch.full((2, 2), 0.72))
+    model.error = None
+    assert torch.equal(model(x), clean(x))
+    assert torch.equal(model(x), clean(x))
+    assert torch.overrides._get_current_function_mode() is None
+    assert model.fp8_context.observers == []
+    assert reports[0].table() == reports[1].table()
+    assert not any(reports[0].without_owner())
+
+
+class Scores(nn.Sequential):
+    """A container with a product of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x @ x.t()
+
+
+def test_containers_keep_their_children_and_their_products_are_named() -> None:
+    model = Scores(nn.Linear(8, 8), nn.Linear(8, 8))
+    report = inject(model, replace(load_recipe("fp8"), exempt=()))
+    x = torch.randn(4, 8)
+    assert torch.equal(model.eval()(x), model(x))
+    assert len(model) == 2
+    assert report.without_owner() == ["the model: matmul"]
+
+
+def test_the_norm_of_a_weight_is_no_product_of_the_recipe() -> None:
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)).eval()
+    model = nn.Sequential(nn.Linear(8, 8), layer, nn.Linear(8, 8))
+    norm = layer.weight.clone()
+    report = inject(model, "fp8_nearest")
+    for _ in range(2):
+        model(torch.randn(4, 8))
+        assert torch.equal(layer.weight, norm)
+    assert report.names("converted") == ["0", "1.fp8_products.linear_0"]
+
+
+@pytest.mark.filterwarnings("ignore:inject. no product of the first")
+def test_leaving_an_attention_layer_leaves_all_of_it() -> None:
+    layer, x = nn.MultiheadAttention(8, 2), torch.randn(3, 2, 8)
+    model = nn.ModuleList([layer, nn.Linear(8, 8)])
+    expected = layer(x, x, x)[0]
+    report = inject(model, "fp8", leave=["0"])
+    assert torch.equal(layer(x, x, x)[0], expected)
+    assert report.names("left") == ["0", "0.out_proj"]
+
+
+class Iterating(nn.Module):
+    """Calls its children one after the other, and multiplies by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for child in self.children():
+            x = child(x)
+        return x @ x.t()
+
+
+def test_modules_that_call_all_of_their_children_are_told_what_to_leave() -> None:
+    model, x = nn.Sequential(Iterating()), torch.randn(4, 8)
+    inject(model, "fp8")
+    model(x)
+    with pytest.raises(UserError, match=r"expected inject\(..., leave=\['0.fp8_products.\*'\]\)"):
+        model(x)
+    model = nn.Sequential(Iterating())
+    inject(model, "fp8", leave=["0.fp8_products.*"])
+    assert torch.equal(model.eval()(x), model(x))

@@ -75,7 +75,7 @@ def test_a_run_leaves_its_records(tmp_path, capsys):
     assert {"python", "packages", "cpu", "threads", "platform", "commit"} <= environment.keys()
     assert summary["bits"] == environment["bits"] == BITS_VERSION
 
-    train_rows, evals = rows(folder, "train"), rows(folder, "eval")
+    train_rows, evals = rows(folder, "train"), rows(folder, "eval", timed=True)
     assert [row["step"] for row in train_rows] == list(range(1, 25))
     assert train_rows[0].keys() == {
         *("kind", "step", "epoch", "loss", "top1", "lr", "loss_scale", "skipped_steps", "grad_norm", "l2"),

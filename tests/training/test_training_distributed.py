@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_worker import fp8_config, synchronized_config, without_dropout
+from replaying import write_text
 from torch import nn
 from training_tools import rows, write_images
 
@@ -102,11 +103,22 @@ def test_a_signal_to_one_rank_ends_the_evaluation_of_all(fp8_run):
     assert [row["step"] for row in rows(stopped, "eval")] == [3]
 
 
+@pytest.fixture(scope="module")
+def graphed_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("graphed")
+    write_images(folder / "images", count=14, size=8)
+    (folder / "text").mkdir()
+    write_text(folder / "text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FP8REPRO_CACHE", str(folder / "cache"))
+        torchrun(folder / "run", "graphed")
+    return folder
+
+
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="stands in for the graph that a GPU has")
-def test_processes_that_replay_their_steps_are_those_that_do_not(tmp_path):
-    write_images(tmp_path / "images", count=14, size=8)
-    torchrun(tmp_path / "run", "graphed")
-    replayed, eager = tmp_path / "run-auto", tmp_path / "run-off"
+@pytest.mark.parametrize(("name", "what"), [("run", "batches of 2"), ("run-sentences", "")])
+def test_processes_that_replay_their_steps_are_those_that_do_not(graphed_runs, name, what):
+    replayed, eager = graphed_runs / f"{name}-auto", graphed_runs / f"{name}-off"
     for given, expected in zip(ranks(replayed), ranks(eager), strict=True):
         assert given["scales"] == expected["scales"]
         assert {applied for _, applied in given["scales"]} == {True, False}
@@ -118,7 +130,8 @@ def test_processes_that_replay_their_steps_are_those_that_do_not(tmp_path):
     # On either rank, with gradients that were summed in the graphs' memory.
     assert all(given["updates"] and all(given["updates"]) for given in (a, b))
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (replayed, eager)]
-    assert [summary["graphs"] for summary in summaries] == ["replayed for batches of 2", "graphs=off"]
+    assert summaries[0]["graphs"].startswith(f"replayed for {what}")
+    assert summaries[1]["graphs"] == "graphs=off"
     assert summaries[0]["best"] == summaries[1]["best"]
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from training_tools import rows as metrics_of
 
 from fp8repro.data.translation import buckets
 from fp8repro.data.translation.batching import make_batch
@@ -118,7 +119,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens_whatever_the_batches(t
         network.zero_grad()
         total = 0.0
         for batch in batches:
-            loss, _ = work.loss(network, batch)
+            loss, _ = work.loss(network, *work.inputs(batch))
             (loss / count).backward()
             total += loss.item()
         return total / count, [p.grad.clone() for p in network.parameters() if p.grad is not None]
@@ -139,7 +140,8 @@ def test_more_padding_changes_neither_the_loss_nor_a_gradient(text: Path, model:
     for widths in ((24, 24), (40, 24), (24, 48)):
         network.zero_grad()
         run.context.begin(0)
-        loss, _ = run.task.loss(network, make_batch(run.task.data.train, list(range(9)), widths))  # type: ignore[attr-defined]
+        batch = make_batch(run.task.data.train, list(range(9)), widths)  # type: ignore[attr-defined]
+        loss, _ = run.task.loss(network, *run.task.inputs(batch))
         (loss / 100).backward()
         found.append((loss.item(), [p.grad.clone() for p in network.parameters() if p.grad is not None]))
     # Longer sums run in another order: FP32's tolerance, and in FP8 now and then another rounding behind it.
@@ -259,10 +261,7 @@ def test_asked_to_stop_amid_the_translation_it_is_left_and_made_as_a_whole_later
     assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert all(torch.equal(first[name], second[name]) for name in first)
-    measured = [
-        [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "eval"]
-        for folder in (tmp_path / "whole", tmp_path / "run")
-    ]
+    measured = [metrics_of(folder, "eval") for folder in (tmp_path / "whole", tmp_path / "run")]
     assert measured[0] == measured[1]
 
 

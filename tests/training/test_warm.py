@@ -247,6 +247,22 @@ def test_a_run_warms_on_a_gpu_only_and_goes_on_without(monkeypatch, capsys):
     assert capsys.readouterr().out == expected
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_its_number(number, monkeypatch, capsys):
+    def ask_to_stop(work, show, stopped):
+        signal.raise_signal(number)
+        assert stopped()
+        raise RunFailure("interrupted")
+
+    monkeypatch.setattr(warming, "warm", ask_to_stop)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as end:
+        main(["warm", *SETTINGS, "capability=90"])
+    assert end.value.code == 128 + number
+    assert capsys.readouterr().err == "fp8repro: interrupted\n"
+    assert signal.getsignal(number) is before
+
+
 @pytest.mark.long
 def test_an_interruption_leaves_whole_kernels_only(compiled):
     command = [sys.executable, "-m", "fp8repro.cli", "warm", *SETTINGS, "capability=90"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fp8repro.errors import UserError
 
 MULTIPLE = 8
-# Shapes of a run's training batches; each may become a CUDA graph with its own memory.
+# Shapes of a run's training batches; each may become a CUDA graph.
 MOST_SHAPES = 24
 # Each bucket may leave a batch incomplete, which counts in an evaluation, because it has few.
 EVALUATION_BUCKETS = 6

@@ -28,7 +28,7 @@ from fp8repro.training.tasks.task import Examples, Poll, no_poll, polled
 class ImageTask:
     """A `Task`: a ResNet on a data set of images; cross-entropy, top-1 and top-5 in per cent."""
 
-    unit, fixed_shapes = "images", True
+    unit, why_not_replayed = "images", None
 
     def __init__(self, model: ModelConfig, data: DataConfig, trainer: TrainerConfig, seed: int, world: World) -> None:
         """Load the data.
@@ -94,9 +94,16 @@ class ImageTask:
         """See `Task`."""
         return len(batch.labels)
 
-    def loss(self, model: nn.Module, batch: ImageBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def inputs(self, batch: ImageBatch) -> tuple[Tensor, ...]:
+        """See `Task`."""
+        return batch.images, batch.labels
+
+    def largest_batch(self) -> None:
+        """See `Task`: batches differ by an image."""
+
+    def loss(self, model: nn.Module, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Task`; the figure counts 100 for each image whose highest logit is its label's."""
-        logits, labels = self._logits(model, batch)
+        logits, labels = self._logits(model, ImageBatch(*inputs))
         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.smoothing)
         return loss, {"top1": 100 * _hits(logits.detach(), labels, 1).sum()}
 

@@ -81,16 +81,22 @@ class Task(Protocol[B]):
 
     Attributes:
         unit: what is counted: "images" or "tokens". The loss is a mean over these.
-        fixed_shapes: the batches of an epoch have the same shape, but for the number of images in some.
         batches: the training batches.
     """
 
     unit: str
-    fixed_shapes: bool
 
     @property
     def batches(self) -> TrainBatches:
         """The training batches."""
+        ...
+
+    @property
+    def why_not_replayed(self) -> str | None:
+        """Why no training step can be replayed as a CUDA graph, in one line.
+
+        None where batches have few shapes, and what a step does on the host depends on those alone.
+        """
         ...
 
     def model(self) -> nn.Module:
@@ -113,8 +119,21 @@ class Task(Protocol[B]):
         """Images or target tokens in a batch."""
         ...
 
-    def loss(self, model: nn.Module, batch: B) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward pass of a training batch (on the CPU): sum of the loss in FP32, and sums of other figures."""
+    def inputs(self, batch: B) -> tuple[Tensor, ...]:
+        """What `loss` computes with, on the CPU."""
+        ...
+
+    def largest_batch(self) -> Any:
+        """A training batch of the shape that takes most memory; None where all shapes take about the same."""
+        ...
+
+    def loss(self, model: nn.Module, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward pass of a training batch: sum of the loss in FP32, and sums of other figures.
+
+        Args:
+            model: in training mode.
+            inputs: what `inputs` gave, on any device.
+        """
         ...
 
     def figures(self, means: dict[str, float]) -> dict[str, float]:

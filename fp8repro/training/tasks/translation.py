@@ -45,7 +45,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 class TranslationTask:
     """A `Task`: a translation model on parallel text; loss per target token, perplexity, BLEU of beam search."""
 
-    unit, fixed_shapes = "tokens", False
+    unit = "tokens"
 
     def __init__(
         self,
@@ -110,11 +110,32 @@ class TranslationTask:
         """See `Task`."""
         return batch.target_tokens
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    @property
+    def why_not_replayed(self) -> str | None:
+        """See `Task`."""
+        if self.network.name == "fairseq_transformer":
+            return "fairseq's model asks the device whether a batch is padded"
+        return None
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """See `Task`."""
+        return batch.source, batch.decoder_input, batch.target
+
+    def largest_batch(self) -> Batch:
+        """See `Task`."""
+
+        def elements(rows: Rows) -> int:
+            # The decoder's tensors, above all the logits, are the larger ones.
+            return len(rows.indices) * (rows.widths[0] + 2 * rows.widths[1])
+
+        rows = max(self.batches.plan.batches(), key=elements)
+        return make_batch(self.data.train, rows.indices.tolist(), rows.widths)
+
+    def loss(self, model: nn.Module, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Task`; the figure is the loss without smoothing."""
-        batch = batch.to(self.world.device)
-        logits = model(batch.source, batch.decoder_input)
-        loss, nll = smoothed_loss(logits, batch.target, self.trainer.label_smoothing, self.trainer.smoothing_form)
+        source, decoder_input, target = (t.to(self.world.device) for t in inputs)
+        logits = model(source, decoder_input)
+        loss, nll = smoothed_loss(logits, target, self.trainer.label_smoothing, self.trainer.smoothing_form)
         return loss, {"nll": nll.detach()}
 
     def figures(self, means: dict[str, float]) -> dict[str, float]:

@@ -1,0 +1,53 @@
+"""Function modes that hooks hold active while a module runs, and what becomes of them after an interrupt.
+
+torch calls hooks after an error (`always_call`), but not after `KeyboardInterrupt` and its like. A mode that stays
+behind must not touch what its thread computes from then on.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+import torch
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+
+class ModuleMode(TorchFunctionMode):
+    """A mode that a forward pre-hook enters and a forward hook leaves."""
+
+    def __init__(self) -> None:
+        """Not active yet."""
+        super().__init__()
+        # Which call the hooks of the running forward passes, the innermost last; None for a compiled one.
+        self._frames: list[FrameType | None] = []
+
+    def begin(self, depth: int = 1) -> None:
+        """Enter the mode; `depth` is how many callers lie between this and the one that calls the hook."""
+        frame = None
+        if not torch.compiler.is_compiling():
+            leave_interrupted()
+            frame = sys._getframe(1 + depth)
+        self._frames.append(frame)
+        self.__enter__()
+
+    def end(self) -> None:
+        """Leave it."""
+        self._frames.pop()
+        self.__exit__(None, None, None)
+
+    def interrupted(self) -> bool:
+        """Whether the forward pass that entered the mode is no longer there."""
+        if torch.compiler.is_compiling() or not self._frames or self._frames[-1] is None:
+            return False
+        frame = self._frames[-1]
+        caller: FrameType | None = sys._getframe()
+        while caller is not None and caller is not frame:
+            caller = caller.f_back
+        return caller is None
+
+
+def leave_interrupted() -> None:
+    """Leave the modes that interrupts left behind, as far as nobody else's lies on top of them."""
+    while isinstance(mode := _get_current_function_mode(), ModuleMode) and mode.interrupted():
+        mode.end()
