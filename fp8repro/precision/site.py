@@ -81,7 +81,8 @@ class Site:
         return self.context.next_call(self.name, self.roles["activation"].is_stochastic)
 
     def check(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-        """Raise UserError for tensors whose values the layer would not honour."""
+        """Raise UserError for tensors whose values the layer would not honour, and where nothing can be rounded."""
+        refuse_transforms(f"layer {self.name}")
         usual = x.dtype == torch.float32 and (weight is None or weight.dtype in (torch.float16, torch.float32))
         if usual and (bias is None or bias.dtype == torch.float32):
             return
@@ -292,6 +293,15 @@ class Site:
         stats = self.context.telemetry.buffer(self.name, role, name, x.device)
         round_into(x, spec, bits, values=values, codes=codes, transposed=transposed, stats=stats, add=add, fresh=True)
         return scale
+
+
+def refuse_transforms(what: str) -> None:
+    """Raise UserError inside of `torch.func`'s transforms: a rounding that draws by position has no rule for them."""
+    if torch._C._are_functorch_transforms_active():
+        raise UserError(
+            f"{what}: got called inside of torch.func (vmap, grad, jacrev, ...), which cannot see into a product under "
+            "a recipe, expected torch.autograd (functional_call alone works)"
+        )
 
 
 def tensor_scale(x: Tensor, fmt: FloatFormat) -> float:

@@ -41,6 +41,9 @@ Seed = Annotated[int, Bound("a whole number from 0 to 2^63 - 1", lambda x: 0 <= 
 # Loss and gradients are FP32: a scale and its inverse must be normal numbers there.
 Scale = Annotated[float, Bound("a number from 2^-126 to 2^126", lambda x: 2.0**-126 <= x <= 2.0**126)]
 
+# Data sets of image files, which `data.cache` decodes once.
+IMAGE_FILES = ("image_folder", "imagenet")
+
 OUTCOME, CHANCE, RECORD, PLACE = Effect.OUTCOME, Effect.CHANCE, Effect.RECORD, Effect.PLACE
 
 
@@ -263,6 +266,11 @@ def _check_together(config: RunConfig) -> None:
     require_ascending(schedule.milestones, config.trainer.epochs, "schedule.milestones")
     if in_steps(config.loss_scaling.window, 2**31, config.trainer.epochs) == 0:
         raise UserError(f"loss_scaling.window: got {plain(config.loss_scaling.window)!r}, expected a length over 0")
+    if config.data.cache and config.data.name not in IMAGE_FILES:
+        raise UserError(
+            f"data.cache: got true with data {config.data.name!r}, which is no image files, expected one of "
+            f"{', '.join(IMAGE_FILES)}, or false"
+        )
     if schedule.warmup_form == "exponential" and schedule.warmup_start == 0 and schedule.warmup != 0:
         raise UserError(
             f"schedule.warmup_start: got {schedule.warmup_start!r} with warmup_form=exponential, expected over 0"

@@ -31,6 +31,10 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.01),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),  # has no fused form here
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "sgd foreach": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, dampening=0.3, foreach=True, maximize=True),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01, decoupled_weight_decay=True, weight_decay=0.1),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
 }
 
 
@@ -253,8 +257,9 @@ def test_settings_that_cannot_be_honoured_are_refused() -> None:
         with pytest.raises(UserError, match=rf"optimizer: param_groups.0.params.0 is {dtype}, expected torch.float32"):
             MasterWeights(model, torch.optim.SGD([centres], lr=0.1), FP8)
     masters = MasterWeights(model, optimizer, FP8)
-    for scale in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(UserError, match=r"scale: got .*, expected a number over 0"):
-            masters.step(scale)
+    # By 2^200 FP32 gradients would be divided to zeros.
+    for scale in (0.0, -1.0, math.nan, math.inf, 2.0**200, 2**200, 1e-45, "x", None):
+        with pytest.raises(UserError, match=r"scale: got .*, expected a number from 2\^-126 to under 2\^128"):
+            masters.step(scale)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"clip_norm: got 0\.0, expected a number over 0"):
         masters.step(1.0, clip_norm=0.0)
