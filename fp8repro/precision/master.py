@@ -84,7 +84,8 @@ class MasterWeights:
         self.model, self.optimizer = model, optimizer
         self.spec: Rounding = as_recipe(recipe).master
         own = context_of(model)
-        self._is_converted = own is not None
+        # Only a rounding asks where the run stands.
+        self._knows_context = own is not None or self.spec.is_identity
         if context is not None and own is not None and context is not own:
             raise UserError("context: got another than the model's, expected the one that inject was given, or none")
         self.context = context or own or StepContext()
@@ -206,7 +207,7 @@ class MasterWeights:
         scale = convert(scale.item() if isinstance(scale, Tensor) else scale, Scale, "scale")
         if clip_norm is not None and not clip_norm > 0:
             raise UserError(f"clip_norm: got {clip_norm}, expected a number over 0")
-        if not self._is_converted and context_of(self.model) is not None:
+        if not self._knows_context and context_of(self.model) is not None:
             raise UserError("model: got converted after MasterWeights was made of it, expected inject(model) first")
         moving = self._moving()
         if not moving:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
@@ -47,6 +48,23 @@ def tokenize(line: str, language: str) -> str:
     """Normalize punctuation and tokenize as Moses does (XML escapes included); tokens are joined by spaces."""
     normalizer, tokenizer, _ = _moses(_language_of_line(language, line))
     return tokenizer.tokenize(normalizer.normalize(line), return_str=True)
+
+
+def is_cut(line: str) -> bool:
+    """Whether Moses cut words of a tokenized line at combining marks, which it takes for punctuation: `mo ̈ gen`.
+
+    It knows the vowel signs of many scripts; accents of decomposed text, and the tone marks of Thai or Burmese, it does
+    not.
+    """
+    return not line.isascii() and _marks_alone().search(line) is not None
+
+
+@cache
+def _marks_alone() -> re.Pattern[str]:
+    signs = (chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)).startswith("M"))
+    # Those that choose how an emoji looks do no harm.
+    marks = "".join(sign for sign in signs if not ("\ufe00" <= sign <= "\ufe0f" or "\u20d0" <= sign <= "\u20ff"))
+    return re.compile(f" [{marks}]")
 
 
 def tokenize_lines(lines: Iterable[str], language: str, workers: int = 0) -> Iterator[str]:
