@@ -338,7 +338,8 @@ def report(arguments: list[str]) -> int:
 def _run_dir(values: Mapping[str, Any], name: str, sweep: bool) -> str:
     """A sweep puts every run in a folder of its own."""
     given = values["run_dir"]
-    if given is not None and not sweep:
+    # No path at all is refused with the other settings.
+    if given is not None and (given == "" or not sweep):
         return str(given)
     return str(Path(str(given or DEFAULT_RUNS)) / name)
 

@@ -8,6 +8,7 @@ numerics (see numerics/recipe.py) or import torch.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,6 +24,7 @@ from fp8repro.fields import (
     Positive,
     Share,
     build_dataclass,
+    convert,
     declared_settings,
     plain,
     setting,
@@ -38,11 +40,24 @@ else:
 UnderOne = Annotated[float, Bound("a number from 0 to under 1", lambda x: 0 <= x < 1)]
 OverOne = Annotated[float, Bound("a number over 1", lambda x: 1 < x < math.inf)]
 Seed = Annotated[int, Bound("a whole number from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]
+# More would only fill the memory.
+Workers = Annotated[int, Bound("a whole number from 0 to 1024", lambda x: 0 <= x <= 1024)]
 # Loss and gradients are FP32: a scale and its inverse must be normal numbers there.
 Scale = Annotated[float, Bound("a number from 2^-126 to 2^126", lambda x: 2.0**-126 <= x <= 2.0**126)]
 
 # Data sets of image files, which `data.cache` decodes once.
 IMAGE_FILES = ("image_folder", "imagenet")
+
+
+def _path(value: Any, setting: str) -> str:
+    """A path; shells leave a ~ behind `setting=` alone, and make nothing of a variable that is not set."""
+    text: str = convert(value, str, setting)
+    if not text:
+        raise UserError(f"{setting}: got an empty text, expected a path")
+    return os.path.expanduser(text)
+
+
+FilePath = Annotated[str, _path]
 
 OUTCOME, CHANCE, RECORD, PLACE = Effect.OUTCOME, Effect.CHANCE, Effect.RECORD, Effect.PLACE
 
@@ -65,9 +80,9 @@ class DataConfig:
     """Which data set, and how its samples become batches."""
 
     name: str = setting(MISSING, "data set")
-    root: str | None = setting(None, "folder of the data", PLACE)
+    root: FilePath | None = setting(None, "folder of the data", PLACE)
     image_size: Count | None = setting(None, "side of the images in pixels; null: the data set's own")
-    workers: CountOrZero = setting(0, "processes that load images or tokenize text", PLACE)
+    workers: Workers = setting(0, "processes that load images or tokenize text", PLACE)
     cache: bool = setting(
         False, "image folders: decode every image once, into $FP8REPRO_CACHE; the batches are the same", PLACE
     )
@@ -194,8 +209,10 @@ class RunConfig:
     warm: Literal["auto", "off"] = setting(
         "auto", "auto compiles a run's kernels in parallel processes before its first step, on a GPU", PLACE
     )
-    run_dir: str | None = setting(None, "folder of the run; null: runs/<what runs>", PLACE)
-    resume: str = setting("never", "never, auto (from the last checkpoint in run_dir), or path of a checkpoint", PLACE)
+    run_dir: FilePath | None = setting(None, "folder of the run; null: runs/<what runs>", PLACE)
+    resume: FilePath = setting(
+        "never", "never, auto (from the last checkpoint in run_dir), or path of a checkpoint", PLACE
+    )
     overwrite: bool = setting(False, "delete what is in run_dir first", PLACE)
 
     def to_dict(self) -> dict[str, Any]:

@@ -237,3 +237,8 @@ def test_a_single_class_is_nothing_to_learn(tmp_path):
     with pytest.raises(UserError, match=r"^data\.root: '.*images' holds one class folder \('all'\), expected at least"):
         train(tiny_config(tmp_path / "run", data=data))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_of_more_steps_than_can_be_counted_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"^trainer\.epochs: got 1e\+308, expected under \d+: fewer than 2\^31 steps"):
+        train(tiny_config(tmp_path / "run", epochs=1e308, max_steps=1))
