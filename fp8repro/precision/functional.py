@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from fp8repro.engines.products import Backend, Conv2dGeometry, Operand
 from fp8repro.numerics.formats import FloatFormat
-from fp8repro.precision.site import Site
+from fp8repro.precision.site import Site, refuse_traced_training
 from fp8repro.precision.stored import ask_full_gradient
 
 
@@ -257,6 +257,8 @@ def quantized_product(
     if shared is not None:
         b, bias = shared.weight, shared.bias
     site.check(a, b, bias)
+    if training:
+        refuse_traced_training(f"layer {site.name}")
     if op.b_is_weight:
         ask_full_gradient(b)
     call = site.next_call(training)

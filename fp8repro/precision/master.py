@@ -365,8 +365,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _norm(grads: list[Tensor]) -> float:
     """Euclidean norm over all of them."""
     norm = float(get_total_norm(grads))
-    # Squares of finite FP32 numbers may overflow in FP32.
-    return norm if math.isfinite(norm) else float(get_total_norm([grad.double() for grad in grads]))
+    # Squares of FP32 numbers may overflow in FP32, or be lost under its smallest number.
+    return norm if 1e-12 < norm < math.inf else float(get_total_norm([grad.double() for grad in grads]))
 
 
 def _values(grad: Tensor) -> Tensor:

@@ -304,6 +304,12 @@ def refuse_transforms(what: str) -> None:
         )
 
 
+def refuse_traced_training(what: str) -> None:
+    """Raise UserError where a graph would keep a step's random bits as constants, and lose the backward pass."""
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+        raise UserError(f"{what}: got traced (jit.trace, export) in training mode, expected model.eval() before")
+
+
 def tensor_scale(x: Tensor, fmt: FloatFormat) -> float:
     """The largest power of two by which `x` can be multiplied without overflow; 1 for zeros and non-finite tensors."""
     absmax = float(x.abs().amax()) if x.numel() else 0.0

@@ -136,6 +136,18 @@ def test_a_norm_whose_square_is_beyond_fp32_clips_and_does_not_stop(kind: str) -
     assert not any(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adam", "rmsprop"])
+@pytest.mark.parametrize("size", [1e-25, 1e-40, 3e38])
+def test_a_norm_is_that_of_fp64(kind: str, size: float) -> None:
+    model = converted()
+    masters = MasterWeights(model, OPTIMIZERS[kind](model.parameters()), FP8)
+    for parameter in model.parameters():
+        parameter.grad = torch.full(parameter.shape, size)
+    assert masters.step()
+    value, count = float(torch.tensor(size)), sum(p.numel() for p in model.parameters())
+    assert masters.grad_norm == pytest.approx(value * math.sqrt(count), rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
 def test_a_group_that_is_added_later_moves_by_the_unscaled_gradient(kind: str) -> None:
     model, head = converted(), nn.Parameter(torch.ones(4))
