@@ -161,6 +161,8 @@ def test_empty_and_too_long_training_lines_are_counted_and_left_out(tmp_path: Pa
     [
         ("wir mo\u0308gen es .", True),
         ("แมวเห็นสุนัข", True),
+        ("eine Donau\u00addampffahrt", True),
+        ("ein Wort\u200cstamm", True),
         ("wir mögen es .", False),
         # Vowel signs that Moses knows, and an emoji's shape.
         ("क्या हिन्दी में", False),
@@ -177,7 +179,7 @@ def test_words_that_moses_cuts_at_combining_marks_are_told(
     load_translation("parallel_text", str(root), {"bpe_merges": 50})
     said = capsys.readouterr().err
     assert said.count("\n") == int(cut)
-    assert ("data.root: Moses cuts words at combining marks in 1 lines of train.de (" in said) == cut
+    assert ("data.root: Moses cuts words at combining or invisible marks in 1 lines of train.de (" in said) == cut
 
 
 def test_tokenized_text_and_given_codes_are_taken_as_they_are(tmp_path: Path) -> None:

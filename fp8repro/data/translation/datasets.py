@@ -349,9 +349,9 @@ def _write_tokenized(folder: Path, split: str, pairs: Pairs, settings: TextSetti
                     cut.append(line)
         if cut:
             print(
-                f"data.root: Moses cuts words at combining marks in {len(cut)} lines of {split}.{language} "
-                f"({cut[0][:60]!r}); expected composed text (NFC), or data.options.tokenized=true with subwords for "
-                "scripts that it does not know",
+                f"data.root: Moses cuts words at combining or invisible marks in {len(cut)} lines of "
+                f"{split}.{language} ({cut[0][:60]!r}); expected composed text (NFC) without soft hyphens, or "
+                "data.options.tokenized=true with subwords for scripts that it does not know",
                 file=sys.stderr,
             )
         if split != "train" and language == settings.target:
