@@ -179,7 +179,10 @@ class MasterWeights:
 
     def _moving(self) -> dict[str, nn.Parameter]:
         """What the next step of the optimizer moves, by name."""
-        moving = {name: p for name, p in self._held() if p.grad is not None}
+        held = dict(self._held())
+        moving = {name: p for name, p in held.items() if p.grad is not None}
+        if any(p.grad is None and p.requires_grad for p in held.values()):
+            self._check_gradients()
         for name, parameter in moving.items():
             if id(parameter) not in self._names:
                 # Unfrozen or added since: it keeps its tensor, which others may have seen, and is rounded by its first
@@ -210,8 +213,6 @@ class MasterWeights:
         if not self._knows_context and context_of(self.model) is not None:
             raise UserError("model: got converted after MasterWeights was made of it, expected inject(model) first")
         moving = self._moving()
-        if not moving:
-            self._check_gradients()
         engine = self._engine(moving)
         if engine is not None:
             what = (moving, self.optimizer, self.spec, self.context)
@@ -236,15 +237,15 @@ class MasterWeights:
         return moving if has_state(self.optimizer, moving) else None
 
     def _check_gradients(self) -> None:
-        """Raise UserError where nothing would move although the model has gradients."""
+        """Raise UserError where a parameter of the model has the gradient that one of its name is held for."""
         held = {id(p) for _, p in self._held()}
-        lost = [name for name, p in self.model.named_parameters() if p.grad is not None and id(p) not in held]
-        known = [name for name in lost if name in self._parameters]
-        if known:
-            raise UserError(
-                f"optimizer: it holds another {known[0]} than the model, expected the model's own parameters "
-                "(load_state_dict(assign=True) replaces them)"
-            )
+        for name, p in _unwrapped(self.model).named_parameters():
+            # What an optimizer gave away is the model's all the same.
+            if p.grad is not None and id(p) not in held and self._parameters.get(name, p) is not p:
+                raise UserError(
+                    f"optimizer: it holds another {name} than the model, expected the model's own parameters "
+                    "(load_state_dict(assign=True) replaces them)"
+                )
 
     def _engine(self, moving: dict[str, nn.Parameter]) -> Engine | None:
         """What does the optimizer's step in one pass, where that can be had."""

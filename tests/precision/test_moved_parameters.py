@@ -226,6 +226,25 @@ def test_parameters_that_were_replaced_under_the_optimizer_are_named() -> None:
         masters.step()
 
 
+def test_a_single_layer_that_was_replaced_is_named_too() -> None:
+    model = converted()
+    masters = MasterWeights(model, torch.optim.SGD(model.parameters(), lr=0.1), FP8)
+    model[2] = copy.deepcopy(model[2])
+    F.cross_entropy(model(X), Y).backward()
+    with pytest.raises(UserError, match=r"optimizer: it holds another 2.weight than the model"):
+        masters.step()
+    # What has no gradient is not missed, what is frozen later neither, nor what another optimizer took over.
+    model = converted()
+    masters = MasterWeights(model, torch.optim.SGD(model.parameters(), lr=0.1), FP8)
+    model[0].requires_grad_(False)
+    F.cross_entropy(model(X), Y).backward()
+    assert masters.step()
+    masters.optimizer.param_groups[0]["params"].pop(2)
+    model.zero_grad()
+    F.cross_entropy(model(X), Y).backward()
+    assert masters.step()
+
+
 def test_every_update_draws_its_own_bits_where_no_step_is_begun() -> None:
     count, updates = 20_000, 64
     layer = nn.Linear(count, 1, bias=False)
