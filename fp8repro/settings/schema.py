@@ -19,7 +19,6 @@ from fp8repro.fields import (
     Count,
     CountOrZero,
     Effect,
-    Finite,
     NotNegative,
     Positive,
     Share,
@@ -40,6 +39,9 @@ else:
 UnderOne = Annotated[float, Bound("a number from 0 to under 1", lambda x: 0 <= x < 1)]
 OverOne = Annotated[float, Bound("a number over 1", lambda x: 1 < x < math.inf)]
 Seed = Annotated[int, Bound("a whole number from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]
+# A length to a larger power, or times a larger number, leaves the range of numbers.
+Exponent = Annotated[float, Bound("a number from -10 to 10", lambda x: -10 <= x <= 10)]
+Factor = Annotated[float, Bound("a number from 0 to 1000", lambda x: 0 <= x <= 1000)]
 # More would only fill the memory.
 Workers = Annotated[int, Bound("a whole number from 0 to 1024", lambda x: 0 <= x <= 1024)]
 # Loss and gradients are FP32: a scale and its inverse must be normal numbers there.
@@ -175,9 +177,9 @@ class DecodeConfig:
     length_penalty: Literal["fairseq", "wu"] = setting(
         "fairseq", "a score is divided by length^alpha, or by ((5 + length) / 6)^alpha", OUTCOME
     )
-    alpha: Finite = setting(0.6, "exponent of the length penalty", OUTCOME)
-    coverage: NotNegative = setting(0.0, "weight of GNMT's coverage penalty sum(log(min(attention, 1)))", OUTCOME)
-    max_length_a: NotNegative = setting(1.5, "a translation has at most a * source length + b tokens with EOS", OUTCOME)
+    alpha: Exponent = setting(0.6, "exponent of the length penalty", OUTCOME)
+    coverage: Factor = setting(0.0, "weight of GNMT's coverage penalty sum(log(min(attention, 1)))", OUTCOME)
+    max_length_a: Factor = setting(1.5, "a translation has at most a * source length + b tokens with EOS", OUTCOME)
     max_length_b: Count = setting(10, "see max_length_a", OUTCOME)
 
 

@@ -63,6 +63,9 @@ def test_yaml_numbers_written_as_text():
         ({"trainer__label_smoothing": 1.5}, "trainer.label_smoothing: got 1.5, expected a number from 0 to 1"),
         ({"data__workers": -1}, "data.workers: got -1, expected a whole number from 0 to 1024"),
         ({"data__workers": 99999}, "data.workers: got 99999, expected a whole number from 0 to 1024"),
+        ({"decode": {"alpha": 400}}, "decode.alpha: got 400, expected a number from -10 to 10"),
+        ({"decode": {"max_length_a": 1e308}}, "decode.max_length_a: got 1e+308, expected a number from 0 to 1000"),
+        ({"decode": {"coverage": 1e308}}, "decode.coverage: got 1e+308, expected a number from 0 to 1000"),
         # `run_dir=$OUT` where nothing set OUT; the run would lie in the present folder.
         ({"run_dir": ""}, "run_dir: got an empty text, expected a path"),
         ({"data__root": ""}, "data.root: got an empty text, expected a path"),
