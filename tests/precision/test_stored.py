@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -89,12 +91,14 @@ def test_a_model_and_its_masters_go_on_as_a_copy(kind: str, roundtrip: Callable[
     assert_same(train(model, masters, range(2, 5)), train(other, its_masters, range(2, 5)))
 
 
-def test_weights_that_are_assigned_get_gradients_in_fp32() -> None:
+def test_weights_that_are_assigned_are_fp32_until_they_are_masters() -> None:
     model, masters = trained("adam")
     other = converted()
-    other.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    state = copy.deepcopy(model.state_dict())
+    other.load_state_dict(state, assign=True)
     other.head.weight = other.embedding.weight
-    assert other.conv.weight.dtype == torch.float16
+    assert {p.dtype for p in other.parameters()} == {torch.float32}
+    assert state["conv.weight"].dtype == torch.float16
     its_masters = MasterWeights(other, OPTIMIZERS["adam"](other.parameters()), FP8)
     its_masters.load_state_dict(copy.deepcopy(masters.state_dict()))
     assert_same(train(model, masters, range(2, 4)), train(other, its_masters, range(2, 4)))
@@ -126,14 +130,45 @@ def test_a_state_that_does_not_fit_leaves_masters_in_16_bit() -> None:
     train(model, masters, range(2, 3))
 
 
-def test_a_copys_weights_are_fp32_and_compute_the_same() -> None:
+def test_a_weight_in_16_bit_of_any_origin_gets_its_gradient_in_fp32() -> None:
     model, _ = trained("adam")
-    other = copy.deepcopy(model)
+    other = converted()
+    # Another model's masters themselves, and copies of them.
+    other.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    assert other.conv.weight is model.conv.weight
+    for layer in (other.embedding, other.conv, other.inner, other.head):
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+        assert layer.weight.dtype == torch.float16
+    F.cross_entropy(other(TOKENS), Y).backward()
+    assert all(p.grad.dtype == torch.float32 for p in other.parameters())
+    assert model.conv.weight.dtype == torch.float16
+
+
+def test_processes_share_the_memory_of_masters() -> None:
+    model, _ = trained("adam")
+    model.share_memory()
+    memory = io.BytesIO()
+    ForkingPickler(memory).dump(model.conv)
+    other = pickle.loads(memory.getvalue())
+    assert other.weight.dtype == torch.float16
+    with torch.no_grad():
+        other.weight.fill_(3.0)
+    assert (model.conv.weight == 3).all()
+
+
+@pytest.mark.parametrize("roundtrip", [copy.deepcopy, saved_and_loaded])
+def test_a_copys_weights_are_fp32_and_compute_the_same(roundtrip: Callable[[Any], Any]) -> None:
+    model, _ = trained("adam")
+    other = roundtrip(model)
     assert {p.dtype for p in other.parameters()} == {torch.float32}
     assert model.conv.weight.dtype == torch.float16
     assert_same([p.float() for p in model.parameters()], list(other.parameters()))
     with torch.no_grad():
         assert torch.equal(model.eval()(TOKENS), other.eval()(TOKENS))
+    # An optimizer of its own moves FP32 numbers.
+    F.cross_entropy(other.train()(TOKENS), Y).backward()
+    torch.optim.AdamW(other.parameters(), lr=1e-6).step()
+    assert not torch.equal(other.conv.weight, other.conv.weight.half().float())
 
 
 def test_averages_that_are_kept_in_a_copy_do_not_stall() -> None:
