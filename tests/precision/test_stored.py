@@ -187,6 +187,18 @@ def test_averages_that_are_kept_in_a_copy_do_not_stall() -> None:
     assert (found - found.half().double()).abs().max() > 1e-6
 
 
+def test_torchs_average_of_masters_in_fp32_is_exact() -> None:
+    model = converted()
+    masters = MasterWeights(model, OPTIMIZERS["adam"](model.parameters()), FP8, narrow=False)
+    average = AveragedModel(model)
+    sums = torch.zeros(model.conv.weight.shape, dtype=torch.float64)
+    for step in range(4):
+        train(model, masters, range(step, step + 1))
+        average.update_parameters(model)
+        sums += model.conv.weight.detach().double()
+    torch.testing.assert_close(average.module.conv.weight.double(), sums / 4, rtol=0, atol=1e-6)
+
+
 def test_weights_beyond_the_masters_range_are_refused_and_nothing_is_stored() -> None:
     model = converted()
     with torch.no_grad():
