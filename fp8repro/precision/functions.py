@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from fp8repro.precision.layers import FP8Linear
 from fp8repro.precision.module_modes import ModuleMode
 from fp8repro.precision.places import FUNCTION_PRODUCTS, Places
 from fp8repro.precision.recurrent import Cell, gru_cell, lstm_cell, relu_cell, tanh_cell
+from fp8repro.precision.reruns import parts
 
 # Their children are what they iterate over: nothing may be added.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -59,7 +61,14 @@ class Products(nn.ModuleDict):
 
 
 class FunctionProducts(ModuleMode):
-    """Gives the products by functions of one module to the recipe, while the module runs."""
+    """Gives the products by functions of one module to the recipe, while the module runs.
+
+    Attributes:
+        counts: how many products of each kind there were; for each of the module's passes that run, the innermost last.
+        functions: all products that a module may compute.
+    """
+
+    functions: frozenset[Callable[..., Any]]
 
     def __init__(self, module: nn.Module, name: str, places: Places, model: nn.Module) -> None:
         """`name` is the module's in the model; `model` is where weights of other layers are looked for."""
@@ -106,21 +115,37 @@ class FunctionProducts(ModuleMode):
     ) -> Any:
         """Hand a product over; everything else is what it is."""
         kwargs = kwargs or {}
-        if func not in PRODUCTS or self.interrupted():
+        path = self.path() if func in PRODUCTS else None
+        if path is None:
             return func(*args, **kwargs)
-        result = self.multiply(func, args, kwargs)
+        result = self.take(func, args, kwargs, path)
         if result is NotImplemented:
             # A module further out must not take it for its own.
             with torch._C.DisableTorchFunction():
                 return func(*args, **kwargs)
         return result
 
-    def multiply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def take(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], path: Sequence[FrameType]
+    ) -> Any:
         """The product under the recipe, or NotImplemented where it is left to torch.
+
+        Args:
+            func, args, kwargs: the call.
+            path: the callers within the module, the innermost first.
 
         Raises:
             UserError: it would need the gradient of a part of a weight that is stored in 16 bit.
         """
+        around = parts(path, self)
+        if around is None:
+            return NotImplemented
+        result = self._multiply(func, args, kwargs)
+        for part in around:
+            part.taken |= result is not NotImplemented
+        return result
+
+    def _multiply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         convert = CONVERSIONS.get(func)
         if convert is None or self.all_left or self.places.leaves(self.name) or kwargs.get("out") is not None:
             return NotImplemented
@@ -352,6 +377,7 @@ PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
         *(torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention),
     )
 )
+FunctionProducts.functions = PRODUCTS
 
 
 def multiply_adds(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:
