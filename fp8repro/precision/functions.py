@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fp8repro.engines.guards import INPUT_DTYPES
 from fp8repro.engines.products import ConvolutionGeometry
@@ -38,6 +39,7 @@ from fp8repro.precision.reruns import parts
 
 # Their children are what they iterate over: nothing may be added.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_SPECTRAL_NORM = SpectralNorm.compute_weight.__globals__
 
 
 class Products(nn.ModuleDict):
@@ -138,7 +140,8 @@ class FunctionProducts(ModuleMode):
             UserError: it would need the gradient of a part of a weight that is stored in 16 bit.
         """
         around = parts(path, self)
-        if around is None:
+        # A hook that computes a weight runs in whoever calls the layer, and is no part of it.
+        if around is None or any(frame.f_globals is _SPECTRAL_NORM for frame in path):
             return NotImplemented
         result = self._multiply(func, args, kwargs)
         for part in around:
