@@ -90,6 +90,9 @@ class FirstPass:
         """Put the hooks."""
         assert self.model is not None
         for module in self.model.modules():
+            # Lists and dictionaries of modules are never called, and would keep the hooks.
+            if type(module).forward is nn.Module.forward:
+                continue
             module.register_forward_pre_hook(self.enter)
             # Called after an error, too, so that the mode is left.
             module.register_forward_hook(self.leave, always_call=True, with_kwargs=True)

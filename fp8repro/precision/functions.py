@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 
@@ -112,6 +113,8 @@ class FunctionProducts(ModuleMode):
         del self.counts[len(self._frames) - 1 :]
         super().end()
 
+    # A compiler that goes on behind a break in here takes other tensors for the results.
+    @_disable_dynamo
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
