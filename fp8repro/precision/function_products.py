@@ -135,19 +135,9 @@ class FP8Attention(nn.Module):
         self.context = matmul_product(site.part("context"))
 
     @_disable_dynamo
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """As `F.scaled_dot_product_attention`; the query is scaled before it is rounded."""
-        return self.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)[0]
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., L, V]; takes what `attend` does."""
+        return self.attend(*args, **kwargs)[0]
 
     def attend(
         self,
@@ -160,7 +150,11 @@ class FP8Attention(nn.Module):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The same; gives the attention weights [..., L, S], after dropout, too."""
+        """Arguments of `F.scaled_dot_product_attention`; the query is scaled before it is rounded.
+
+        Returns:
+            Its result [..., L, V], and the attention weights [..., L, S], after dropout.
+        """
         if enable_gqa:
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
             value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)

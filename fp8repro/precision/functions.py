@@ -305,17 +305,12 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    spatial = weight.dim() - 2
-    steps, gaps = _each(stride, spatial), _each(dilation, spatial)
     if padding == "same":
+        gaps = _each(dilation, weight.dim() - 2)
         total = [gap * (size - 1) for gap, size in zip(gaps, weight.shape[2:], strict=True)]
         input = F.pad(input, [part for t in reversed(total) for part in (t // 2, t - t // 2)])
-    margins = (0,) * spatial if isinstance(padding, str) else _each(padding, spatial)
-    product = by.product("convolution", ConvolutionProduct)
-    if product is NotImplemented:
-        return product
-    geometry = ConvolutionGeometry(steps, margins, gaps, groups, False, (0,) * spatial)
-    return product(input, _whole(weight), bias, geometry)
+    margins = 0 if isinstance(padding, str) else padding
+    return _any_convolution(by, input, weight, bias, (stride, margins, dilation), groups)
 
 
 def _transposed_convolution(
@@ -329,12 +324,26 @@ def _transposed_convolution(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Any:
-    spatial = weight.dim() - 2
-    steps, margins, gaps = (_each(value, spatial) for value in (stride, padding, dilation))
+    return _any_convolution(by, input, weight, bias, (stride, padding, dilation), groups, output_padding)
+
+
+def _any_convolution(
+    by: FunctionProducts,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    numbers: tuple[Any, Any, Any],
+    groups: int,
+    output_padding: Any = None,
+) -> Any:
+    """By stride, padding and dilation; one with an `output_padding` is transposed."""
     product = by.product("convolution", ConvolutionProduct)
     if product is NotImplemented:
         return product
-    geometry = ConvolutionGeometry(steps, margins, gaps, groups, True, _each(output_padding, spatial))
+    spatial = weight.dim() - 2
+    added = _each(output_padding or 0, spatial)
+    stride, padding, dilation = (_each(value, spatial) for value in numbers)
+    geometry = ConvolutionGeometry(stride, padding, dilation, groups, output_padding is not None, added)
     return product(input, _whole(weight), bias, geometry)
 
 
