@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -93,7 +94,10 @@ def gradients(how: Callable[[Part, Tensor], Tensor], recipe: Recipe, passes: int
         model.fp8_context.begin(step)
         model.zero_grad()
         x = X.clone().requires_grad_()
-        ((model(x) * torch.linspace(-1, 1, 25).view(5, 5)).sum() * 64).backward()
+        loss = (model(x) * torch.linspace(-1, 1, 25).view(5, 5)).sum() * 64
+        # A device has a thread of its own for its backward pass.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(loss.backward).result()
     return [x.grad, *(p.grad for p in model.parameters())]  # type: ignore[list-item]
 
 
