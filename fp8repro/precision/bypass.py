@@ -271,7 +271,7 @@ class _Watch(ModuleMode):
         innermost = self.running[-1]
         ours = _is_ours(innermost)
         if not ours and self.places is not None:
-            result = self._owner(innermost).take(func, args, kwargs, callers(self.frames[-1]) or ())
+            result = self._owner(innermost).take(func, args, kwargs, callers(self.frames[-1]) or [])
             if result is not NotImplemented:
                 return result
         args = tuple(self._checked(arg) for arg in args)

@@ -120,10 +120,28 @@ class FunctionProducts(ModuleMode):
     ) -> Any:
         """Hand a product over; everything else is what it is."""
         kwargs = kwargs or {}
-        path = self.path() if func in PRODUCTS else None
+        return self.hand_over(func, args, kwargs) if func in PRODUCTS else func(*args, **kwargs)
+
+    def resume(self, counts: Counter[str], frame: FrameType) -> None:
+        """See `reruns.Owner`."""
+        self._frames.append(frame)
+        self.counts.append(counts)
+
+    def end_part(self) -> None:
+        """See `reruns.Owner`."""
+        self._frames.pop()
+        self.counts.pop()
+
+    def hand_over(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The product, under the recipe or by torch."""
+        path = self.path()
         if path is None:
             return func(*args, **kwargs)
-        result = self.take(func, args, kwargs, path)
+        try:
+            result = self.take(func, args, kwargs, path)
+        finally:
+            # It holds this very frame: a circle would keep the tensors of all callers.
+            path.clear()
         if result is NotImplemented:
             # A module further out must not take it for its own.
             with torch._C.DisableTorchFunction():

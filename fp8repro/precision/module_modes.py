@@ -7,7 +7,6 @@ behind must not touch what its thread computes from then on.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from types import FrameType
 
 import torch
@@ -43,13 +42,13 @@ class ModuleMode(TorchFunctionMode):
         """Whether the forward pass that entered the mode is no longer there."""
         return self.path() is None
 
-    def path(self) -> Sequence[FrameType] | None:
+    def path(self) -> list[FrameType] | None:
         """The callers in the forward pass that entered the mode, the innermost first; None where it is no longer there.
 
         In a compiled pass there are none.
         """
         if torch.compiler.is_compiling() or not self._frames or self._frames[-1] is None:
-            return ()
+            return []
         return callers(self._frames[-1])
 
 

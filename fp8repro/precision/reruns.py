@@ -28,14 +28,20 @@ _CHECKPOINT = vars(checkpoint)
 
 
 class Owner(Protocol):
-    """The module's products."""
+    """The module's products; see `FunctionProducts`."""
 
     name: str
     counts: list[Counter[str]]
     functions: frozenset[Callable[..., Any]]
 
-    def take(self, func: Any, args: Any, kwargs: Any, path: Sequence[FrameType]) -> Any:
-        """Compute a product, or NotImplemented where it is left to torch; `path`: the callers within the module."""
+    def resume(self, counts: Counter[str], frame: FrameType) -> None:
+        """A part of the module's pass runs again, called by `frame`; so many products of each kind came before it."""
+
+    def end_part(self) -> None:
+        """It has ended."""
+
+    def hand_over(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Compute a product, under the recipe or by torch."""
 
 
 class Part:
@@ -53,24 +59,20 @@ class Part:
 
     def again(self, reruns: bool, run: Callable[..., Any], *args: Any) -> Any:
         """Run it; `reruns`: all of what runs is the part."""
-        with _Again(self, reruns, sys._getframe()):
-            return run(*args)
+        self.owner.resume(Counter(self.counts), sys._getframe())
+        try:
+            with _Again(self, reruns):
+                return run(*args)
+        finally:
+            self.owner.end_part()
 
 
 class _Again(TorchFunctionMode):
     """Gives products of a part to its owner."""
 
-    def __init__(self, part: Part, reruns: bool, frame: FrameType) -> None:
+    def __init__(self, part: Part, reruns: bool) -> None:
         super().__init__()
-        self.part, self.reruns, self.frame = part, reruns, frame
-
-    def __enter__(self) -> Any:
-        self.part.owner.counts.append(Counter(self.part.counts))
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self.part.owner.counts.pop()
+        self.part, self.reruns = part, reruns
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -83,8 +85,7 @@ class _Again(TorchFunctionMode):
         if func not in owner.functions:
             return func(*args, **kwargs)
         if self.reruns:
-            result = owner.take(func, args, kwargs, callers(self.frame) or ())
-            return func(*args, **kwargs) if result is NotImplemented else result
+            return owner.hand_over(func, args, kwargs)
         if self.part.taken:
             raise UserError(
                 f"model: got an autograd function in {owner.name or 'the model'} that multiplies by {func.__name__} in "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -113,14 +114,64 @@ def test_methods_that_run_again_give_the_bits_of_a_step_that_keeps_everything(
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
 
 
-def test_what_runs_again_is_freed_with_its_graph() -> None:
-    model = nn.Sequential(Methods(RERUNS["reentrant"]))
+class Recursive(nn.Module):
+    """Runs itself in a part that may run again, between products of that part, which are called twice a pass."""
+
+    def __init__(self, how: Callable[[Part, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.how, self.depth = how, 0
+
+    def again(self, x: Tensor) -> Tensor:
+        x = x @ x.t() / 8
+        self.depth += 1
+        x = self(x) if self.depth == 1 else x
+        self.depth -= 1
+        return x @ x.t() / 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self.again, x) if self.depth == 0 else torch.relu(x @ x)
+
+
+def test_a_module_may_run_itself_in_a_part_of_itself() -> None:
+    results = []
+    for how in (kept, RERUNS["reentrant"], RERUNS["not reentrant"]):
+        model: Any = nn.ModuleList([nn.Linear(8, 8), Recursive(how)])
+        inject(model, replace(load_recipe("fp8_nearest"), exempt=()))
+        x = X[0].clone().requires_grad_()
+        for step in range(2):
+            model.fp8_context.begin(step)
+            x.grad = None
+            (model[1](x).sum() * 64).backward()
+        results.append(x.grad)
+    assert results[0].any()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("without_collector")
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("how", ["kept", *RERUNS])
+def test_a_pass_is_freed_with_its_graph(how: str, gradients: bool) -> None:
+    model: Any = nn.Sequential(Methods(RERUNS.get(how, kept)))
     inject(model, FP8)
     seen: list[Any] = []
-    model[0].how = lambda part, x: seen.append(weakref.ref(x)) or RERUNS["reentrant"](part, x)  # type: ignore[func-returns-value]
-    model(X.clone().requires_grad_()).sum().backward()
-    assert len(seen) == 2
-    assert [kept() for kept in seen] == [None, None]
+    model[0].qkv.register_forward_hook(lambda layer, inputs, result: seen.append(weakref.ref(result)))
+    for step in range(2):
+        model.fp8_context.begin(step)
+        with torch.set_grad_enabled(gradients):
+            y = model(X.clone().requires_grad_())
+        if gradients:
+            y.sum().backward()
+        del y
+    assert len(seen) == 2 * {"kept": 1, "reentrant twice": 3, "both": 3}.get(how, 2) if gradients else 2
+    assert all(result() is None for result in seen)
 
 
 class ByHand(torch.autograd.Function):
