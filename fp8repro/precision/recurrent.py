@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
@@ -113,6 +114,7 @@ class FP8Recurrent(nn.RNNBase):
                 x = F.dropout(x, dropout, self.training)
         return x, *(torch.stack(states) for states in zip(*last, strict=True))
 
+    @_disable_dynamo
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See torch's layer; inputs and states of 16 bit become FP32, as in every converted layer."""
         args, kwargs = tuple(map(_full, args)), {name: _full(arg) for name, arg in kwargs.items()}

@@ -81,7 +81,7 @@ class Site:
         return self.context.next_call(self.name, self.roles["activation"].is_stochastic)
 
     def check(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-        """Raise UserError for tensors whose values the layer would not honour, and where nothing can be rounded."""
+        """Raise UserError for tensors whose values, or transforms whose gradients, the layer would not honour."""
         refuse_transforms(f"layer {self.name}")
         usual = x.dtype == torch.float32 and (weight is None or weight.dtype in (torch.float16, torch.float32))
         if usual and (bias is None or bias.dtype == torch.float32):
@@ -299,8 +299,8 @@ def refuse_transforms(what: str) -> None:
     """Raise UserError inside of `torch.func`'s transforms: a rounding that draws by position has no rule for them."""
     if torch._C._are_functorch_transforms_active():
         raise UserError(
-            f"{what}: got called inside of torch.func (vmap, grad, jacrev, ...), which cannot see into a product under "
-            "a recipe, expected torch.autograd (functional_call alone works)"
+            f"{what}: got called in a transform of torch.func (grad, vjp, vmap, ...), expected torch.autograd: these "
+            "need products without random bits (functional_call alone works)"
         )
 
 
