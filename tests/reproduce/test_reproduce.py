@@ -39,9 +39,21 @@ def changed(name: str, other: str) -> dict[str, Any]:
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_plan_and_the_experiment_files_are_the_same(profile: str) -> None:
     cells = {experiment_of(name) for study in plan_file()["studies"] for name in study_cells(study, profile)}
-    # The dose-response study is a hundred runs: on small data alone.
-    doses = set() if profile == "embedded" else set(plan_file()["studies"]["doses"]["cells"])
-    assert cells == set(groups()["experiment"]) - doses
+    # The dose-response study is a hundred runs: on small data alone. Errors are counted on photos.
+    studies = plan_file()["studies"]
+    doses = set() if profile == "embedded" else set(studies["doses"]["cells"])
+    lost = set() if profile == "midscale" else set(studies["lost"]["cells"])
+    assert cells == set(groups()["experiment"]) - doses - lost
+
+
+def test_errors_are_counted_as_in_the_dose_study_at_the_papers_batch() -> None:
+    expected = planned("midscale")["resnet50_reference"][1]
+    assert {**expected["precision"], "name": ""} == {**planned()["dose_reference"][1]["precision"], "name": ""}
+    assert expected["loss_scaling"] == planned()["dose_reference"][1]["loss_scaling"]
+    trainer = expected["trainer"]
+    assert (trainer["batch_size"], trainer["micro_steps"], trainer["telemetry_every"]) == (256, 8, 1)
+    # Whatever the size of the other cells' images.
+    assert (expected["data"]["image_size"], expected["model"]["stem"]) in ((224, "auto"), (224, "imagenet"))
 
 
 @pytest.mark.parametrize("name", groups()["experiment"])
