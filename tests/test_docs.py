@@ -2,8 +2,6 @@
 
 import json
 import re
-import runpy
-import statistics
 from pathlib import Path
 
 import pytest
@@ -63,12 +61,3 @@ def test_commands_are_there(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
     assert set(re.findall(r"(?:^    |`)fp8repro ([a-z]+)", text, re.MULTILINE)) <= set(VERBS)
-
-
-def test_the_readmes_picture_shows_the_tables_figures() -> None:
-    script = runpy.run_path(str(ROOT / "scripts" / "readme_figure.py"))
-    folder = ROOT / "results" / "embedded"
-    curves = script["curves"](folder / "figures" / "embedded_accuracy.csv", "resnet18")
-    (row, *_) = json.loads((folder / "tables" / "embedded_C1.json").read_text(encoding="utf-8"))["rows"]
-    last = {name: statistics.mean(curve[max(curve)]) for name, curve in curves.items()}
-    assert last == pytest.approx({"FP32": row["fp32"], "FP8": row["fp8"]})

@@ -100,7 +100,7 @@ def dose_sheet(cells: Cells) -> Sheet:
             )  # fmt: skip
     columns = [
         Column("curve", "errors and gradients"), Column("power", "log2 of the loss scale", 0),
-        Column("lost", "errors of the reference lost there, %", 1), Column("score", "top-1, %", 2),
+        Column("lost", "errors of the reference lost there, %", 2), Column("score", "top-1, %", 2),
         Column("seeds", digits=0), Column("failed", "failed runs"),
     ]  # fmt: skip
     notes = [

@@ -53,7 +53,7 @@ MAP_COLOURS = LinearSegmentedColormap.from_list("share", [(0.10, 0.45, 0.80, 0.0
 MARKERS = "os^D"
 PANELS_IN_A_ROW = 3
 LABEL_SIZE = 8
-PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
+PLAIN = FuncFormatter(lambda value, _: f"{value:,.7g}")
 
 
 def svg(figure: Figure) -> str:

@@ -202,7 +202,7 @@ def _standard(profile: str) -> tuple[float, tuple[int, ...]]:
 def _held_to(profile: str) -> str:
     margin, looks = _standard(profile)
     return (
-        f"profile={profile}: no difference is one within {margin:g} points of top-1 or BLEU; looks after "
+        f"profile={profile}: no difference is one within {margin:.1f} points of top-1 or BLEU; looks after "
         f"{', '.join(map(str, looks))} seeds, each at a one-sided level of {LEVELS[looks][0]:g}."
     )
 
