@@ -71,11 +71,7 @@ class Run:
         """
         for row in self.rows("eval"):
             value = row.get(name)
-            if (
-                row.get("split") == "val"
-                and number(value)
-                and (value >= target if name == "top1" else value <= target)
-            ):
+            if row.get("split") == "val" and number(value) and (value >= target if name == "top1" else value <= target):
                 return float(row["seconds"]) if number(row.get("seconds")) else None
         return None
 

@@ -97,11 +97,11 @@ def _notes(cells: Cells, run: Run | None, overall: Mapping[str, Any]) -> list[st
 def described(cells: Cells, run: Run) -> str:
     """What ran, for how many steps, and whether that was all."""
     trainer, data = run.section("trainer"), run.section("data")
-    measured = [step for step, _ in run.telemetry("error")]
+    steps = [step for step, _ in run.telemetry("error")]
     parts = trainer.get("micro_steps")
     unfinished = "" if run in cells[REFERENCE].runs.values() else "; the run is not finished"
     return (
         f"One FP32 run of {run.record.model} on {run.record.data}, seed {run.record.seed}, {data.get('image_size')} "
-        f"pixels a side, loss averaged over {trainer.get('batch_size')} images (normalized in {parts} parts), "
-        f"{len(measured)} measured steps up to step {max(measured, default=0)}{unfinished}."
+        f"pixels a side (smaller images are scaled up), loss averaged over {trainer.get('batch_size')} images "
+        f"(normalized in {parts} parts), {len(steps)} measured steps up to step {max(steps, default=0)}{unfinished}."
     )
