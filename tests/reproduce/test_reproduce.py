@@ -143,6 +143,14 @@ def test_policies_of_the_recurrent_study() -> None:
     assert policies[2]["floors"] == [[0.12, 64 * 8192], [0.44, 32 * 32768]]
 
 
+def test_a_study_of_one_run_has_one_seed() -> None:
+    cells = [planned("midscale")[name][0] for name in ("resnet18_fp32", "resnet50_reference")]
+    jobs = make_jobs(cells, [4, 5, 6], Path("runs"), "midscale")
+    assert [job.name for job in jobs] == [
+        "resnet18_fp32-seed4", "resnet50_reference-seed4", "resnet18_fp32-seed5", "resnet18_fp32-seed6",
+    ]  # fmt: skip
+
+
 def test_only_takes_studies_models_and_cells() -> None:
     assert [cell.name for cell in make_plan(only=["C5"])[1]] == ["gnmt_fp8", "gnmt_fp8_constant", "gnmt_fp8_dynamic"]
     assert [cell.name for cell in make_plan(only=["transformer", "fp16"])[1]] == [
