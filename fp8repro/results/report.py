@@ -90,7 +90,8 @@ def run_sheet(cells: Cells) -> Sheet:
         return (order.index(experiment) if experiment in order else len(order), name)
 
     for name in sorted(cells, key=place):
-        for seed, run in sorted(cells[name].runs.items()):
+        for seed, run in sorted((cells[name].begun | cells[name].runs).items()):
+            unfinished = "" if seed in cells[name].runs else "not finished: "
             summary, environment = run.record.summary, read_or_empty(run.record.folder / ENVIRONMENT)
             if run.unusable:
                 notes.append(f"Left out: {run.unusable} line(s) of metrics.jsonl of {name}, seed {seed}, unusable.")
@@ -100,17 +101,17 @@ def run_sheet(cells: Cells) -> Sheet:
                     "cell": name,
                     "seed": seed,
                     "data": run.record.data,
-                    "recipe": _recipe(run.section("precision")),
+                    "recipe": unfinished + _recipe(run.section("precision")),
                     "loss_scaling": run.record.loss_scaling,
                     "steps": summary.get("steps"),
                     "epochs": summary.get("epochs"),
                     "seconds": summary.get("train_seconds"),
-                    "backend": f"{summary.get('backend')}, {summary.get('device')}",
+                    "backend": None if unfinished else f"{summary.get('backend')}, {summary.get('device')}",
                     "hardware": ", ".join(
                         map(str, gpus if isinstance(gpus, list) and gpus else [environment.get("cpu", "-")])
                     ),
                     "torch": packages.get("torch") if isinstance(packages, dict) else None,
-                    "code": f"{summary.get('version')} {str(environment.get('commit') or '')[:10]}".strip(),
+                    "code": f"{summary.get('version', '')} {str(environment.get('commit') or '')[:10]}".strip(),
                 }
             )
         for seed, reason in sorted(cells[name].failures.items()):

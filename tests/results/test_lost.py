@@ -106,6 +106,8 @@ def test_a_run_that_is_not_finished_stands_with_the_steps_it_has(tmp_path: Path)
     note = (tmp_path / "out" / "tables" / "midscale_lost.md").read_text()
     assert "3 measured steps up to step 30; the run is not finished." in note
     assert (tmp_path / "out" / "figures" / "midscale_lost.png").exists()
+    (row,) = json.loads((tmp_path / "out" / "tables" / "midscale_runs.json").read_text())["rows"]
+    assert row["recipe"].startswith("not finished: fp32 / fp32 / bf16")
     # It has no score, and no other table has it.
     assert read(tmp_path)[lost.REFERENCE].empty
     assert not {verdict.verdict for verdict in verdicts(read(tmp_path), "midscale")} - {"not decided"}
