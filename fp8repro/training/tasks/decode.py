@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -212,11 +212,6 @@ def length_limits(source: Tensor, pad: int, config: DecodeConfig) -> list[int]:
     """The most tokens, EOS counted, of the translation of each row of source ids [B, S]."""
     lengths = source.ne(pad).sum(1).tolist()
     return [int(config.max_length_a * length) + config.max_length_b for length in lengths]
-
-
-def translate(model: TranslationModel[Any], batches: Iterable[Tensor], config: DecodeConfig) -> list[list[int]]:
-    """Best translation (ids without EOS) of each sentence of each source batch, in order."""
-    return [best_tokens(found) for source in batches for found in beam_search(model, source, config)]
 
 
 def best_tokens(found: Sequence[Hypothesis]) -> list[int]:
