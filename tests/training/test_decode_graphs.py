@@ -203,6 +203,26 @@ def test_shapes_that_cannot_be_captured_are_searched_eagerly(replayed: None, mon
     assert len(captured) == 2
 
 
+def test_a_batch_without_memory_beside_the_graphs_is_searched_eagerly(
+    replayed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config, batches = tiny("transformer", 4, "fp8"), DecodeConfig(beam=2), []
+    call = GraphedSearch.__call__
+
+    def full(search: GraphedSearch, source: Tensor) -> list[list[Hypothesis]]:
+        batches.append(source)
+        if len(batches) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return call(search, source)
+
+    monkeypatch.setattr(GraphedSearch, "__call__", full)
+    searches = Searches("auto", config)
+    with searches.of(model) as search:
+        assert [search(source) for source in BATCHES] == [beam_search(model, source, config) for source in BATCHES]
+    assert len(batches) == 2
+    assert searches.summary().endswith("batches, not for others: no memory for a batch beside the graphs")
+
+
 def test_mistakes(replayed: None) -> None:
     with pytest.raises(UserError, match=r"decode\.coverage: got 0\.1"):
         both(tiny("transformer", 0), BATCHES, DecodeConfig(coverage=0.1))

@@ -73,7 +73,14 @@ class Searches:
         graph = graphs.get(source.shape[1])
         if graph is None or len(source) > graph.count:
             graph = None if self.why_not or self._why_no_more else self._captured(model, source, graphs)
-        return beam_search(model, source, self.config) if graph is None else graph(source)
+        if graph is not None:
+            try:
+                return graph(source)
+            except torch.OutOfMemoryError:
+                self._why_no_more = "no memory for a batch beside the graphs"
+                graphs.clear()
+                del graph
+        return beam_search(model, source, self.config)
 
     def _captured(
         self, model: TranslationModel[Any], source: Tensor, graphs: dict[int, GraphedSearch]
