@@ -13,10 +13,10 @@ losses = []
 for compiled in (False, True):
     model = network()
     inject(model, recipe, StepContext(seed=1))
+    masters = MasterWeights(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), recipe)
     # The first pass finds products by functions; it has to see them, so it is not compiled.
     model(images[:2])
     forward = torch.compile(model, backend="aot_eager") if compiled else model
-    masters = MasterWeights(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), recipe)
     losses.append([])
     for step in range(STEPS):
         batch = torch.arange(BATCH) + step * BATCH

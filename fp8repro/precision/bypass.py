@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from fp8repro.precision.injection_report import InjectionReport, InjectionRow
 from fp8repro.precision.layers import MasterEmbedding
 from fp8repro.precision.module_modes import ModuleMode, leave_interrupted
 from fp8repro.precision.places import FUNCTION_PRODUCTS, Places
+from fp8repro.precision.reruns import callers
 from fp8repro.precision.site import Site
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -88,6 +90,9 @@ class FirstPass:
         """Put the hooks."""
         assert self.model is not None
         for module in self.model.modules():
+            # Lists and dictionaries of modules are never called, and would keep the hooks.
+            if type(module).forward is nn.Module.forward:
+                continue
             module.register_forward_pre_hook(self.enter)
             # Called after an error, too, so that the mode is left.
             module.register_forward_hook(self.leave, always_call=True, with_kwargs=True)
@@ -175,7 +180,7 @@ class _Watch(ModuleMode):
     """The running modules, and what they multiply.
 
     Attributes:
-        running: the innermost last.
+        running: the innermost last; frames: which called them.
         seen: all modules that ran.
         owners: those that multiply by functions.
         found: weights that were multiplied by behind their layers' backs.
@@ -191,6 +196,7 @@ class _Watch(ModuleMode):
         self.storages: Mapping[int, str] = _storages(model)
         self.handled = sys.exception()
         self.running: list[nn.Module] = []
+        self.frames: list[FrameType] = []
         self.seen: set[nn.Module] = set()
         self.owners: dict[nn.Module, FunctionProducts] = {}
         self.found: set[str] = set()
@@ -202,6 +208,8 @@ class _Watch(ModuleMode):
     def enter(self, module: nn.Module) -> None:
         """A module begins."""
         self.running.append(module)
+        # That of the one who calls the hooks.
+        self.frames.append(sys._getframe(2))
         self.seen.add(module)
         if module in self.owners:
             self.owners[module].counts.append(Counter())
@@ -209,6 +217,7 @@ class _Watch(ModuleMode):
     def leave(self, inputs: Any, output: Any) -> None:
         """The innermost module ends."""
         module = self.running.pop()
+        self.frames.pop()
         if module in self.owners:
             self.owners[module].counts.pop()
         count = getattr(module, "multiply_adds", None)
@@ -262,7 +271,7 @@ class _Watch(ModuleMode):
         innermost = self.running[-1]
         ours = _is_ours(innermost)
         if not ours and self.places is not None:
-            result = self._owner(innermost).multiply(func, args, kwargs)
+            result = self._owner(innermost).take(func, args, kwargs, callers(self.frames[-1]) or [])
             if result is not NotImplemented:
                 return result
         args = tuple(self._checked(arg) for arg in args)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from fp8repro.engines.products import Backend, Conv2dGeometry, ConvolutionGeometry, EmulateBackend, Operand
 from fp8repro.precision.functional import Op, conv2d_op, quantized_product
@@ -85,6 +86,7 @@ class FP8Convolution(nn.modules.conv._ConvNd):
         """True where the product's own zero padding cannot serve."""
         return self.padding_mode != "zeros" or isinstance(self.padding, str)
 
+    @_disable_dynamo
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, ...] (or [C, ...]) -> [B, O, ...], FP32."""
         batched = input.dim() == len(self.stride) + 2
@@ -134,6 +136,7 @@ class FP8TransposedConvolution(FP8Convolution):
         self.site.backend = EmulateBackend()
         self.site.order = "channels_last"
 
+    @_disable_dynamo
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """[B, C, ...] (or [C, ...]) -> [B, O, ...], FP32; `output_size`: see torch's layer."""
         spatial = len(self.stride)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from fp8repro.engines.products import Conv2dGeometry, ConvolutionGeometry, EmulateBackend
 from fp8repro.models.parts import MatMul
@@ -35,6 +36,7 @@ class FP8MatMul(MatMul):
 
     site: Site
 
+    @_disable_dynamo
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """[..., M, K] @ [..., K, N] -> [..., M, N], FP32; leading dimensions must agree."""
         return quantized_product(a, b, None, self.site, MATMUL, self.training)
@@ -69,6 +71,7 @@ def matmul_product(site: Site) -> FP8MatMul:
 class WeightProduct(Product):
     """`F.linear` under a recipe, with a weight that somebody else holds."""
 
+    @_disable_dynamo
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, shared: SharedWeight | None = None
     ) -> Tensor:
@@ -95,6 +98,7 @@ class ConvolutionProduct(Product):
         super().__init__(replace(site, order="channels_last"))
         self.fast = self.site.backend
 
+    @_disable_dynamo
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvolutionGeometry) -> Tensor:
         """x [B, C, ...] (or [C, ...]) -> [B, O, ...], FP32."""
         g, spatial = geometry, weight.dim() - 2
@@ -130,19 +134,10 @@ class FP8Attention(nn.Module):
         self.scores = matmul_product(site.part("scores"))
         self.context = matmul_product(site.part("context"))
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """As `F.scaled_dot_product_attention`; the query is scaled before it is rounded."""
-        return self.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)[0]
+    @_disable_dynamo
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., L, V]; takes what `attend` does."""
+        return self.attend(*args, **kwargs)[0]
 
     def attend(
         self,
@@ -155,7 +150,11 @@ class FP8Attention(nn.Module):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The same; gives the attention weights [..., L, S], after dropout, too."""
+        """Arguments of `F.scaled_dot_product_attention`; the query is scaled before it is rounded.
+
+        Returns:
+            Its result [..., L, V], and the attention weights [..., L, S], after dropout.
+        """
         if enable_gqa:
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
             value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fp8repro.engines.guards import INPUT_DTYPES
 from fp8repro.engines.products import ConvolutionGeometry
@@ -33,9 +36,11 @@ from fp8repro.precision.layers import FP8Linear
 from fp8repro.precision.module_modes import ModuleMode
 from fp8repro.precision.places import FUNCTION_PRODUCTS, Places
 from fp8repro.precision.recurrent import Cell, gru_cell, lstm_cell, relu_cell, tanh_cell
+from fp8repro.precision.reruns import parts
 
 # Their children are what they iterate over: nothing may be added.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_SPECTRAL_NORM = SpectralNorm.compute_weight.__globals__
 
 
 class Products(nn.ModuleDict):
@@ -59,7 +64,14 @@ class Products(nn.ModuleDict):
 
 
 class FunctionProducts(ModuleMode):
-    """Gives the products by functions of one module to the recipe, while the module runs."""
+    """Gives the products by functions of one module to the recipe, while the module runs.
+
+    Attributes:
+        counts: how many products of each kind there were; for each of the module's passes that run, the innermost last.
+        functions: all products that a module may compute.
+    """
+
+    functions: frozenset[Callable[..., Any]]
 
     def __init__(self, module: nn.Module, name: str, places: Places, model: nn.Module) -> None:
         """`name` is the module's in the model; `model` is where weights of other layers are looked for."""
@@ -101,26 +113,63 @@ class FunctionProducts(ModuleMode):
         del self.counts[len(self._frames) - 1 :]
         super().end()
 
+    # A compiler that goes on behind a break in here takes other tensors for the results.
+    @_disable_dynamo
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Hand a product over; everything else is what it is."""
         kwargs = kwargs or {}
-        if func not in PRODUCTS or self.interrupted():
+        return self.hand_over(func, args, kwargs) if func in PRODUCTS else func(*args, **kwargs)
+
+    def resume(self, counts: Counter[str], frame: FrameType) -> None:
+        """See `reruns.Owner`."""
+        self._frames.append(frame)
+        self.counts.append(counts)
+
+    def end_part(self) -> None:
+        """See `reruns.Owner`."""
+        self._frames.pop()
+        self.counts.pop()
+
+    def hand_over(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The product, under the recipe or by torch."""
+        path = self.path()
+        if path is None:
             return func(*args, **kwargs)
-        result = self.multiply(func, args, kwargs)
+        try:
+            result = self.take(func, args, kwargs, path)
+        finally:
+            # It holds this very frame: a circle would keep the tensors of all callers.
+            path.clear()
         if result is NotImplemented:
             # A module further out must not take it for its own.
             with torch._C.DisableTorchFunction():
                 return func(*args, **kwargs)
         return result
 
-    def multiply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def take(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], path: Sequence[FrameType]
+    ) -> Any:
         """The product under the recipe, or NotImplemented where it is left to torch.
+
+        Args:
+            func, args, kwargs: the call.
+            path: the callers within the module, the innermost first.
 
         Raises:
             UserError: it would need the gradient of a part of a weight that is stored in 16 bit.
         """
+        around = parts(path, self)
+        # A hook that computes a weight runs in whoever calls the layer, and is no part of it.
+        if around is None or any(frame.f_globals is _SPECTRAL_NORM for frame in path):
+            return NotImplemented
+        result = self._multiply(func, args, kwargs)
+        for part in around:
+            part.taken |= result is not NotImplemented
+        return result
+
+    def _multiply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         convert = CONVERSIONS.get(func)
         if convert is None or self.all_left or self.places.leaves(self.name) or kwargs.get("out") is not None:
             return NotImplemented
@@ -274,17 +323,12 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    spatial = weight.dim() - 2
-    steps, gaps = _each(stride, spatial), _each(dilation, spatial)
     if padding == "same":
+        gaps = _each(dilation, weight.dim() - 2)
         total = [gap * (size - 1) for gap, size in zip(gaps, weight.shape[2:], strict=True)]
         input = F.pad(input, [part for t in reversed(total) for part in (t // 2, t - t // 2)])
-    margins = (0,) * spatial if isinstance(padding, str) else _each(padding, spatial)
-    product = by.product("convolution", ConvolutionProduct)
-    if product is NotImplemented:
-        return product
-    geometry = ConvolutionGeometry(steps, margins, gaps, groups, False, (0,) * spatial)
-    return product(input, _whole(weight), bias, geometry)
+    margins = 0 if isinstance(padding, str) else padding
+    return _any_convolution(by, input, weight, bias, (stride, margins, dilation), groups)
 
 
 def _transposed_convolution(
@@ -298,12 +342,26 @@ def _transposed_convolution(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Any:
-    spatial = weight.dim() - 2
-    steps, margins, gaps = (_each(value, spatial) for value in (stride, padding, dilation))
+    return _any_convolution(by, input, weight, bias, (stride, padding, dilation), groups, output_padding)
+
+
+def _any_convolution(
+    by: FunctionProducts,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    numbers: tuple[Any, Any, Any],
+    groups: int,
+    output_padding: Any = None,
+) -> Any:
+    """By stride, padding and dilation; one with an `output_padding` is transposed."""
     product = by.product("convolution", ConvolutionProduct)
     if product is NotImplemented:
         return product
-    geometry = ConvolutionGeometry(steps, margins, gaps, groups, True, _each(output_padding, spatial))
+    spatial = weight.dim() - 2
+    added = _each(output_padding or 0, spatial)
+    stride, padding, dilation = (_each(value, spatial) for value in numbers)
+    geometry = ConvolutionGeometry(stride, padding, dilation, groups, output_padding is not None, added)
     return product(input, _whole(weight), bias, geometry)
 
 
@@ -352,6 +410,7 @@ PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
         *(torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention),
     )
 )
+FunctionProducts.functions = PRODUCTS
 
 
 def multiply_adds(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from fp8repro.engines.cpu import native
@@ -109,6 +110,8 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
     context: StepContext
     consumers: Rounding | None = None
 
+    # A compiler finds no graph in an engine.
+    @_disable_dynamo
     def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """[B, C, H, W] FP32 -> the same shape: normalize, add `residual`, clamp at zero."""
         if not (self.training and torch.is_grad_enabled()):

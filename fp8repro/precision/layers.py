@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from fp8repro.precision.functional import LINEAR, SharedWeight, quantized_product, share_weight
 from fp8repro.precision.site import Site
@@ -19,6 +20,8 @@ class FP8Linear(nn.Linear):
 
     site: Site
 
+    # A compiler takes each layer as it is: of its own, it would compile a few views.
+    @_disable_dynamo
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], FP32."""
         x = input if input.dim() > 1 else input.unsqueeze(0)

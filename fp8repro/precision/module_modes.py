@@ -12,6 +12,8 @@ from types import FrameType
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
+from fp8repro.precision.reruns import callers
+
 
 class ModuleMode(TorchFunctionMode):
     """A mode that a forward pre-hook enters and a forward hook leaves."""
@@ -38,13 +40,16 @@ class ModuleMode(TorchFunctionMode):
 
     def interrupted(self) -> bool:
         """Whether the forward pass that entered the mode is no longer there."""
+        return self.path() is None
+
+    def path(self) -> list[FrameType] | None:
+        """The callers in the forward pass that entered the mode, the innermost first; None where it is no longer there.
+
+        In a compiled pass there are none.
+        """
         if torch.compiler.is_compiling() or not self._frames or self._frames[-1] is None:
-            return False
-        frame = self._frames[-1]
-        caller: FrameType | None = sys._getframe()
-        while caller is not None and caller is not frame:
-            caller = caller.f_back
-        return caller is None
+            return []
+        return callers(self._frames[-1])
 
 
 def leave_interrupted() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from fp8repro.precision.function_products import FP8Attention, WeightProduct
 from fp8repro.precision.site import Site
@@ -36,6 +37,7 @@ class FP8MultiheadAttention(nn.MultiheadAttention):
             setattr(self, name, WeightProduct(self.site.part(name)))
         self.attention = FP8Attention(self.site.part("attention"))
 
+    @_disable_dynamo
     def forward(
         self,
         query: Tensor,

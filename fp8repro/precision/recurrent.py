@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 
 from fp8repro.precision.function_products import WeightProduct
@@ -112,6 +113,7 @@ class FP8Recurrent(nn.RNNBase):
                 x = F.dropout(x, dropout, self.training)
         return x, *(torch.stack(states) for states in zip(*last, strict=True))
 
+    @_disable_dynamo
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See torch's layer."""
         with _Instead(self):

@@ -81,7 +81,12 @@ class Site:
         return self.context.next_call(self.name, self.roles["activation"].is_stochastic)
 
     def check(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-        """Raise UserError for tensors whose values the layer would not honour."""
+        """Raise UserError for tensors whose values, or transforms whose gradients, the layer would not honour."""
+        if torch._C._are_functorch_transforms_active():
+            raise UserError(
+                f"layer {self.name}: got called in a transform of torch.func (grad, vjp, vmap, ...), expected "
+                "torch.autograd: these need products without random bits"
+            )
         usual = x.dtype == torch.float32 and (weight is None or weight.dtype in (torch.float16, torch.float32))
         if usual and (bias is None or bias.dtype == torch.float32):
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from transformers.pytorch_utils import Conv1D
 
 from fp8repro.precision.functional import LINEAR, quantized_product
@@ -19,6 +20,7 @@ class FP8Conv1D(Conv1D):  # type: ignore[misc]
 
     site: Site
 
+    @_disable_dynamo
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], FP32."""
         return quantized_product(x, self.weight.t(), self.bias, self.site, LINEAR, self.training)

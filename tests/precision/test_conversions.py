@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 from fp8repro.numerics.recipe import ROLES
 from fp8repro.numerics.rounding import Rounding
 from fp8repro.precision.injection import inject, sites
+from fp8repro.precision.master import MasterWeights
 from fp8repro.settings.recipes import load_recipe
 
 FP8 = replace(load_recipe("fp8"), exempt=())
@@ -158,6 +159,53 @@ def test_cells_compute_what_torchs_do(kind: type[nn.Module]) -> None:
 
     torch.manual_seed(0)
     assert_same(Run(), torch.randn(2, 3, 4))
+
+
+class Normed(nn.Module):
+    """Two calls of a layer whose weight a hook computes, and a product of its own."""
+
+    def __init__(self, norm: Callable[..., nn.Module], make: Callable[[], nn.Module], name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.weight = norm(make(), name), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        results = [(y[0] if isinstance(y, tuple) else y) @ self.weight for y in (self.layer(x), self.layer(2 * x))]
+        return torch.stack(results)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm])
+@pytest.mark.parametrize(
+    ("make", "name", "shape"),
+    [
+        (lambda: nn.Linear(4, 6), "weight", (3, 4)),
+        (lambda: nn.Conv2d(4, 5, 3, padding=1), "weight", (2, 4, 5, 6)),
+        (lambda: nn.ConvTranspose1d(4, 5, 3, padding=1), "weight", (2, 4, 6)),
+        (lambda: nn.LSTM(4, 6), "weight_hh_l0", (3, 2, 4)),
+    ],
+)
+def test_weights_that_hooks_compute_are_torchs(
+    norm: Callable[..., nn.Module], make: Callable[[], nn.Module], name: str, shape: tuple[int, ...]
+) -> None:
+    """Spectral norm goes on by an iteration at each call, which must not be rounded."""
+    model, converted = Normed(norm, make, name), Normed(norm, make, name)
+    x = torch.randn(shape)
+    report = inject(converted, FP8, backend="emulate")
+    for each in (model, converted):
+        each(x)
+    assert list(sites(converted)).count("layer") == 1
+    assert [row for row in sites(converted) if "fp8_products" in row] == [f"fp8_products.linear_{i}" for i in (0, 1)]
+    assert report.without_owner() == (["the model: mv", "the model: dot"] if norm is nn.utils.spectral_norm else [])
+    for site in sites(converted).values():
+        site.roles = dict.fromkeys(ROLES[:4], IDENTITY)
+    for training in (True, False):
+        pairs = zip(everything(converted.train(training), x), everything(model.train(training), x), strict=True)
+        for found, right in (*pairs, *zip(converted.buffers(), model.buffers(), strict=True)):
+            torch.testing.assert_close(found, right, rtol=2e-5, atol=5e-6)
+    masters = MasterWeights(converted, torch.optim.SGD(converted.parameters(), lr=0.1), FP8)
+    converted.train()(x).sum().backward()
+    assert masters.step()
 
 
 ATTENTION = [

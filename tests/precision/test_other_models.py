@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fp8repro.precision.injection import inject
+from fp8repro.precision.sensitivity import sensitivity
 from fp8repro.settings.recipes import load_recipe
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "other_models.py"))
@@ -54,5 +55,10 @@ def test_one_batch_is_learned_as_in_fp32(name: str) -> None:
         assert result.steps_in_fp8, title
         if not any(word in title for word in NOISY):
             assert result.drop >= 0.9, title
-        if "ConvNeXt" not in title:
-            assert result.gradient_snr > 19.5, title
+        assert result.median_snr > (22 if "ConvNeXt" not in title else 12), title
+        snr = result.gradient_snr
+        if "ConvNeXt" in title:
+            # Its blocks start with a scale of 1e-6, which the loss scale has to make up for.
+            found = sensitivity(SCRIPT["prepared"](make, 0), batch, "fp8", loss=loss, scale=2.0**18)
+            snr = min(row.snr for row in found.rows if row.role == "gradient")
+        assert snr > 19.5, title
