@@ -1,78 +1,81 @@
-"""Draw the README's figure from what `fp8repro report` wrote: accuracy by epoch, and underflow by loss scale.
+"""Draw the README's picture from run records, and print its table: FP32 and FP8 beside the paper, C4 by loss scale.
 
-python scripts/readme_figure.py results/embedded docs/digits.png
+python scripts/readme_figure.py results/embedded/records docs/doses
+
+Writes docs/doses-light.png and docs/doses-dark.png; what it prints goes into README.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import statistics
-from collections import defaultdict
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib import pyplot as plt
+from fp8repro.errors import UserError
+from fp8repro.results.cells import Cells, read_cells
+from fp8repro.results.figures import dose_response
+from fp8repro.results.plots import DARK, LIGHT, png
+from fp8repro.results.sheet import Column, Stat, show
+from fp8repro.results.studies import accuracy_sheet
+from fp8repro.tabular import markdown
 
-COLOURS = {"FP32": "#4c566a", "FP8": "#c2410c"}
-# By epoch, a value for each seed.
-Curve = dict[float, list[float]]
+PROFILE = "embedded"
+NAMES = {"resnet18": "ResNet-18", "resnet34": "ResNet-34", "resnet50": "ResNet-50", "gnmt": "GNMT"}
+SCORES = {"C1": ("top-1 %", 2), "C2": ("BLEU", 1)}
+HEADER = ("", "FP32", "FP8", "gap", "paper: FP32", "FP8", "gap")
 
 
-def main() -> None:
-    """Read the report's files and write the picture."""
+def main(arguments: list[str] | None = None) -> int:
+    """Read the records, write the pictures and print the text; the exit code is 2 where there is nothing to draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("report", type=Path, help="folder of a report on the profile embedded")
-    parser.add_argument("picture", type=Path)
-    options = parser.parse_args()
-    matplotlib.use("Agg")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    draw_accuracy(left, curves(options.report / "figures" / "embedded_accuracy.csv", "resnet18"))
-    shares = json.loads((options.report / "tables" / "embedded_C4.json").read_text(encoding="utf-8"))["rows"]
-    draw_underflow(right, curves(options.report / "figures" / "embedded_underflow.csv", "errors"), shares)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-    options.picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.picture, dpi=150, metadata={"Software": None})
+    parser.add_argument("records", type=Path, help="folder of the runs of profile=embedded")
+    parser.add_argument("pictures", type=Path, help="their path, without -light.png and -dark.png")
+    options = parser.parse_args(arguments)
+    try:
+        cells = read_cells([options.records])[0].get(PROFILE, Cells())
+        figure = dose_response(cells, PROFILE)
+        if figure.empty:
+            raise UserError(f"records: got {str(options.records)!r}, expected runs of the dose-response study")
+    except UserError as error:
+        print(f"readme_figure: {error}", file=sys.stderr)
+        return 2
+    options.pictures.parent.mkdir(parents=True, exist_ok=True)
+    for name, palette in (("light", LIGHT), ("dark", DARK)):
+        Path(f"{options.pictures}-{name}.png").write_bytes(png(figure, palette))
+    print(markdown(HEADER, list(table(cells))))
+    print(f"\n{seeds(cells)}, mean ± standard deviation (of gaps: standard error).\n")
+    print("<picture>")
+    print(f'  <source media="(prefers-color-scheme: dark)" srcset="{options.pictures}-dark.png">')
+    print(f'  <img alt="{figure.title}" src="{options.pictures}-light.png">')
+    print(f"</picture>\n\n{figure.caption}")
+    return 0
 
 
-def curves(path: Path, panel: str) -> dict[str, Curve]:
-    """The curves of a panel by name; a series without a name is another seed of the one before."""
-    found: dict[str, Curve] = {}
-    name = ""
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["panel"] == panel:
-                name = row["series"] or name
-                found.setdefault(name, defaultdict(list))[float(row["x"])].append(float(row["y"]))
-    return found
+def rows(cells: Cells) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Study and row of every model; those of FP32 against FP32 are the report's alone."""
+    for study in SCORES:
+        yield from ((study, row) for row in accuracy_sheet(study, cells, PROFILE).rows if "paper_fp32" in row)
 
 
-def draw_accuracy(axes: Any, found: dict[str, Curve]) -> None:
-    """Validation top-1 by epoch: mean over seeds, shaded from the lowest to the highest seed."""
-    for name, curve in found.items():
-        epochs = sorted(curve)
-        means = [statistics.mean(curve[epoch]) for epoch in epochs]
-        label = f"{name}: {means[-1]:.2f} % ({len(curve[epochs[-1]])} seeds)"
-        axes.plot(epochs, means, color=COLOURS[name], label=label)
-        lows, highs = [min(curve[epoch]) for epoch in epochs], [max(curve[epoch]) for epoch in epochs]
-        axes.fill_between(epochs, lows, highs, color=COLOURS[name], alpha=0.15, linewidth=0)
-    axes.set(title="ResNet-18 on handwritten digits", xlabel="epoch", ylabel="validation top-1, %", ylim=(80, 100.5))
-    axes.legend(loc="lower right", frameon=False)
+def table(cells: Cells) -> Iterator[list[str]]:
+    """The rows of the README's table; what was not run is a dash."""
+    for study, row in rows(cells):
+        unit, digits = SCORES[study]
+        plain, signed = Column("", digits=digits), Column("", digits=digits, sign=True)
+        gap = None if row["gap"] is None else Stat(row["gap"], row["gap_se"], row["seeds"])
+        ours = [show(row["fp32"], plain), show(row["fp8"], plain), show(gap, signed)]
+        theirs = [show(row["paper_fp32"], plain), show(row["paper_fp8"], plain), show(row["paper_gap"], signed)]
+        yield [f"{NAMES.get(row['model'], row['model'].capitalize())}, {unit}", *ours, *theirs]
 
 
-def draw_underflow(axes: Any, found: dict[str, Curve], rows: list[dict[str, Any]]) -> None:
-    """Share of the non-zero errors that E5M2 rounds to zero, mean over seeds; in the legend over the whole run."""
-    for (name, curve), row in zip(found.items(), rows, strict=True):
-        epochs = sorted(curve)
-        label = f"scale {name.removeprefix('constant ')}: {row['underflow_error']:.1f} %"
-        axes.plot(epochs, [statistics.mean(curve[epoch]) for epoch in epochs], label=label)
-    axes.set(title="errors lost to underflow (FP8)", xlabel="epoch", ylabel="% of non-zero errors", yscale="log")
-    axes.legend(frameon=False, fontsize="small")
+def seeds(cells: Cells) -> str:
+    """How many pairs of seeds the gaps stand on."""
+    counts = sorted({row["seeds"] or 0 for _, row in rows(cells)})
+    several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    return f"{several} seed{'' if several == '1' else 's'}"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

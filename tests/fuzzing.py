@@ -273,6 +273,67 @@ def record_reader(folder: Path) -> Reader:
     return _damaged_folder(folder, ["config.yaml", "metrics.jsonl", "summary.json"]), read, None
 
 
+def page_reader(folder: Path) -> Reader:
+    """Records of a plan's runs, one of their files damaged: everything on the page that is made from them."""
+    import study_records as plan
+    from sacrebleu.metrics import BLEU
+
+    from fp8repro.paper.examples import correct_json
+    from fp8repro.paper.run_folder import CORRECT, HYPOTHESES, REFERENCES
+    from fp8repro.results.cells import Cells, read_cells
+    from fp8repro.results.figures import figures
+    from fp8repro.results.plots import svg
+    from fp8repro.results.report import run_sheet
+    from fp8repro.results.sheet import FORMATS
+    from fp8repro.results.studies import sheets
+    from fp8repro.results.verdicts import statement_sheet, verdicts
+
+    plan.STEPS, plan.EPOCHS = 20, 1
+    lines = ["the old clock is green .", "his sister offers three tables to my friend ."] * 5
+    translated = [lines[0], *lines[:-1]]
+    correct = np.arange(200) % 10 > 0
+    names = ("resnet18_fp32", "resnet18_fp8", "gnmt_fp32", "gnmt_fp8")
+    bleu = BLEU().corpus_score(translated, [lines]).score
+    for name in names:
+        summary = {"bleu": bleu} if "gnmt" in name else {}
+        run = plan.write_run(folder, name, skips=(7,) if name == "gnmt_fp8" else (), score=90.0, **summary)
+        if "gnmt" in name:
+            (run / HYPOTHESES).write_text("".join(f"{line}\n" for line in translated))
+            (run / REFERENCES).write_text("".join(f"{line}\n" for line in lines))
+        else:
+            (run / CORRECT).write_text(correct_json(correct, "order"))
+    begun = plan.write_run(folder, "resnet50_reference", profile="midscale")
+    (begun / "summary.json").unlink()
+
+    def read(_: object) -> None:
+        cells, _records, problems = read_cells([folder])
+        text = "".join(problems)
+        for profile in ("embedded", "midscale"):
+            found = sheets(cells.get(profile, Cells()), profile)
+            rows = [
+                statement_sheet(verdicts(cells.get(profile, Cells()), profile)),
+                run_sheet(cells.get(profile, Cells())),
+            ]
+            text += "".join(sheet.render(form) for sheet in (*found, *rows) for form in FORMATS)
+            for figure in figures(cells.get(profile, Cells()), profile):
+                figure.csv()
+                # What is drawn comes from curves alone; a whole page takes seconds.
+                if figure.name in ("loss_scale", "lost"):
+                    svg(figure)
+            # A damaged record of examples never counts for another number of them.
+            for sheet in found:
+                for row in sheet.rows if sheet.name == "weights" else ():
+                    assert row.get("examples") in (None, len(correct), len(lines)), row
+        # Refused is what leaves something out; of the run that is not finished, there is always a line.
+        if len(problems) > 1 or "Left out" in text:
+            raise UserError(problems[0] if problems else "left out, with a note")
+
+    paths = [path for name in names for path in (folder / "embedded" / f"{name}-seed0").iterdir()] + list(
+        begun.iterdir()
+    )
+    return _damaged_folder(folder, sorted(str(path.relative_to(folder)) for path in paths)), read, None
+
+
 READERS: dict[str, Callable[[Path], Reader]] = {
     "fairseq .idx/.bin": binary_reader,
     "fairseq .idx/.bin, legacy": lambda folder: binary_reader(folder, "legacy"),
@@ -284,6 +345,7 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "weights (.pth)": weights_reader,
     "image": image_reader,
     "run records": record_reader,
+    "the page's records": page_reader,
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from fp8repro.kernels import ops
 from fp8repro.kernels.quantize.launch import round_into
 from fp8repro.precision import graphs, grouped_weights
 from fp8repro.precision.context import StepContext
-from fp8repro.precision.graphs import GraphedStep, why_not_graphed
+from fp8repro.precision.graphs import GraphedStep, why_not_captured, why_not_graphed
 from fp8repro.precision.injection import inject
 from fp8repro.precision.master import MasterWeights
 from fp8repro.precision.telemetry import Telemetry
@@ -28,6 +29,7 @@ from fp8repro.settings.choices import compose_group
 from fp8repro.settings.recipes import load_recipe
 from fp8repro.settings.schema import LossScalingConfig, run_config
 from fp8repro.training import replays
+from fp8repro.training.tasks import decode_graphs
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 SCALE = 1024.0
@@ -45,7 +47,9 @@ def stand_in_for_a_gpu(patch: Callable[[Any, str, Any], None]) -> None:
     patch(grouped_weights, "reachable", lambda weight: True)
     patch(graphs, "capture", capture)
     for module in (graphs, replays):
-        patch(module, "why_not_graphed", reason_other_than_the_device)
+        patch(module, "why_not_graphed", partial(reason_other_than_the_device, why_not_graphed))
+    patch(decode_graphs, "capture", capture)
+    patch(decode_graphs, "why_not_captured", partial(reason_other_than_the_device, why_not_captured))
     patch(torch.cuda, "mem_get_info", lambda device: (1, 1))
 
 
@@ -67,8 +71,8 @@ def capture(run: Callable[[], None], device: torch.device, pool: Any = None) -> 
     return replay
 
 
-def reason_other_than_the_device(model: nn.Module) -> str | None:
-    reason = why_not_graphed(model)
+def reason_other_than_the_device(reason_of: Callable[[nn.Module], str | None], model: nn.Module) -> str | None:
+    reason = reason_of(model)
     return None if reason is not None and reason.endswith("need a GPU") else reason
 
 

@@ -26,9 +26,10 @@ DETAIL = ", ".join(f"{role} e5m2/nearest" for role in ("weight", "activation", "
 
 
 @cache
-def planned() -> dict[str, tuple[Any, dict[str, Any]]]:
+def planned(profile: str = "embedded") -> dict[str, tuple[Any, dict[str, Any]]]:
     """Cell and resolved configuration by name."""
-    _, cells = make_plan()
+    roots = {} if profile == "embedded" else dict.fromkeys(("image", "translation"), "/data")
+    _, cells = make_plan([f"profile={profile}"], roots=roots)
     return {cell.name: (cell, cell.config) for cell in cells}
 
 
@@ -40,10 +41,12 @@ def write_plan(root: Path, seeds: int = 3, names: tuple[str, ...] | None = None)
     return root
 
 
-def write_run(root: Path, name: str, seed: int = 0, skips: tuple[int, ...] = (), **summary: Any) -> Path:
+def write_run(
+    root: Path, name: str, seed: int = 0, skips: tuple[int, ...] = (), profile: str = "embedded", **summary: Any
+) -> Path:
     """One run; `skips` are the steps at which a gradient was not finite."""
-    cell, config = planned()[name]
-    folder = root / "embedded" / f"{name}-seed{seed}"
+    cell, config = planned(profile)[name]
+    folder = root / profile / f"{name}-seed{seed}"
     folder.mkdir(parents=True)
     config = {**config, "seed": seed, "run_dir": str(folder)}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -55,7 +58,7 @@ def write_run(root: Path, name: str, seed: int = 0, skips: tuple[int, ...] = (),
         "status": "finished", "experiment": experiment_of(name), "model": config["model"]["name"],
         "data": config["data"]["name"],
         "precision": config["precision"]["name"], "loss_scaling": config["loss_scaling"]["policy"],
-        "profile": "embedded", "seed": seed, "steps": STEPS, "skipped_steps": len(skips), "epochs": float(EPOCHS),
+        "profile": profile, "seed": seed, "steps": STEPS, "skipped_steps": len(skips), "epochs": float(EPOCHS),
         "train_seconds": 30.0, "device": "cpu", "backend": "none" if "fp32" in name[-5:] else "emulate",
         "version": "0.1.0",
     }  # fmt: skip

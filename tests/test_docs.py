@@ -2,8 +2,6 @@
 
 import json
 import re
-import runpy
-import statistics
 from pathlib import Path
 
 import pytest
@@ -50,6 +48,9 @@ def test_the_readme_shows_recorded_figures(study: str, digits: int) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8").lower().replace("-", "")
     tables = ROOT / "results" / "embedded" / "tables"
     for row in json.loads((tables / f"embedded_{study}.json").read_text(encoding="utf-8"))["rows"]:
+        # FP32 against FP32 is the report's alone.
+        if row["paper_fp32"] is None:
+            continue
         (line,) = re.findall(rf"^\| {row['model']}, .*$", readme, re.MULTILINE)
         own = [(row["fp32"], row["fp32_sd"]), (row["fp8"], row["fp8_sd"]), (row["gap"], row["gap_se"])]
         expected = [f"{abs(mean):.{digits}f} ± {spread:.{digits}f}" for mean, spread in own]
@@ -63,12 +64,3 @@ def test_commands_are_there(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
     assert set(re.findall(r"(?:^    |`)fp8repro ([a-z]+)", text, re.MULTILINE)) <= set(VERBS)
-
-
-def test_the_readmes_picture_shows_the_tables_figures() -> None:
-    script = runpy.run_path(str(ROOT / "scripts" / "readme_figure.py"))
-    folder = ROOT / "results" / "embedded"
-    curves = script["curves"](folder / "figures" / "embedded_accuracy.csv", "resnet18")
-    (row, *_) = json.loads((folder / "tables" / "embedded_C1.json").read_text(encoding="utf-8"))["rows"]
-    last = {name: statistics.mean(curve[max(curve)]) for name, curve in curves.items()}
-    assert last == pytest.approx({"FP32": row["fp32"], "FP8": row["fp8"]})

@@ -9,7 +9,7 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -170,12 +170,12 @@ def file_of(bench: Bench, folder: Path) -> Path:
     return folder / (re.sub(r"[^a-z0-9]+", "-", bench.machine["device"].lower()).strip("-") + ".json")
 
 
-def write(bench: Bench, folder: Path) -> Path:
-    """Write JSON and Markdown of the GPU; gives the JSON's path."""
+def write(bench: Bench, folder: Path, said: Sequence[str] = ()) -> Path:
+    """Write JSON and Markdown of the GPU; gives the JSON's path. `said`: see `markdown`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = file_of(bench, folder)
     path.write_text(json.dumps([asdict(row) for row in bench.rows], indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(bench))
+    path.with_suffix(".md").write_text(markdown(bench, said))
     return path
 
 
@@ -197,13 +197,13 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def markdown(bench: Bench) -> str:
-    """The rows as a page."""
+def markdown(bench: Bench, said: Sequence[str] = ()) -> str:
+    """The rows as a page; `said` is what they say together, a sentence each."""
     m = bench.machine
     cells = [
         (
             *(row.name, row.shape, f"{row.median_ms:.3f}"),
-            "" if row.ratio is None else f"{row.ratio:.3g}",
+            _figure(row.ratio),
             row.against or "",
             "" if row.bar is None else f"{'at least' if row.bar > 0 else 'at most'} {abs(row.bar):g}",
             REACHED[row.reached],
@@ -215,11 +215,18 @@ def markdown(bench: Bench) -> str:
         f"Driver {m['driver']}, torch {m['torch']}, Triton {m['triton']}, {m['commit']}.",
         tabular.markdown(("work", "shape", "median ms", "ratio", "against", "bar", "reached"), cells),
     ]
+    parts += ["\n".join(f"* {sentence}" for sentence in said)] if said else []
     parts += [f"Not measured, out of time: {', '.join(bench.skipped)}."] if bench.skipped else []
     return "\n\n".join(parts) + "\n"
 
 
+def _figure(ratio: float | None) -> str:
+    if ratio is None:
+        return ""
+    return f"{ratio:,.0f}" if ratio >= 1000 else f"{ratio:.3g}"
+
+
 def _line(row: Row) -> str:
-    ratio = "" if row.ratio is None else f"  {row.ratio:.3g} of {row.against}"
+    ratio = "" if row.ratio is None else f"  {_figure(row.ratio)} of {row.against}"
     reached = {True: " (reached)", False: " (NOT reached)", None: ""}[row.reached]
     return f"{row.name:<44} {row.shape:<22} {row.median_ms:>10.3f} ms{ratio}{reached}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fp8repro.bench.gpu import Bench
 from fp8repro.bench.resnet50 import measure_compiled_step, measure_step, profile_step
 from fp8repro.bench.translation_kernels import measure_lstm, measure_sublayers
+from fp8repro.bench.translation_steps import STEPS
 from fp8repro.engines.products import Conv2dGeometry
 from fp8repro.engines.updates import Parameter, Rule
 from fp8repro.errors import RunFailure
@@ -356,4 +357,5 @@ ON_REQUEST: dict[str, Callable[[Bench], None]] = {
     "parity": parity,
     "conversions": check_conversions,
     "profile": profile_step,
+    **STEPS,
 }

@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     bench = start(options.rehearse, options.seconds)
     from fp8repro.bench.kernel_work import MEASUREMENTS, ON_REQUEST
+    from fp8repro.bench.steps import where_fp8_pays
 
     known = MEASUREMENTS | ON_REQUEST
     names = options.only.split(",") if options.only else ["parity", *MEASUREMENTS]
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             # After every group: a machine may be taken away before the last one ends.
             if folder is not None and bench.rows:
-                written = write(bench, folder)
+                written = write(bench, folder, where_fp8_pays(bench.rows))
     if written is not None:
         reached = [row.reached for row in bench.rows if row.reached is not None]
         print(f"written: {written.name}: {len(bench.rows)} rows, {sum(reached)} of {len(reached)} bars reached")

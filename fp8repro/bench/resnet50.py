@@ -5,104 +5,47 @@ All of them are channels_last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from itertools import count
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fp8repro.bench import steps
 from fp8repro.bench.gpu import Bench
-from fp8repro.errors import RunFailure
-from fp8repro.precision.context import StepContext
-from fp8repro.precision.graphs import GraphedStep, capture
-from fp8repro.precision.injection import inject
-from fp8repro.precision.master import MasterWeights
+from fp8repro.bench.steps import BF16, COMPILED, FP8, GRAPHED
 
-LOSS_SCALE = 10_000.0
-BF16, COMPILED, FP8, GRAPHED = "BF16 autocast", "BF16 compiled, CUDA graph", "FP8", "FP8, CUDA graph"
-# At least so many times as fast as the other, and at most so much of its peak memory.
-SPEED_BARS = {(GRAPHED, BF16): 1.5, (GRAPHED, COMPILED): 1.2}
-MEMORY_BARS = {(GRAPHED, BF16): 0.6}
 PROFILED_STEPS, PROFILED_KERNELS = 5, 40
-Step = Callable[[], object]
 
 
-class Workload:
-    """A model and a batch of the measured size, or of a tiny one in a rehearsal, and what a step of them is."""
+class Workload(steps.Workload):
+    """ResNet-50 and a batch of 256 images; ResNet-18 in a rehearsal."""
+
+    title = "ResNet-50"
 
     def __init__(self, bench: Bench) -> None:
-        """The batch; `model` makes a model."""
-        self.device, self.small = bench.device, bench.scale != 1
+        """See `steps.Workload`."""
+        super().__init__(bench)
+        self.speed_bars = {(GRAPHED, BF16): 1.5, (GRAPHED, COMPILED): 1.2}
+        self.memory_bars = {(GRAPHED, BF16): 0.6}
         batch, side = (2, 32) if self.small else (256, 224)
         self.shape = f"batch {batch}, {side}^2"
-        images = torch.randn(batch, 3, side, side, device=self.device)
-        self.x = images.to(memory_format=torch.channels_last)
-        self.target = torch.zeros(batch, dtype=torch.long, device=self.device)
+        images = torch.randn(batch, 3, side, side, device=self.device).to(memory_format=torch.channels_last)
+        self.batch = images, torch.zeros(batch, dtype=torch.long, device=self.device)
 
     def model(self) -> nn.Module:
-        """ResNet-50, or ResNet-18 in a rehearsal."""
+        """See `steps.Workload`."""
         from torchvision.models import resnet18, resnet50
 
         model: nn.Module = resnet18(num_classes=8) if self.small else resnet50()
         return model.to(self.device).to(memory_format=torch.channels_last)
 
-    def steps(self) -> dict[str, Callable[[], Step]]:
-        """What prepares each kind of step. A CPU has no CUDA graphs."""
-        made: dict[str, Callable[[], Step]] = {BF16: self.bf16, COMPILED: self.bf16_compiled, FP8: self.fp8}
-        return made | ({GRAPHED: partial(self.fp8, graphed=True)} if self.device.type == "cuda" else {})
+    def loss(self, model: nn.Module, *batch: Tensor) -> Tensor:
+        """See `steps.Workload`."""
+        images, target = batch
+        return F.cross_entropy(model(images), target)
 
-    def fp8(self, graphed: bool = False) -> Step:
-        """A step of the recipe `fp8`."""
-        from fp8repro.settings.recipes import load_recipe
-
-        model, recipe, context, number = self.model(), load_recipe("fp8"), StepContext(seed=1), count()
-        inject(model, recipe, context, "triton")
-        optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
-        masters = MasterWeights(model, optimizer, recipe)
-
-        def loss_of(x: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return F.cross_entropy(model(x), target), {}
-
-        batch = (self.x, self.target)
-        graph = GraphedStep(model, loss_of, batch) if graphed else None
-
-        def step() -> None:
-            context.begin(next(number))
-            optimizer.zero_grad()
-            if graph is None:
-                (loss_of(*batch)[0] * LOSS_SCALE).backward()
-                masters.step(LOSS_SCALE)
-            else:
-                graph(batch, LOSS_SCALE)
-                graph.step(masters, LOSS_SCALE)
-
-        return step
-
-    def bf16(self, compiler: str | None = None) -> Step:
-        """A step of BF16 autocast; `compiler`: the backend of `torch.compile`, None for an eager step."""
-        model = self.model()
-        optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
-
-        def loss_of(x: Tensor, target: Tensor) -> Tensor:
-            with torch.autocast(x.device.type, torch.bfloat16):
-                return F.cross_entropy(model(x), target)
-
-        loss = loss_of if compiler is None else torch.compile(loss_of, backend=compiler, dynamic=False)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            loss(self.x, self.target).backward()
-            optimizer.step()
-
-        return step
-
-    def bf16_compiled(self) -> Step:
-        """The compiled step, its update included, as one CUDA graph; on a CPU without compiler and graph."""
-        if self.device.type != "cuda":
-            return self.bf16("eager")
-        return capture(self.bf16("inductor"), self.device)  # type: ignore[arg-type]
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """See `steps.Workload`."""
+        return torch.optim.SGD(model.parameters(), 0.1, 0.9)
 
 
 def measure_step(bench: Bench) -> None:
@@ -111,7 +54,7 @@ def measure_step(bench: Bench) -> None:
     Raises:
         RunFailure: a step cannot be made on this device; the others are measured.
     """
-    _measure(bench, [BF16, FP8, GRAPHED])
+    steps.measure(bench, Workload(bench), [BF16, FP8, GRAPHED], [BF16])
 
 
 def measure_compiled_step(bench: Bench) -> None:
@@ -120,7 +63,7 @@ def measure_compiled_step(bench: Bench) -> None:
     Raises:
         RunFailure: see `measure_step`.
     """
-    _measure(bench, [COMPILED, BF16, GRAPHED])
+    steps.measure(bench, Workload(bench), [COMPILED, BF16, GRAPHED], [COMPILED])
 
 
 def profile_step(bench: Bench) -> None:
@@ -147,48 +90,3 @@ def profile_step(bench: Bench) -> None:
     bench.add("FP8 step, all kernels", work.shape, total, None, None, None)
     for name, calls, ms in sorted(kernels, key=lambda kernel: -kernel[2])[:PROFILED_KERNELS]:
         bench.add(name[:60], f"{calls:g} calls", ms / repeats, ms / repeats / total, "all kernels", None)
-
-
-def _measure(bench: Bench, names: list[str]) -> None:
-    """Prepare steps, time them in turns; the first of `names` is what the others are beside."""
-    work = Workload(bench)
-    available = work.steps()
-    prepared: dict[str, Step] = {}
-    memory: dict[str, float] = {}
-    failed: list[str] = []
-    for name in [name for name in names if name in available]:
-        try:
-            prepared[name], memory[name] = _prepared(work, available[name])
-        # Out of memory, or what a compiler cannot do: the others are still worth measuring.
-        except Exception as error:
-            failed.append(f"{name} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
-            print(f"not measured: {failed[-1]}", flush=True)
-    _add_rows(bench, work.shape, names[0], bench.in_turns(prepared), memory)
-    if failed:
-        raise RunFailure(f"training step: not measured: {'; '.join(failed)}")
-
-
-def _prepared(work: Workload, prepare: Callable[[], Step]) -> tuple[Step, float]:
-    """A step that has run twice, and the peak of the memory that it took, in bytes (1 on a CPU)."""
-    cuda = work.device.type == "cuda"
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    # What earlier steps keep is theirs; the batch is everybody's.
-    before = torch.cuda.memory_allocated() - work.x.nbytes if cuda else 0
-    step = prepare()
-    for _ in range(2 if cuda else 1):
-        step()
-    # The capture counts: a graph's memory is its own from then on, and no longer part of later peaks.
-    return step, float(torch.cuda.max_memory_allocated() - before) if cuda else 1.0
-
-
-def _add_rows(bench: Bench, shape: str, base: str, times: Mapping[str, float], memory: Mapping[str, float]) -> None:
-    """Time and peak memory of each, those after `base` relative to it."""
-    for name, ms in times.items():
-        other = base if name != base and base in times else None
-        speed, share = (times[other] / ms, memory[name] / memory[other]) if other else (None, None)
-        bar = MEMORY_BARS.get((name, base))
-        bench.add(f"ResNet-50 training step {name}", shape, ms, speed, other, SPEED_BARS.get((name, base)))
-        size = f"{memory[name] / 2**30:.2f} GiB"
-        bench.add(f"ResNet-50 peak memory {name}, {size}", shape, 0.0, share, other, None if bar is None else -bar)

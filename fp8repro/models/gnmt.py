@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fp8repro.errors import UserError
 from fp8repro.fields import build_dataclass
-from fp8repro.models.parts import MatMul, RepeatedLinear
+from fp8repro.models.parts import MatMul, RepeatedLinear, as_bytes
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class BahdanauAttention(nn.Module):
         Args:
             query: [B, T, width].
             keys: projected encoder outputs (`self.key`) [B, S, width].
-            values: encoder outputs [B, S, width].
+            values: encoder outputs [B, S, width], or what `context.keep` gave for them.
             masked: bool [B, 1, S], True at padding.
 
         Returns:
@@ -180,13 +180,15 @@ class BahdanauAttention(nn.Module):
         direction = self.vector * (self.gain / self.vector.norm())
         scores = self.score(torch.tanh(combined).flatten(0, 2), direction.to(combined.dtype).unsqueeze(1))
         scores = scores.view(combined.shape[:3]).masked_fill(masked, -torch.inf)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(values)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(query)
         return self.context(weights, values), weights
 
 
 @dataclass
 class GNMTState:
-    """Rows under decoding: encoder outputs [R, S, width], their projection, their padding, the decoder's states."""
+    """Rows under decoding: encoder outputs [R, S, width] as the attention keeps them, their projection, their padding,
+    and the states of the decoder's layers.
+    """
 
     values: Tensor
     keys: Tensor
@@ -195,9 +197,39 @@ class GNMTState:
 
     def select(self, rows: Tensor) -> None:
         """Keep (repeat, reorder) rows."""
-        self.values, self.keys = self.values.index_select(0, rows), self.keys.index_select(0, rows)
+        self.values = as_bytes(self.values).index_select(0, rows).view(self.values.dtype)
+        self.keys = self.keys.index_select(0, rows)
         self.masked = self.masked.index_select(0, rows)
         self.layers = [s and (s[0].index_select(0, rows), s[1].index_select(0, rows)) for s in self.layers]
+
+    def fixed(self, capacity: int) -> FixedGNMTState:
+        """The same rows in memory that stays (`parts.FixedState`); any number of tokens has room."""
+        rows, _, width = self.keys.shape
+        own = [(self.keys.new_zeros(rows, width), self.keys.new_zeros(rows, width)) for _ in self.layers]
+        return FixedGNMTState(self.values, self.keys, self.masked, [*own], own)
+
+
+@dataclass
+class FixedGNMTState(GNMTState):
+    """As `GNMTState`, in memory that stays: `own` is where the layers' states lie between two steps."""
+
+    own: list[tuple[Tensor, Tensor]]
+
+    def restart(self, state: GNMTState) -> None:
+        """See `parts.FixedState`."""
+        as_bytes(self.values).copy_(as_bytes(state.values))
+        self.keys.copy_(state.keys)
+        self.masked.copy_(state.masked)
+        for part in (part for layer in self.own for part in layer):
+            part.zero_()
+
+    def settle(self, rows: Tensor | None) -> None:
+        """See `parts.FixedState`."""
+        for own, fed in zip(self.own, self.layers, strict=True):
+            assert fed is not None
+            for part, new in zip(own, fed, strict=True):
+                part.copy_(new if rows is None else new.index_select(0, rows))
+        self.layers = [*self.own]
 
 
 class GNMTEncoder(nn.Module):
@@ -268,7 +300,9 @@ class GNMT(nn.Module):
         lengths = source.shape[1] - padding.sum(1)
         values = self.encoder(self.embedding(source.t()), lengths).transpose(0, 1)
         keys = self.decoder.attention.key(values)
-        return GNMTState(values, keys, padding.unsqueeze(1), [None] * self.config.layers)
+        return GNMTState(
+            self.decoder.attention.context.keep(values), keys, padding.unsqueeze(1), [None] * self.config.layers
+        )
 
     def forward(self, source: Tensor, decoder_input: Tensor) -> Tensor:
         """Source ids [B, S] and decoder input ids [B, T] (EOS first), padded on the right -> logits [B, T, V]."""

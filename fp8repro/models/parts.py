@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,11 @@ class SinusoidalPositions(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def as_bytes(t: Tensor) -> Tensor:
+    """The same memory; 8-bit floats as uint8, because not every device copies and joins those."""
+    return t.view(torch.uint8) if t.element_size() == 1 else t
+
+
 def attention_mask(forbidden: Tensor) -> Tensor:
     """What to add to scores: -inf where `forbidden` (bool) is True, else 0."""
     return torch.zeros(forbidden.shape, device=forbidden.device).masked_fill(forbidden, -math.inf)
@@ -118,6 +123,26 @@ class DecoderState(Protocol):
 
 
 State = TypeVar("State", bound=DecoderState)
+
+
+class FixedState(Protocol):
+    """Rows under decoding in memory that stays where it is, so that a captured step can be repeated.
+
+    The host knows nothing of where it stands. A state of `TranslationModel.begin` that can become one has a method
+    `fixed(capacity)`, which takes the state over and gives it room for so many tokens.
+    """
+
+    def restart(self, state: Any) -> None:
+        """Take the rows of another batch of the same shape, as `begin` and `select` gave them; nothing is fed yet."""
+        ...
+
+    def settle(self, rows: Tensor | None) -> None:
+        """After a step: reorder what was fed to the rows, in place.
+
+        Args:
+            rows: int64 indices of rows of the same source; None: every row goes on by itself.
+        """
+        ...
 
 
 class TranslationModel(Protocol[State]):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fp8repro.errors import UserError
 from fp8repro.fields import build_dataclass
-from fp8repro.models.parts import AttentionProduct, SinusoidalPositions, attention_mask
+from fp8repro.models.parts import AttentionProduct, SinusoidalPositions, as_bytes, attention_mask
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,53 @@ class LayerCache:
         """Keep (repeat, reorder) rows."""
         for name, value in vars(self).items():
             if value is not None:
-                setattr(self, name, value.index_select(0, rows))
+                setattr(self, name, as_bytes(value).index_select(0, rows).view(value.dtype))
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of more tokens [R, heads, T, d] -> all there are [R, heads, length, d]."""
+        if self.key is not None and self.value is not None:
+            key, value = _joined(self.key, key), _joined(self.value, value)
+        self.key, self.value = key, value
+        return key, value
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat([as_bytes(first), as_bytes(second)], dim=2).view(first.dtype)
+
+
+@dataclass
+class FixedCache(LayerCache):
+    """A cache with room for `capacity` tokens, the next of which goes to `position`, int64 [1]; one token at a time."""
+
+    position: Tensor = field(kw_only=True)
+    capacity: int = field(kw_only=True)
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """See `LayerCache`; gives the whole room, with zeros where nothing was fed yet."""
+        if self.key is None or self.value is None:
+            self.key, self.value = self._room(key), self._room(value)
+        for room, fed in ((self.key, key), (self.value, value)):
+            as_bytes(room).index_copy_(2, self.position, as_bytes(fed))
+        return self.key, self.value
+
+    def _room(self, fed: Tensor) -> Tensor:
+        rows, heads, _, depth = fed.shape
+        return as_bytes(fed).new_zeros(rows, heads, self.capacity, depth).view(fed.dtype)
+
+    def restart(self, cache: LayerCache) -> None:
+        """Take another batch's attention to the source; nothing was fed."""
+        for own, given in ((self.cross_key, cache.cross_key), (self.cross_value, cache.cross_value)):
+            as_bytes(own).copy_(as_bytes(given))
+        # What is masked is multiplied by zero, which an old infinity would survive.
+        for room in (self.key, self.value):
+            if room is not None:
+                as_bytes(room).zero_()
+
+    def reorder(self, rows: Tensor) -> None:
+        """Reorder rows of what was fed, in place."""
+        for room in (self.key, self.value):
+            if room is not None:
+                as_bytes(room).copy_(as_bytes(room).index_select(0, rows))
 
 
 @dataclass
@@ -80,6 +126,60 @@ class TransformerState:
         self.source_mask = self.source_mask.index_select(0, rows)
         for cache in self.layers:
             cache.select(rows)
+
+    def place(self, tokens: Tensor, positions: SinusoidalPositions) -> tuple[Tensor, Tensor | None]:
+        """Position embeddings [B, T, width] of tokens to be fed, and what to add to their scores."""
+        steps = tokens.shape[1]
+        if self.length == 0:
+            embedded = positions(tokens)
+        else:
+            first = positions.pad + 1 + self.length
+            embedded = positions.at(torch.arange(first, first + steps, device=tokens.device))
+        mask = None
+        if steps > 1:
+            mask = attention_mask(torch.ones(steps, steps, dtype=torch.bool, device=tokens.device).triu(1))
+        return embedded, mask
+
+    def advance(self, steps: int) -> None:
+        """Note that so many tokens were fed."""
+        self.length += steps
+
+    def fixed(self, capacity: int) -> FixedTransformerState:
+        """The same rows in memory that stays (`parts.FixedState`), with room for `capacity` tokens."""
+        position = torch.zeros(1, dtype=torch.int64, device=self.source_mask.device)
+        caches = [FixedCache(c.cross_key, c.cross_value, position=position, capacity=capacity) for c in self.layers]
+        return FixedTransformerState(self.source_mask, caches, position)
+
+
+@dataclass
+class FixedTransformerState:
+    """As `TransformerState`, in memory that stays; the number of tokens fed is on the device: `position`, int64 [1]."""
+
+    source_mask: Tensor
+    layers: list[FixedCache]
+    position: Tensor
+
+    def place(self, tokens: Tensor, positions: SinusoidalPositions) -> tuple[Tensor, Tensor]:
+        """See `TransformerState`; what nothing was fed to yet is forbidden."""
+        room = torch.arange(self.layers[0].capacity, device=tokens.device)
+        return positions.at(positions.pad + 1 + self.position), attention_mask(room > self.position)
+
+    def advance(self, steps: int) -> None:
+        """See `TransformerState`."""
+        self.position.add_(steps)
+
+    def restart(self, state: TransformerState) -> None:
+        """See `parts.FixedState`."""
+        self.source_mask.copy_(state.source_mask)
+        for own, given in zip(self.layers, state.layers, strict=True):
+            own.restart(given)
+        self.position.zero_()
+
+    def settle(self, rows: Tensor | None) -> None:
+        """See `parts.FixedState`."""
+        if rows is not None:
+            for cache in self.layers:
+                cache.reorder(rows)
 
 
 class MultiheadAttention(nn.Module):
@@ -159,10 +259,7 @@ class DecoderLayer(Layer):
 
     def forward(self, x: Tensor, cache: LayerCache, source_mask: Tensor, mask: Tensor | None) -> Tensor:
         """[T, B, width] -> [T, B, width]; appends x's keys and values to the cache, then attends to all of it."""
-        key, value = self.self_attn.keys_and_values(x)
-        if cache.key is not None and cache.value is not None:
-            key, value = torch.cat([cache.key, key], dim=2), torch.cat([cache.value, value], dim=2)
-        cache.key, cache.value = key, value
+        key, value = cache.append(*self.self_attn.keys_and_values(x))
         x = self.self_attn_layer_norm(x + self.dropout(self.self_attn(x, key, value, mask)))
         attended = self.encoder_attn(x, cache.cross_key, cache.cross_value, source_mask)
         return self.feed_forward(self.encoder_attn_layer_norm(x + self.dropout(attended)))
@@ -204,22 +301,14 @@ class Decoder(nn.Module):
         else:
             nn.init.normal_(self.output_projection.weight, std=config.width**-0.5)
 
-    def forward(self, tokens: Tensor, state: TransformerState) -> Tensor:
+    def forward(self, tokens: Tensor, state: TransformerState | FixedTransformerState) -> Tensor:
         """Ids [B, T] that follow those fed before -> logits [B, T, V]; T > 1 only as the first call on a state."""
-        steps = tokens.shape[1]
-        if state.length == 0:
-            positions = self.positions(tokens)
-        else:
-            first = self.positions.pad + 1 + state.length
-            positions = self.positions.at(torch.arange(first, first + steps, device=tokens.device))
+        positions, mask = state.place(tokens, self.positions)
         embedded = math.sqrt(self.embed_tokens.embedding_dim) * self.embed_tokens(tokens)
         x = self.dropout(embedded + positions).transpose(0, 1).contiguous()
-        mask = None
-        if steps > 1:
-            mask = attention_mask(torch.ones(steps, steps, dtype=torch.bool, device=tokens.device).triu(1))
         for layer, cache in zip(self.layers, state.layers, strict=True):
             x = layer(x, cache, state.source_mask, mask)
-        state.length += steps
+        state.advance(tokens.shape[1])
         return self.output_projection(x.transpose(0, 1))
 
 
@@ -252,7 +341,7 @@ class Transformer(nn.Module):
         """Source ids [B, S] and decoder input ids [B, T] (EOS first, padded on the right) -> logits [B, T, V]."""
         return self.decoder(decoder_input, self.begin(source))
 
-    def step(self, tokens: Tensor, state: TransformerState) -> tuple[Tensor, None]:
+    def step(self, tokens: Tensor, state: TransformerState | FixedTransformerState) -> tuple[Tensor, None]:
         """Feed one token per row [R]; gives next-token logits [R, V] and no attention."""
         return self.decoder(tokens.unsqueeze(1), state).squeeze(1), None
 

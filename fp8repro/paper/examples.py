@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from fp8repro.paper.run_folder import CORRECT, HYPOTHESES, REFERENCES, Unreadable, read_file
 
 MOST_EXAMPLES = 4_000_000
-# Translations of a test set are some hundred kilobytes.
-MAX_TEXT_BYTES = 50_000_000
+# Translations of a test set are some thousand lines of some hundred kilobytes.
+MAX_TEXT_BYTES, MOST_LINES = 10_000_000, 20_000
 
 
 def correct_json(correct: NDArray[np.bool_], order: str) -> str:
@@ -46,15 +46,22 @@ def read_correct(folder: Path) -> tuple[str, NDArray[np.bool_]] | None:
 def read_translations(folder: Path) -> tuple[list[str], list[str]] | None:
     """A run's translations of the test split and their references; None where there is no usable record of them."""
     hypotheses, references = (_lines(folder / name) for name in (HYPOTHESES, REFERENCES))
-    if not hypotheses or references is None or len(hypotheses) != len(references):
+    if not hypotheses or references is None or len(hypotheses) != len(references) or len(hypotheses) > MOST_LINES:
         return None
     return hypotheses, references
+
+
+def examples_recorded(folder: Path) -> bool:
+    """True when a run's folder has a record of its examples, usable or not."""
+    return any((folder / name).exists() for name in (CORRECT, HYPOTHESES))
 
 
 def _lines(path: Path) -> list[str] | None:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_TEXT_BYTES + 1)
-        return content.decode("utf-8").split("\n")[:-1] if len(content) <= MAX_TEXT_BYTES else None
+        # What does not end with a line's end was cut off.
+        whole = len(content) <= MAX_TEXT_BYTES and content.endswith(b"\n")
+        return content.decode("utf-8").split("\n")[:-1] if whole else None
     except (OSError, ValueError):
         return None

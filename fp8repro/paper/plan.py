@@ -38,6 +38,7 @@ class Cell:
         studies: the claims whose tables it serves.
         overrides: settings of its runs, all but seed and folder.
         config: what they come to.
+        once: it runs with the first seed alone, for no statement is decided by it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Cell:
     studies: tuple[str, ...]
     overrides: tuple[str, ...]
     config: dict[str, Any]
+    once: bool = False
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -159,7 +161,12 @@ def make_plan(
 
 def make_jobs(cells: Sequence[Cell], seeds: Sequence[int], runs: Path, profile: str) -> list[Job]:
     """All cells with the first seed, then all with the next, so that an early stop leaves complete tables."""
-    return [Job(cell, seed, runs / profile / f"{cell.name}-seed{seed}") for seed in seeds for cell in cells]
+    return [
+        Job(cell, seed, runs / profile / f"{cell.name}-seed{seed}")
+        for number, seed in enumerate(seeds)
+        for cell in cells
+        if number == 0 or not cell.once
+    ]
 
 
 def state(job: Job) -> str:
@@ -218,4 +225,5 @@ def _cell(name: str, studies: list[str], profile: str, further: list[str], roots
         overrides.append(_assignment("data.root", roots[task]))
     overrides += further
     (job,) = jobs(overrides, sweep=False)
-    return Cell(name, model, task, tuple(studies), tuple(overrides), run_config(job.values).to_dict())
+    once = all(plan_file()["studies"][study].get("once", False) for study in studies)
+    return Cell(name, model, task, tuple(studies), tuple(overrides), run_config(job.values).to_dict(), once)

@@ -45,10 +45,12 @@ LossOf = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 def why_not_graphed(model: nn.Module) -> str | None:
     """Why the model's next step cannot be captured or replayed, in one line; None when it can."""
-    places = sites(model)
-    if not places:
-        return "no layer of the model is converted by a recipe"
-    context = context_of(model)
+    return why_not_captured(model) if sites(model) else "no layer of the model is converted by a recipe"
+
+
+def why_not_captured(model: nn.Module) -> str | None:
+    """Why no pass of a model, converted or not, can be captured now; None when one can."""
+    places, context = sites(model), context_of(model)
     if context is not None and context.telemetry.active:
         return "telemetry measures the step"
     for name, site in places.items():

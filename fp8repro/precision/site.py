@@ -162,15 +162,14 @@ class Site:
     def codes(self, x: Tensor, training: bool) -> Tensor:
         """The codes of an activation that many calls will take, or `x` itself where each call has to round it.
 
-        Each call does where it draws random bits, has a scale, is measured, or wants a gradient. On a GPU no cache
-        takes codes yet.
+        Each call does where it draws random bits, has a scale, is measured, or wants a gradient.
         """
         # A compiler cannot look into a rounding.
         if torch.compiler.is_compiling():
             return x
         spec = self.spec("activation", training)
         alike = not spec.is_stochastic and spec.scaling == "none" and not self.context.telemetry.active
-        if not alike or x.requires_grad or x.device.type != "cpu" or not spec.format.is_fp8:
+        if not alike or x.requires_grad or not spec.format.is_fp8:
             return x
         return self.operand(x, "activation", "input_b", 0, training).codes
 

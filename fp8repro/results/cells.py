@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from fp8repro.errors import UserError
 from fp8repro.fields import build_dataclass
 from fp8repro.paper.plan import cell_name
 from fp8repro.paper.run_folder import CONFIG, metrics_rows, read_or_empty
 from fp8repro.precision.loss_scaling import make_scaler
-from fp8repro.results.records import RunRecord, read_failures, read_records, require_same_bits
+from fp8repro.results.records import RunRecord, read_begun, read_failures, read_records, require_same_bits
+from fp8repro.results.rows import MOST_STEPS, number, usable
 from fp8repro.settings.lengths import with_units
 from fp8repro.settings.schema import LossScalingConfig
 
-ERROR = "error"
+# No kind of line that training writes.
+UNUSABLE = ""
 
 
 @dataclass(frozen=True)
@@ -31,28 +33,36 @@ class Run:
     def _rows(self) -> dict[str, list[dict[str, Any]]]:
         kinds: dict[str, list[dict[str, Any]]] = {}
         for row in metrics_rows(self.record.folder):
-            if isinstance(row.get("step"), int):
-                kinds.setdefault(str(row.get("kind")), []).append(row)
+            kinds.setdefault(row["kind"] if usable(row) else UNUSABLE, []).append(row)
         return kinds
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl of a kind."""
         return self._rows.get(kind, [])
 
+    @property
+    def unusable(self) -> int:
+        """Lines of metrics.jsonl that are left out, for they say what no run does."""
+        return len(self.rows(UNUSABLE))
+
     @cached_property
-    def config(self) -> dict[str, Any]:
-        """The resolved configuration."""
+    def _config(self) -> dict[str, Any]:
         return with_units(read_or_empty(self.record.folder / CONFIG))
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """A group of the resolved configuration's settings; empty where the record has none."""
+        found = self._config.get(name)
+        return found if isinstance(found, Mapping) else {}
 
     def series(self, kind: str, name: str, split: str | None = None) -> list[tuple[float, float]]:
         """(epoch, value) of a curve, missing values left out."""
         rows = [row for row in self.rows(kind) if split in (None, row.get("split"))]
-        return [(float(row["epoch"]), float(row[name])) for row in rows if _number(row.get(name)) and "epoch" in row]
+        return [(float(row["epoch"]), float(row[name])) for row in rows if number(row.get(name)) and "epoch" in row]
 
     def last(self, kind: str, name: str, split: str | None = None) -> float | None:
         """Value of the last line of a kind; None where it is missing there or was not finite, whatever came before."""
         rows = [row for row in self.rows(kind) if split in (None, row.get("split"))]
-        return float(rows[-1][name]) if rows and _number(rows[-1].get(name)) else None
+        return float(rows[-1][name]) if rows and number(rows[-1].get(name)) else None
 
     def seconds_to(self, name: str, target: float) -> float | None:
         """Seconds of training until validation first reaches a target: "top1" from below, "perplexity" from above.
@@ -61,31 +71,32 @@ class Run:
         """
         for row in self.rows("eval"):
             value = row.get(name)
-            if (
-                row.get("split") == "val"
-                and _number(value)
-                and (value >= target if name == "top1" else value <= target)
-            ):
-                return float(row["seconds"]) if _number(row.get("seconds")) else None
+            if row.get("split") == "val" and number(value) and (value >= target if name == "top1" else value <= target):
+                return float(row["seconds"]) if number(row.get("seconds")) else None
         return None
 
     @cached_property
     def converted(self) -> list[dict[str, Any]]:
         """Rows of the injection report."""
-        return [row for line in self.rows("convert") for row in line.get("rows", []) if isinstance(row, dict)]
+        return [row for line in self.rows("convert") for row in line["rows"]]
 
     @cached_property
     def steps_per_epoch(self) -> float:
         """Updates in an epoch."""
-        return float(self.record.summary.get("steps", 1)) / max(float(self.record.summary.get("epochs", 1)), 1e-9)
+        steps, epochs = _steps(self.record), self.record.summary.get("epochs", 1)
+        return (steps or 1.0) / (epochs if number(epochs) and epochs > 0 else 1.0)
 
     def telemetry(self, role: str) -> list[tuple[int, list[dict[str, Any]]]]:
         """(step, rows) of the layers that were converted, for a role."""
         names = {row["name"] for row in self.converted if row.get("status") == "converted"}
         return [
-            (line["step"], [row for row in line.get("rows", []) if row.get("role") == role and row["layer"] in names])
+            (line["step"], [row for row in line["rows"] if row["role"] == role and row["layer"] in names])
             for line in self.rows("telemetry")
         ]
+
+    def layers_in_order(self, names: Collection[str]) -> list[str]:
+        """Those of some layers that the injection report has, from the input on; telemetry goes the other way."""
+        return [row["name"] for row in self.converted if row["name"] in names]
 
     def underflow_share(self, role: str) -> float | None:
         """Share of the non-zero operands of a role that became zero, over the whole run; None without telemetry."""
@@ -96,7 +107,7 @@ class Run:
     def memory(self, name: str) -> float | None:
         """A figure of the memory measurement, in bytes."""
         rows = self.rows("memory")
-        return float(rows[-1][name]) if rows and _number(rows[-1].get(name)) else None
+        return float(rows[-1][name]) if rows and number(rows[-1].get(name)) else None
 
     def figure(self, name: str) -> float | None:
         """A figure that studies compare, by its name in their tables; None where it was not recorded."""
@@ -112,7 +123,7 @@ class Run:
         if name.endswith("_bytes"):
             return self.memory(name)
         value = self.record.summary.get(name)
-        return float(value) if _number(value) else None
+        return float(value) if number(value) else None
 
     @cached_property
     def loss_scale(self) -> LossScale | None:
@@ -138,10 +149,14 @@ class LossScale:
 
 @dataclass
 class CellRuns:
-    """What is recorded of a cell: finished runs by seed, reasons of failed ones, what was left out, and notes."""
+    """What is recorded of a cell: finished runs by seed, reasons of failed ones, what was left out, and notes.
+
+    `begun`: runs that are not finished; they have curves and no score.
+    """
 
     name: str
     runs: dict[int, Run] = field(default_factory=dict)
+    begun: dict[int, Run] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -207,6 +222,10 @@ def read_cells(roots: Iterable[str | Path]) -> tuple[dict[str, Cells], list[RunR
             cell.notes.append(f"{name}: runs of different versions: {', '.join(sorted(versions))}")
         for group in ranked[1:]:
             cell.left_out.append(f"{name}: {len(group)} run(s) with {_differing(ranked[0][0], group[0])}")
+    for record in read_begun(roots):
+        name = cell_name(str(record.summary["experiment"]), record.settings)
+        cell = cells.setdefault(record.profile, Cells()).setdefault(name, CellRuns(name))
+        cell.begun.setdefault(record.seed, Run(record))
     for summary in read_failures(roots):
         where, whose, seed = (summary.get(key) for key in ("profile", "cell", "seed"))
         if isinstance(where, str) and isinstance(whose, str) and isinstance(seed, int):
@@ -225,16 +244,18 @@ def comparable(a: CellRuns, b: CellRuns) -> bool:
 
 def replay_loss_scale(run: Run) -> LossScale | None:
     """Put the recorded skipped steps through the policy once more; None where its scales are not those on record."""
-    steps = int(run.record.summary.get("steps", 0))
+    steps = int(_steps(run.record))
     skips = {row["step"] for row in run.rows("event") if row.get("what") in ("skipped", "nonfinite_forward")}
-    if not steps or run.config.get("trainer", {}).get("max_steps") is not None:
+    # The last step is always logged.
+    if steps != max((row["step"] for row in run.rows("train")), default=0) or not steps:
         return None
-    epochs = run.config.get("trainer", {}).get("epochs")
+    trainer = run.section("trainer")
+    if trainer.get("max_steps") is not None:
+        return None
+    epochs = trainer.get("epochs")
     try:
-        config: LossScalingConfig = build_dataclass(
-            LossScalingConfig, run.config.get("loss_scaling", {}), "loss_scaling"
-        )
-        scaler = make_scaler(config, steps, epochs if _number(epochs) and epochs > 0 else None)
+        config: LossScalingConfig = build_dataclass(LossScalingConfig, run.section("loss_scaling"), "loss_scaling")
+        scaler = make_scaler(config, steps, epochs if number(epochs) and epochs > 0 else None)
     # A record that says nothing that can be followed.
     except UserError:
         return None
@@ -248,7 +269,7 @@ def replay_loss_scale(run: Run) -> LossScale | None:
         scaler.update(step in skips)
     for row in run.rows("train"):
         logged = row.get("loss_scale")
-        if _number(logged) and not math.isclose(logged, scales[row["step"] - 1]):
+        if number(logged) and not (row["step"] and math.isclose(logged, scales[row["step"] - 1])):
             return None
     return LossScale(scales, floors, sorted(skips), met)
 
@@ -265,8 +286,4 @@ def _differing(a: RunRecord, b: RunRecord) -> str:
 
 def _steps(record: RunRecord) -> float:
     steps = record.summary.get("steps")
-    return float(steps) if _number(steps) else 0.0
-
-
-def _number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(steps) if number(steps) and 0 < steps <= MOST_STEPS else 0.0

@@ -11,7 +11,8 @@ from itertools import pairwise
 
 from fp8repro.numerics.formats import E5M2, FP16, FloatFormat
 from fp8repro.paper.plan import at_scale, plan_file
-from fp8repro.results.cells import CellRuns, Cells, Run
+from fp8repro.results.cells import CellRuns, Cells
+from fp8repro.results.lost import errors, lost_share
 from fp8repro.results.sheet import Column, Sheet, stat
 
 STUDY, REFERENCE = "doses", "dose_reference"
@@ -22,7 +23,9 @@ CURVES = {
     STOCHASTIC: "E5M2, stochastic",
     IN_FP16: "FP16, to nearest",
 }
-# A scale is too small where accuracy is so many points under that at the two largest scales.
+# A scale is too small where accuracy is so many points under that at the two largest scales, which are chosen before
+# any run. The mean of all scales within the drop would be no steadier (what is noisy is the fall), and would lean
+# towards the fall.
 DROP = 5.0
 
 
@@ -58,35 +61,25 @@ def needed_power(scores: Mapping[int, float]) -> float | None:
 
 def needs(cells: Cells, curve: str) -> dict[int, float]:
     """`needed_power` of each seed that has all points of a curve and loses accuracy on it."""
+    return {seed: power for seed, power in _by_seed(cells, curve).items() if power is not None}
+
+
+def never_fall(cells: Cells, curve: str) -> list[int]:
+    """Seeds that have all points of a curve and lose no accuracy on it: its scales say nothing of what they need."""
+    return [seed for seed, power in _by_seed(cells, curve).items() if power is None]
+
+
+def _by_seed(cells: Cells, curve: str) -> dict[int, float | None]:
     by_power = {power: cell.figures("score") for power, cell in points(cells, curve)}
     seeds = sorted(set.intersection(*(set(scores) for scores in by_power.values())))
-    found = {seed: needed_power({power: scores[seed] for power, scores in by_power.items()}) for seed in seeds}
-    return {seed: power for seed, power in found.items() if power is not None}
-
-
-def lost_share(run: Run, power: int, format: FloatFormat) -> float | None:
-    """Share of a run's non-zero errors that rounding to nearest in a format makes zero at a loss scale of 2^power.
-
-    From exponents counted by telemetry, over all layers and measured steps; None without any. Half of the smallest
-    subnormal is a power of two, so a histogram of exponents is cut where the values are.
-    """
-    least = format.min_exponent - format.mantissa_bits - 1 - power
-    lost = total = 0.0
-    for _, rows in run.telemetry("error"):
-        for row in rows:
-            lowest, counts = row.get("exponents") or (0, [])
-            counted = sum(counts)
-            if counted:
-                below = sum(count for exponent, count in enumerate(counts, lowest) if exponent < least)
-                lost += row["nonzero"] * below / counted
-                total += row["nonzero"]
-    return lost / total if total else None
+    return {seed: needed_power({power: scores[seed] for power, scores in by_power.items()}) for seed in seeds}
 
 
 def shares(cells: Cells, curve: str) -> dict[int, float]:
     """`lost_share` of the reference by power of two, for the format of a curve."""
     run = cells[REFERENCE].first
-    found = {power: lost_share(run, power, format_of(curve)) for power, _ in points(cells, curve)} if run else {}
+    rows = errors(run) if run else []
+    found = {power: lost_share(rows, 2.0**power, format_of(curve)) for power, _ in points(cells, curve)}
     return {power: share for power, share in found.items() if share is not None}
 
 
@@ -107,23 +100,30 @@ def dose_sheet(cells: Cells) -> Sheet:
             )  # fmt: skip
     columns = [
         Column("curve", "errors and gradients"), Column("power", "log2 of the loss scale", 0),
-        Column("lost", "errors of the reference lost there, %", 1), Column("score", "top-1, %", 2),
+        Column("lost", "errors of the reference lost there, %", 2), Column("score", "top-1, %", 2),
         Column("seeds", digits=0), Column("failed", "failed runs"),
     ]  # fmt: skip
     notes = [
         "mean ± standard deviation over seeds. Weights and activations in E5M2, FP16 masters, the first and the last "
         "layer in FP32: the curves differ in errors and gradients alone. Lost: the share of the non-zero errors of one "
         "FP32 run (its errors in BF16, which has FP32's range) that the format rounds to zero at that scale.",
-        "Loss scale needed (log2), where top-1 falls "
-        f"{DROP:g} points under that of the two largest scales: {_needed(cells)}.",
+        f"Loss scale needed (log2), where top-1 falls {DROP:g} points under the mean of the two largest scales, and "
+        f"what the reference would lose there: {_needed(cells)}.",
     ]
     return Sheet(STUDY, plan_file()["studies"][STUDY]["title"], columns, rows, notes)
 
 
 def _needed(cells: Cells) -> str:
+    run = cells[REFERENCE].first
+    rows = errors(run) if run else []
     parts = []
     for curve, title in CURVES.items():
         found = list(needs(cells, curve).values())
+        if not found:
+            parts.append(f"{title}: -")
+            continue
         spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-        parts.append(f"{title}: " + (f"{statistics.fmean(found):+.1f}{spread}" if found else "-"))
+        share = lost_share(rows, 2 ** statistics.fmean(found), format_of(curve))
+        lost = "" if share is None else f" ({100 * share:.1f} %)"
+        parts.append(f"{title}: {statistics.fmean(found):+.1f}{spread}{lost}")
     return "; ".join(parts)

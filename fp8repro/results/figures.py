@@ -9,7 +9,7 @@ from typing import Any
 
 from fp8repro.numerics.formats import E5M2
 from fp8repro.paper.plan import plan_file, study_cells, study_models
-from fp8repro.results import doses
+from fp8repro.results import doses, lost
 from fp8repro.results.cells import Cells, Run
 from fp8repro.results.sheet import stat
 from fp8repro.tabular import comma_separated
@@ -26,11 +26,19 @@ ROLE_OPERANDS = (
     ("error", "output_error"),
     ("gradient", "weight_gradient"),
 )
+# Where the curves of the dose-response study have room for their names.
+DOSE_LABELS = {
+    doses.NEAREST: (0.62, "right"), doses.SUBNORMAL: (0.42, "right"), doses.STOCHASTIC: (0.12, "left"),
+    doses.IN_FP16: (0.5, "right"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Line:
-    """Label, points, and hue, shared with others; `spread`: half of each error bar (or NaN)."""
+    """Label, points, and hue, shared with others; `spread`: half of each error bar (or NaN).
+
+    `beside`: the label stands next to the line, at a share of the axis' height, on its "left" or "right".
+    """
 
     label: str
     x: Sequence[float]
@@ -39,17 +47,20 @@ class Line:
     faint: bool = False
     dashed: bool = False
     spread: Sequence[float] = ()
+    beside: tuple[float, str] | None = None
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Axes with lines."""
+    """Axes with lines; `names`: of x = 0, 1, ..., where those are no numbers."""
 
     title: str
     x_label: str
     y_label: str
     lines: Sequence[Line]
     log: bool = False
+    log_x: bool = False
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,8 @@ class Figure:
         for panel in self.panels:
             for line in panel.lines:
                 spread = [None if math.isnan(half) else half for half in line.spread] or [None] * len(line.x)
-                points += [(panel.title, line.label, *point) for point in zip(line.x, line.y, spread, strict=True)]
+                x = [panel.names[int(at)] for at in line.x] if panel.names else line.x
+                points += [(panel.title, line.label, *point) for point in zip(x, line.y, spread, strict=True)]
         for map in self.maps:
             for row, values in zip(map.rows, map.values, strict=True):
                 points += [
@@ -103,6 +115,7 @@ def figures(cells: Cells, profile: str) -> list[Figure]:
     convnet = plan_file()["profiles"][profile]["convnet"]
     found = [
         dose_response(cells, profile),
+        lost_errors(cells, profile),
         accuracy_curves(cells, profile),
         underflow_by_scale(cells, profile),
         underflow_map(cells, [f"{convnet}_fp8", "fp8_scale_1"]),
@@ -133,14 +146,14 @@ def accuracy_curves(cells: Cells, profile: str) -> Figure:
 
 
 def dose_response(cells: Cells, profile: str) -> Figure:
-    """Accuracy by loss scale and by what that scale loses, for each rounding of errors and gradients (C4)."""
+    """Accuracy by loss scale and by what that scale keeps, for each rounding of errors and gradients (C4)."""
     by_scale: list[Line] = []
-    by_loss: list[Line] = []
+    by_share: list[Line] = []
     seeds: set[int] = set()
     for hue, (curve, label) in enumerate(doses.CURVES.items() if study_cells(doses.STUDY, profile) else ()):
         scores = {power: stat(cell.figures("score")) for power, cell in doses.points(cells, curve)}
-        lost = {power: 100 * share for power, share in doses.shares(cells, curve).items()}
-        for lines, axis in ((by_scale, {power: float(power) for power in scores}), (by_loss, lost)):
+        kept = {power: 100 * (1 - share) for power, share in doses.shares(cells, curve).items() if share < 1}
+        for lines, axis in ((by_scale, {power: float(power) for power in scores}), (by_share, kept)):
             there = [(axis[power], score) for power, score in scores.items() if score is not None and power in axis]
             if there:
                 x, means = [at for at, _ in there], [score.mean for _, score in there]
@@ -148,21 +161,47 @@ def dose_response(cells: Cells, profile: str) -> Figure:
                 spread = [math.nan if score.sd is None else score.sd for _, score in there]
                 seeds |= {score.seeds for _, score in there}
                 # It is expected to lie on another one.
-                lines.append(Line(label, x, means, hue, dashed=curve == doses.SUBNORMAL, spread=spread))
+                dashed = curve == doses.SUBNORMAL
+                beside = DOSE_LABELS[curve] if lines is by_scale else None
+                lines.append(Line(label, x, means, hue, dashed=dashed, spread=spread, beside=beside))
+    left = "errors of an FP32 run that do not round to zero, %"
     panels = [
         Panel("by loss scale", "log2 of the loss scale", "top-1, %", by_scale),
-        Panel("by what the scale loses", "errors of an FP32 run that become zero, %", "top-1, %", by_loss),
+        Panel("by what is left of the errors", left, "top-1, %", by_share, log_x=True),
     ]
     count = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds, default=0)}"
     caption = (
         f"Final validation accuracy, mean over seeds ({count} a point); bars: standard deviation. Curves differ in the "
-        "rounding of errors and gradients alone. FP16's smallest value lies eight octaves under E5M2's: if errors that "
-        "become zero are what does the harm, its curve lies as far to the left, and to nearest both fall alike by what "
-        "is lost."
+        "rounding of errors and gradients alone; colours and marks are the same on both sides. FP16's smallest value "
+        "lies eight octaves under E5M2's: if errors that become zero are what does the harm, its curve lies as far to "
+        "the left, and to nearest both fall alike by what is left."
     )
     return Figure(
         "doses", "C4: accuracy by loss scale", caption, [panel for panel in panels if panel.lines], shared=True
     )
+
+
+def lost_errors(cells: Cells, profile: str) -> Figure:
+    """Share of an FP32 run's errors that a format loses at each loss scale, layer by layer (C4)."""
+    run = lost.reference(cells) if study_cells(lost.STUDY, profile) else None
+    by_layer = lost.lost_by_layer(run) if run else {}
+    panels = []
+    for format in lost.FORMATS:
+        lines = []
+        for hue, scale in enumerate(lost.SCALES):
+            shares = [lost.lost_share(rows, scale, format) for rows in by_layer.values()]
+            there = [(at, max(share, FLOOR_SHARE)) for at, share in enumerate(shares) if share is not None]
+            if there:
+                x, y = [float(at) for at, _ in there], [100 * share for _, share in there]
+                lines.append(Line(f"scale {scale:,}", x, y, hue))
+        name = format.name.upper()
+        panels.append(Panel(name, "layer, from input to output", "errors lost, %", lines, True, names=list(by_layer)))
+    caption = lost.described(cells, run) if run and by_layer else ""
+    return Figure(
+        "lost", "C4: errors that each format loses, layer by layer",
+        f"{caption} Lost: rounded to nearest, they become zero. What that does to accuracy is not measured here.",
+        [panel for panel in panels if panel.lines], shared=True,
+    )  # fmt: skip
 
 
 def underflow_by_scale(cells: Cells, profile: str) -> Figure:
@@ -185,7 +224,7 @@ def underflow_map(cells: Cells, names: Sequence[str]) -> Figure:
     for name in names:
         run = cells[name].first
         telemetry = run.telemetry("error") if run else []
-        layers = _in_order(run, {row["layer"] for _, rows in telemetry for row in rows}) if run else []
+        layers = run.layers_in_order({row["layer"] for _, rows in telemetry for row in rows}) if run else []
         if run is None or not layers:
             continue
         shares = [_by_layer(rows) for _, rows in telemetry]
@@ -206,16 +245,16 @@ def exponent_map(cells: Cells, name: str) -> Figure:
         totals: dict[str, dict[int, float]] = {}
         for _, rows in run.telemetry(role) if run else []:
             for row in rows:
-                if row.get("operand") == operand and row.get("exponents"):
+                if row.get("operand") == operand and any((row.get("exponents") or (0, []))[1]):
                     lowest, counts = row["exponents"]
                     histogram = totals.setdefault(row["layer"], {})
                     for exponent, count in enumerate(counts, lowest):
                         histogram[exponent] = histogram.get(exponent, 0.0) + count
         if not totals:
             continue
-        layers = _in_order(run, set(totals)) if run else []
+        layers = run.layers_in_order(totals) if run else []
         low = min(min(h) for h in totals.values())
-        x = list(range(max(low, -40), 20))
+        x = list(range(min(max(low, -40), 0), 20))
         values = []
         for histogram in (totals[layer] for layer in layers):
             total = sum(histogram.values())
@@ -284,11 +323,6 @@ def _curves(cells: Cells, name: str, label: str, hue: int, kind: str, metric: st
             x, y = zip(*points, strict=True)
             lines.append(Line(label if number == 0 else "", *_thinned(x, y), hue, faint=number > 0))
     return lines
-
-
-def _in_order(run: Run, layers: set[str]) -> list[str]:
-    """Layers from the input on; telemetry names those of the backward pass from the output on."""
-    return [row["name"] for row in run.converted if row["name"] in layers]
 
 
 def _shares(run: Run, role: str) -> list[tuple[int, float]]:

@@ -7,6 +7,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -21,47 +22,49 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from fp8repro.results.figures import Figure, HeatMap, Panel
 
-# Okabe and Ito's palette, which colour-blind readers tell apart, in its order of contrast.
-HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
-INK, GRID = "#1f2328", "#d0d7de"
-# Colours of the SVG that the page's style sheet replaces.
-VARIABLES = {INK: "var(--ink)", GRID: "var(--line)", **{hue: f"var(--hue{i})" for i, hue in enumerate(HUES)}}
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours on a background: of text, of frames and grids, and of lines."""
+
+    paper: str
+    ink: str
+    grid: str
+    hues: tuple[str, ...]
+
+    def variables(self) -> dict[str, str]:
+        """By their names in the page's style sheet."""
+        hues = {f"--hue{number}": hue for number, hue in enumerate(self.hues)}
+        return {"--paper": self.paper, "--ink": self.ink, "--line": self.grid, **hues}
+
+
+# Okabe and Ito's hues, which colour-blind readers tell apart, in their order of contrast; each with 3 to 1 or more.
+LIGHT = Palette(
+    "#ffffff", "#1f2328", "#d0d7de",
+    ("#0072b2", "#d55e00", "#009e73", "#b5528a", "#b27700", "#3f9bd0", "#8c6d31", "#6e7781"),
+)  # fmt: skip
+DARK = Palette(
+    "#0d1117", "#e6edf3", "#3d444d",
+    ("#58a6e8", "#ff8a3d", "#3fc79a", "#e59cc6", "#f2b84b", "#8fd0f5", "#c9a86a", "#8b949e"),
+)  # fmt: skip
 # Fades into the page, so that it reads on white and on black.
 MAP_COLOURS = LinearSegmentedColormap.from_list("share", [(0.10, 0.45, 0.80, 0.03), (0.10, 0.45, 0.80, 1.0)])
 # Of lines with error bars, which may lie on each other.
 MARKERS = "os^D"
 PANELS_IN_A_ROW = 3
-PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "font.family": ["sans-serif"],
-    "svg.fonttype": "none",
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10,
-    "axes.grid": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "text.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
+LABEL_SIZE = 8
+PLAIN = FuncFormatter(lambda value, _: f"{value:,.7g}")
 
 
 def svg(figure: Figure) -> str:
     """The figure as an SVG element for a page that defines --ink, --line and --hue0 to --hue7."""
     out = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": figure.name}):
-        _draw(figure).savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with matplotlib.rc_context({**_style(LIGHT), "svg.hashsalt": figure.name}):
+        _draw(figure, LIGHT).savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, variable)
+    for variable, colour in LIGHT.variables().items():
+        text = text.replace(colour, f"var({variable})")
     # Several pictures share a page, so their names must differ; equal rasters carry equal names that nothing refers to.
     text = re.sub(r'(<image\b[^>]*?)\sid="[^"]*"', r"\1", text)
     text = re.sub(r'\bid="', f'id="{figure.name}-', text)
@@ -73,11 +76,11 @@ def svg(figure: Figure) -> str:
     return re.sub(r'\s(width|height)="[\d.]+pt"', "", text, count=2).replace("<svg ", head, 1)
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG on white."""
+def png(figure: Figure, palette: Palette = LIGHT) -> bytes:
+    """The figure as a PNG on a palette's background."""
     out = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        _draw(figure).savefig(out, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    with matplotlib.rc_context(_style(palette)):
+        _draw(figure, palette).savefig(out, format="png", dpi=150, facecolor=palette.paper, metadata={"Software": None})
     return out.getvalue()
 
 
@@ -86,7 +89,27 @@ def download(text: str, kind: str = "text/csv") -> str:
     return f"data:{kind};base64,{base64.b64encode(text.encode()).decode()}"
 
 
-def _draw(figure: Figure) -> Canvas:
+def _style(palette: Palette) -> dict[Any, Any]:
+    ink = ("axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "text.color")
+    return {
+        "font.size": 9,
+        "font.family": ["sans-serif"],
+        "svg.fonttype": "none",
+        "axes.facecolor": palette.paper,
+        "axes.edgecolor": palette.grid,
+        "axes.titlesize": 10,
+        "axes.grid": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": palette.grid,
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+        "legend.fontsize": LABEL_SIZE,
+        **dict.fromkeys(ink, palette.ink),
+    }
+
+
+def _draw(figure: Figure, palette: Palette) -> Canvas:
     count = len(figure.panels) + len(figure.maps)
     columns = min(PANELS_IN_A_ROW if figure.panels else 2, count)
     rows = -(-count // columns)
@@ -99,39 +122,68 @@ def _draw(figure: Figure) -> Canvas:
     ).flatten()
     named: set[tuple[str, ...]] = set()
     for ax, panel in zip(axes, figure.panels, strict=False):
-        _lines(ax, panel, _decades(figure.panels if figure.shared else [panel]))
+        _lines(ax, panel, _decades(figure.panels if figure.shared else [panel]), palette)
         labels = tuple(line.label for line in panel.lines)
-        # Panels on one scale that show the same lines share the legend of the first.
-        if any(labels) and not (figure.shared and labels in named):
+        if any(line.beside for line in panel.lines):
+            _name(ax, panel, palette)
+        # Panels on one scale that show the same lines share the labels of the first.
+        elif any(labels) and not (figure.shared and labels in named):
             ax.legend()
         named.add(labels)
     for ax, map in zip(axes, figure.maps, strict=False):
-        _map(canvas, ax, map, figure.maps if figure.shared else [map])
+        _map(canvas, ax, map, figure.maps if figure.shared else [map], palette)
     for ax in axes[count:]:
         ax.set_axis_off()
     return canvas
 
 
-def _lines(ax: Axes, panel: Panel, decades: float) -> None:
+def _lines(ax: Axes, panel: Panel, decades: float, palette: Palette) -> None:
     for line in panel.lines:
+        hue = palette.hues[line.hue % len(palette.hues)]
         ax.plot(
-            line.x, line.y, color=HUES[line.hue % len(HUES)], label=line.label or "_", alpha=0.35 if line.faint else 1,
+            line.x, line.y, color=hue, label=line.label or "_", alpha=0.35 if line.faint else 1,
             linewidth=1.0 if line.faint else 1.6, linestyle="--" if line.dashed else "-",
             marker=MARKERS[line.hue % len(MARKERS)] if line.spread else "o" if len(line.x) == 1 else "",
             # A ring around the point of the line under it.
             markersize=8 if line.dashed else 4, fillstyle="none" if line.dashed else "full",
         )  # fmt: skip
         if line.spread:
-            hue = HUES[line.hue % len(HUES)]
             ax.errorbar(line.x, line.y, line.spread, color=hue, linestyle="", elinewidth=1.2, capsize=3)
     ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     if panel.log and decades >= 1:
         ax.set_yscale("log")
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.yaxis.set_major_formatter(PLAIN)
+    if panel.log_x:
+        ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set_major_formatter(PLAIN)
+    if panel.names:
+        # Where a stage of the model begins; the names of all layers are in the data.
+        stages = [name.partition(".")[0] for name in panel.names]
+        begins = [at for at, stage in enumerate(stages) if at == 0 or stage != stages[at - 1]]
+        ax.set_xticks(begins, [stages[at] for at in begins], ha="left")
 
 
-def _map(canvas: Canvas, ax: Axes, map: HeatMap, together: Sequence[HeatMap]) -> None:
+def _name(ax: Axes, panel: Panel, palette: Palette) -> None:
+    """Write the labels that stand beside their lines, at the points where those pass a height."""
+    low, high = ax.get_ylim()
+    for line in panel.lines:
+        if line.beside is None:
+            continue
+        share, side = line.beside
+        # A curve that does not come so low is named at its lowest point.
+        height = max(low + share * (high - low), min(line.y))
+        order = np.argsort(line.y)
+        at = float(np.interp(height, np.asarray(line.y)[order], np.asarray(line.x)[order]))
+        ax.annotate(
+            line.label, (at, height), (7 if side == "right" else -7, 0), textcoords="offset points", va="center",
+            ha="left" if side == "right" else "right", color=palette.hues[line.hue % len(palette.hues)],
+            fontsize=LABEL_SIZE,
+        )  # fmt: skip
+
+
+def _map(canvas: Canvas, ax: Axes, map: HeatMap, together: Sequence[HeatMap], palette: Palette) -> None:
     values = np.array(map.values, dtype=float)
     finite = np.concatenate([np.array(other.values, dtype=float).flatten() for other in together])
     finite = finite[np.isfinite(finite)]
@@ -152,12 +204,12 @@ def _map(canvas: Canvas, ax: Axes, map: HeatMap, together: Sequence[HeatMap]) ->
     ax.set(title=map.title, xlabel=map.x_label)
     for position, _ in map.spans:
         if edges[0] < position < edges[-1]:
-            ax.axvline(position, color=HUES[1], linewidth=1.2)
+            ax.axvline(position, color=palette.hues[1], linewidth=1.2)
     bar = canvas.colorbar(mesh, ax=ax, label=map.value_label, pad=0.01, fraction=0.04)
     if map.log:
         bar.ax.yaxis.set_major_formatter(PLAIN)
         bar.ax.yaxis.set_minor_formatter(NullFormatter())
-    bar.outline.set_edgecolor(GRID)  # type: ignore[operator]
+    bar.outline.set_edgecolor(palette.grid)  # type: ignore[operator]
 
 
 def _edges(x: Any) -> Any:

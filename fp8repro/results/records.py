@@ -103,6 +103,29 @@ def read_failures(roots: Iterable[str | Path]) -> list[dict[str, Any]]:
     return found
 
 
+def read_begun(roots: Iterable[str | Path]) -> list[RunRecord]:
+    """Runs of an experiment under some folders that have no summary yet: without a score, unreadable ones left out."""
+    found = []
+    for folder in _run_folders(roots):
+        if (folder / SUMMARY).exists():
+            continue
+        with suppress(Unreadable):
+            config = read_file(folder / CONFIG)
+            settings = flat(config)
+            names = ("model.name", "data.name", "precision.name", "loss_scaling.policy", "profile", "experiment")
+            texts = [settings.get(name) for name in names]
+            seed = settings.get("seed")
+            if all(isinstance(text, str) for text in texts) and isinstance(seed, int) and not isinstance(seed, bool):
+                model, data, precision, policy, profile, experiment = map(str, texts)
+                found.append(
+                    RunRecord(
+                        folder, model, data, precision, _policy(policy, settings), profile, seed, "", math.nan,
+                        settings_of(config), {"experiment": experiment},
+                    )
+                )  # fmt: skip
+    return found
+
+
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl of one kind; see `metrics_rows`."""
     return [row for row in metrics_rows(folder) if row.get("kind") == kind]

@@ -64,11 +64,11 @@ def render_page(top: Sheet, sections: Sequence[Section]) -> str:
     """The page; everything it shows is inside it."""
     from jinja2 import Environment
 
-    from fp8repro.results.plots import download, svg
+    from fp8repro.results.plots import DARK, LIGHT, download, svg
 
     template = files("fp8repro.results").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(svg=svg, download=download)
+    environment.globals.update(svg=svg, download=download, light=LIGHT.variables(), dark=DARK.variables())
     paper = paper_figures()
     return environment.from_string(template).render(top=top, sections=sections, paper=paper)
 
@@ -83,32 +83,35 @@ def _section(profile: str, cells: Cells, found: Sequence[Verdict]) -> Section:
 def run_sheet(cells: Cells) -> Sheet:
     """Every run of the plan: seed, length, recipe, what it ran on, its code's version."""
     order = list(dict.fromkeys(name for study in plan_file()["studies"].values() for name in study["cells"]))
-    rows = []
+    rows, notes = [], []
 
     def place(name: str) -> tuple[int, str]:
         experiment = experiment_of(name)
         return (order.index(experiment) if experiment in order else len(order), name)
 
     for name in sorted(cells, key=place):
-        for seed, run in sorted(cells[name].runs.items()):
+        for seed, run in sorted((cells[name].begun | cells[name].runs).items()):
+            unfinished = "" if seed in cells[name].runs else "not finished: "
             summary, environment = run.record.summary, read_or_empty(run.record.folder / ENVIRONMENT)
+            if run.unusable:
+                notes.append(f"Left out: {run.unusable} line(s) of metrics.jsonl of {name}, seed {seed}, unusable.")
             gpus, packages = environment.get("gpus"), environment.get("packages")
             rows.append(
                 {
                     "cell": name,
                     "seed": seed,
                     "data": run.record.data,
-                    "recipe": _recipe(run.config.get("precision", {})),
+                    "recipe": unfinished + _recipe(run.section("precision")),
                     "loss_scaling": run.record.loss_scaling,
                     "steps": summary.get("steps"),
                     "epochs": summary.get("epochs"),
                     "seconds": summary.get("train_seconds"),
-                    "backend": f"{summary.get('backend')}, {summary.get('device')}",
+                    "backend": None if unfinished else f"{summary.get('backend')}, {summary.get('device')}",
                     "hardware": ", ".join(
                         map(str, gpus if isinstance(gpus, list) and gpus else [environment.get("cpu", "-")])
                     ),
                     "torch": packages.get("torch") if isinstance(packages, dict) else None,
-                    "code": f"{summary.get('version')} {str(environment.get('commit') or '')[:10]}".strip(),
+                    "code": f"{summary.get('version', '')} {str(environment.get('commit') or '')[:10]}".strip(),
                 }
             )
         for seed, reason in sorted(cells[name].failures.items()):
@@ -122,13 +125,14 @@ def run_sheet(cells: Cells) -> Sheet:
         Column("backend", "products"),
         *map(Column, ("hardware", "torch", "code")),
     ]
-    return Sheet("runs", "Runs: recipe and environment", columns, rows)
+    return Sheet("runs", "Runs: recipe and environment", columns, rows, notes)
 
 
 def _recipe(precision: Mapping[str, Any]) -> str:
     parts = []
     for role in ("weight", "activation", "error", "gradient", "master"):
-        spec = precision.get(role) or {}
+        spec = precision.get(role)
+        spec = spec if isinstance(spec, Mapping) else {}
         rounding = {"stochastic": " sr", "toward_zero": " rz"}.get(str(spec.get("rounding")), "")
         parts.append(f"{spec.get('format', '-')}{rounding}")
     return " / ".join(parts)

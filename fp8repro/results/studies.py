@@ -8,8 +8,8 @@ from typing import Any
 
 from fp8repro.paper.plan import plan_file, study_cells, study_models
 from fp8repro.paper.reported import paper_figures
+from fp8repro.results import doses, lost
 from fp8repro.results.cells import CellRuns, Cells, Run, comparable
-from fp8repro.results.doses import STUDY, dose_sheet
 from fp8repro.results.paired import difference
 from fp8repro.results.sheet import Column, Sheet, Stat, noise, stat
 from fp8repro.results.weights import weights_sheet
@@ -66,7 +66,10 @@ def sheets(cells: Cells, profile: str) -> list[Sheet]:
 
 def _of_study(study: str, cells: Cells, profile: str) -> list[Sheet]:
     found = [study_sheet(study, cells, profile)]
-    return [*found, dose_sheet(cells)] if study == "C4" and study_cells(STUDY, profile) else found
+    if study == "C4":
+        parts = ((doses.STUDY, doses.dose_sheet), (lost.STUDY, lost.lost_sheet))
+        found += [sheet(cells) for part, sheet in parts if study_cells(part, profile)]
+    return found
 
 
 def accuracy_sheet(study: str, cells: Cells, profile: str) -> Sheet:

@@ -202,7 +202,7 @@ def _standard(profile: str) -> tuple[float, tuple[int, ...]]:
 def _held_to(profile: str) -> str:
     margin, looks = _standard(profile)
     return (
-        f"profile={profile}: no difference is one within {margin:g} points of top-1 or BLEU; looks after "
+        f"profile={profile}: no difference is one within {margin:.1f} points of top-1 or BLEU; looks after "
         f"{', '.join(map(str, looks))} seeds, each at a one-sided level of {LEVELS[looks][0]:g}."
     )
 
@@ -338,7 +338,7 @@ def _octaves(claim: Claim, statement: str, a: str, b: str, offset: float, questi
     bound = "0 (of note: 1 octave)" if question.effect else f"{question.threshold:g} octave"
     test = (
         f"octaves of loss scale that {a} needs more than {b}{less}, paired by seed, one-sided bound (Student's t): "
-        f"above {bound}; needed: where top-1 falls {doses.DROP:g} points under that of the two largest scales"
+        f"above {bound}; needed: where top-1 falls {doses.DROP:g} points under the mean of the two largest scales"
     )
     blank = Verdict("C4", statement, test, UNDECIDED, "")
     cells = (*doses.names(a), *doses.names(b))
@@ -350,6 +350,11 @@ def _octaves(claim: Claim, statement: str, a: str, b: str, offset: float, questi
         return replace(blank, evidence=f"not run: {absent[0]}{others}")
     if not all(comparable(claim.cells[cells[0]], claim.cells[name]) for name in cells):
         return replace(blank, evidence=APART)
+    flat = [f"{curve}, seed {seed}" for curve in (a, b) for seed in doses.never_fall(claim.cells, curve)]
+    if flat:
+        # No further seed brings a fall to a curve; to leave these out would choose among them.
+        evidence = f"no fall of {doses.DROP:g} points at any scale: {'; '.join(flat)}"
+        return replace(blank, verdict=UNDECIDABLE, evidence=evidence)
     by_seed = gaps(doses.needs(claim.cells, a), doses.needs(claim.cells, b))
     return claim.decided(
         blank, {seed: gap - offset for seed, gap in by_seed.items()}, question, f"{a} - {b}{less}", cells

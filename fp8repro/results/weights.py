@@ -13,12 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8repro.paper.examples import read_correct, read_translations
+from fp8repro.paper.examples import examples_recorded, read_correct, read_translations
 from fp8repro.paper.plan import study_models
 from fp8repro.results.cells import CellRuns, Cells, Run, comparable
 from fp8repro.results.sheet import Column, Sheet
 
 RESAMPLES = 1000
+# The tokenizers that runs are scored with.
+TOKENIZERS = ("13a", "zh", "ja-mecab", "ko-mecab", "char", "none")
+# A record of examples whose score differs by more from that of its run is another run's.
+LEAST_DIFFERENCE = 1e-6
+APART = "the records of the two are of different examples, do not add up to their scores, or are damaged"
 SAME_SEED, OTHER_SEED = "FP8 against FP32", "FP32 against FP32 of another seed"
 
 
@@ -74,7 +79,7 @@ def paired_bootstrap(
 
 def compare_weights(first: Run, second: Run) -> Compared | None:
     """Two runs on the examples of both; None where their records do not say, or are of other examples."""
-    ours, theirs = (read_correct(run.record.folder) for run in (first, second))
+    ours, theirs = _correct(first), _correct(second)
     if ours is not None and theirs is not None and ours[0] == theirs[0] and len(ours[1]) == len(theirs[1]):
         return mcnemar(ours[1], theirs[1])
     translated, other = (read_translations(run.record.folder) for run in (first, second))
@@ -82,21 +87,32 @@ def compare_weights(first: Run, second: Run) -> Compared | None:
         return None
     signature = str(first.record.summary.get("bleu_signature"))
     tokenize = dict(part.split(":", 1) for part in signature.split("|") if ":" in part).get("tok", "13a")
-    try:
-        return paired_bootstrap(translated[0], other[0], other[1], tokenize)
-    # The tokenizer's package is missing, or its name comes from elsewhere.
-    except (ImportError, RuntimeError, AssertionError, ValueError, KeyError):
+    # The name comes from elsewhere, and some of sacreBLEU's tokenizers are downloaded.
+    if tokenize not in TOKENIZERS:
         return None
+    try:
+        found = paired_bootstrap(translated[0], other[0], other[1], tokenize)
+    # The tokenizer's package is missing, or the lines are such that nothing can be scored.
+    except (ImportError, RuntimeError, AssertionError, ValueError):
+        return None
+    scores = (first.record.score, second.record.score)
+    return found if all(map(_same, scores, (found.first, found.second))) else None
 
 
 def weights_sheet(cells: Cells, profile: str) -> Sheet:
     """For each model of C1 and C2: FP8 against FP32 of the same seed, and FP32 against FP32 of the next."""
-    rows, signatures = [], []
+    rows, signatures, missing = [], [], []
     for model in [*study_models("C1", profile), *study_models("C2", profile)]:
         fp32, fp8 = cells[f"{model}_fp32"], cells[f"{model}_fp8"]
         same = [(fp32.runs[seed], fp8.runs[seed]) for seed in sorted(set(fp32.runs) & set(fp8.runs))]
         for kind, pairs in ((SAME_SEED, same if comparable(fp32, fp8) else []), (OTHER_SEED, _neighbours(fp32))):
-            found = [compared for pair in pairs if (compared := compare_weights(*pair)) is not None]
+            found = []
+            for pair in pairs:
+                compared = compare_weights(*pair)
+                if compared is not None:
+                    found.append(compared)
+                elif all(examples_recorded(run.record.folder) for run in pair):
+                    missing.append(f"Left out: {model}, {kind}, seed {pair[0].record.seed}: {APART}.")
             rows.append({"model": model, "pair": kind, **_row(found)})
             signatures += [compared.signature for compared in found if compared.signature]
     columns = [
@@ -108,8 +124,19 @@ def weights_sheet(cells: Cells, profile: str) -> Sheet:
         "A figure for each pair of runs. It speaks for these weights on these examples, not for the recipe: FP32 runs "
         "with different seeds differ, too. Images: McNemar's exact test; translations: sacreBLEU's paired bootstrap.",
         *(f"Bootstrap signature: {signature}" for signature in dict.fromkeys(signatures)),
+        *missing,
     ]
     return Sheet("weights", "The same examples, one by one: these weights, not this recipe", columns, rows, notes)
+
+
+def _correct(run: Run) -> tuple[str, NDArray[np.bool_]] | None:
+    """Order and correctness of a run's images; None where they do not add up to its score."""
+    found = read_correct(run.record.folder)
+    return found if found and _same(run.record.score, 100 * float(found[1].mean())) else None
+
+
+def _same(score: float, counted: float) -> bool:
+    return abs(score - counted) < LEAST_DIFFERENCE
 
 
 def _neighbours(cell: CellRuns) -> Iterable[tuple[Run, Run]]:

@@ -12,21 +12,36 @@ from fp8repro.precision.injection import sites
 
 
 class SavedBytes:
-    """Distinct storages that autograd saved for backward, in bytes; parameters and rounded weights are no part."""
+    """Distinct storages that autograd saved for backward, in bytes; parameters and rounded weights are no part.
+
+    Of several micro-steps, those of the first: its backward pass frees them before the next one begins.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """The parameters and rounded weights of `model` are left out."""
         self._model = model
         # The tensors are kept alive, so that no address is reused.
         self._saved: dict[int, Tensor] = {}
+        self._total: int | None = None
 
     def pack(self, tensor: Tensor) -> Tensor:
         """Note a tensor that autograd saves."""
-        self._saved[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        if self._total is None:
+            self._saved[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        return tensor
+
+    def unpack(self, tensor: Tensor) -> Tensor:
+        """The backward pass has begun: all is counted, and need not be kept alive any longer."""
+        if self._total is None:
+            self._total = self._bytes()
+            self._saved.clear()
         return tensor
 
     def total(self) -> int:
-        """Bytes so far."""
+        """Bytes up to the first backward pass."""
+        return self._bytes() if self._total is None else self._total
+
+    def _bytes(self) -> int:
         weights = [*self._model.parameters(), *_working_weights(self._model)]
         left_out = {t.untyped_storage().data_ptr() for t in weights}
         return sum(t.untyped_storage().nbytes() for address, t in self._saved.items() if address not in left_out)
@@ -39,7 +54,7 @@ def counting_saved_bytes(model: nn.Module, active: bool = True) -> Iterator[Save
     if not active:
         yield saved
         return
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
         yield saved
 
 

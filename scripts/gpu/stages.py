@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-PARTS = ("train", "resnet50", "transformer", "kernels")
+PARTS = ("train", "resnet50", "transformer", "translation", "kernels")
 HERE = Path(__file__).parent
 # Names in the work folder, so that no record holds a path of this machine.
 DATA, RUNS = "data", "runs"
@@ -50,8 +50,8 @@ class Choices:
 
 def stages(part: str, choices: Choices) -> list[Stage]:
     """The stages of a part, the most important one first."""
-    makers = {"train": _train, "resnet50": _resnet50, "transformer": _transformer, "kernels": _kernels}
-    return list(makers[part](choices))
+    makers = {"train": _train, "resnet50": _resnet50, "transformer": _transformer}
+    return list((makers | {"translation": _translation, "kernels": _kernels})[part](choices))
 
 
 def _train(choices: Choices) -> Iterator[Stage]:
@@ -93,6 +93,12 @@ def _transformer(choices: Choices) -> Iterator[Stage]:
     yield _warm(settings, choices, limit=120)
     for precision in ("fp32", "fp8"):
         yield _run(f"transformer-{precision}", [*settings, f"precision={precision}"], choices, limit=200)
+
+
+def _translation(choices: Choices) -> Iterator[Stage]:
+    # The first one compiles most kernels of the others.
+    for model, limit in (("base", 165), ("big", 165), ("gnmt", 120)):
+        yield _bench(model, f"{model} step", choices, limit=limit)
 
 
 def _kernels(choices: Choices) -> Iterator[Stage]:

@@ -25,7 +25,7 @@ ENOUGH = 50
 # For the step in progress and the checkpoint, once a run is asked to stop.
 GRACE = 15.0
 FIGURES = ("status", "top1", "bleu", "chrf", "perplexity", "decode_seconds", "steps", "skipped_steps", "train_seconds")
-FIGURES += ("backend", "graphs", "reason")
+FIGURES += ("backend", "graphs", "decode_graphs", "reason")
 
 
 class Watch:

@@ -136,6 +136,10 @@ def test_parts(part, rehearse, tmp_path):
         assert watched == ([] if rehearse else [f"resnet18-fp8-seed{seed}" for seed in range(3)])
     if part == "transformer":
         assert names == ["warm", "transformer-fp32", "transformer-fp8"]
+    if part == "translation":
+        assert names == ["base", "big", "gnmt"]
+        # All of them fit into the default budget.
+        assert sum(stage.limit for stage in planned) <= 450
     # Kernels of all runs are compiled before the first one.
     assert all("warm=off" in stage.command for stage in planned if "watched_run.py" in str(stage.command))
     # Relative: what a run records of them names no machine.

@@ -39,9 +39,21 @@ def changed(name: str, other: str) -> dict[str, Any]:
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_plan_and_the_experiment_files_are_the_same(profile: str) -> None:
     cells = {experiment_of(name) for study in plan_file()["studies"] for name in study_cells(study, profile)}
-    # The dose-response study is a hundred runs: on small data alone.
-    doses = set() if profile == "embedded" else set(plan_file()["studies"]["doses"]["cells"])
-    assert cells == set(groups()["experiment"]) - doses
+    # The dose-response study is a hundred runs: on small data alone. Errors are counted on photos.
+    studies = plan_file()["studies"]
+    doses = set() if profile == "embedded" else set(studies["doses"]["cells"])
+    lost = set() if profile == "midscale" else set(studies["lost"]["cells"])
+    assert cells == set(groups()["experiment"]) - doses - lost
+
+
+def test_errors_are_counted_as_in_the_dose_study_at_the_papers_batch() -> None:
+    expected = planned("midscale")["resnet50_reference"][1]
+    assert {**expected["precision"], "name": ""} == {**planned()["dose_reference"][1]["precision"], "name": ""}
+    assert expected["loss_scaling"] == planned()["dose_reference"][1]["loss_scaling"]
+    trainer = expected["trainer"]
+    assert (trainer["batch_size"], trainer["micro_steps"], trainer["telemetry_every"]) == (256, 8, 1)
+    # Whatever the size of the other cells' images.
+    assert (expected["data"]["image_size"], expected["model"]["stem"]) in ((224, "auto"), (224, "imagenet"))
 
 
 @pytest.mark.parametrize("name", groups()["experiment"])
@@ -129,6 +141,14 @@ def test_policies_of_the_recurrent_study() -> None:
     # They differ in nothing but the floor.
     assert policies[1]["window"] == policies[2]["window"]
     assert policies[2]["floors"] == [[0.12, 64 * 8192], [0.44, 32 * 32768]]
+
+
+def test_a_study_of_one_run_has_one_seed() -> None:
+    cells = [planned("midscale")[name][0] for name in ("resnet18_fp32", "resnet50_reference")]
+    jobs = make_jobs(cells, [4, 5, 6], Path("runs"), "midscale")
+    assert [job.name for job in jobs] == [
+        "resnet18_fp32-seed4", "resnet50_reference-seed4", "resnet18_fp32-seed5", "resnet18_fp32-seed6",
+    ]  # fmt: skip
 
 
 def test_only_takes_studies_models_and_cells() -> None:

@@ -15,11 +15,16 @@ import yaml
 from study_records import LAYERS, lengthen, write_plan, write_run
 
 from fp8repro.cli import main as cli
+from fp8repro.paper.plan import study_cells
 from fp8repro.results import report
 from fp8repro.results.cells import read_cells
 from fp8repro.results.figures import exponent_map, underflow_map
+from fp8repro.results.paired import UNDECIDED
 from fp8repro.results.records import read_records
+from fp8repro.results.sheet import Stat
+from fp8repro.results.studies import sheets
 from fp8repro.results.two_runs import compare_two
+from fp8repro.results.verdicts import verdicts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # Runs in the page: what a reader would see of tables and figures.
@@ -130,6 +135,29 @@ def test_a_deleted_record_empties_its_cell(written: Path) -> None:
     page.feed((written / "report.html").read_text())
     (shown,) = (line for line in page.tables["Other recipes"] if line[0] == "fp16")
     assert shown[2:] == ["-", "-", "-", "0", "-"]
+
+
+@pytest.mark.parametrize(
+    "cell", ["resnet18_fp8", "gnmt_fp32", "fp8_stochastic", "fp8_fp32_master", "dose_nearest@2^-6"]
+)
+def test_statements_on_a_deleted_record_are_undecided_and_the_others_stay(tmp_path: Path, cell: str) -> None:
+    write_plan(tmp_path)
+    before = {(v.claim, v.statement): v for v in verdicts(read_cells([tmp_path])[0]["embedded"], "embedded")}
+    for folder in (tmp_path / "embedded").glob(f"{cell}-seed*"):
+        shutil.rmtree(folder)
+    cells = read_cells([tmp_path])[0]["embedded"]
+    after = {(v.claim, v.statement): v for v in verdicts(cells, "embedded")}
+    assert after.keys() == before.keys()
+    changed = [key for key in after if after[key] != before[key]]
+    assert changed
+    for key in changed:
+        assert after[key].verdict == UNDECIDED
+        assert "not run" in after[key].evidence, key
+        assert cell in after[key].evidence, key
+    # The tables have its row, without a figure.
+    shown = [row for sheet in sheets(cells, "embedded") for row in sheet.rows if row.get("cell") == cell]
+    assert all(row["seeds"] == 0 and not any(isinstance(value, Stat) for value in row.values()) for row in shown)
+    assert shown or cell not in study_cells("C4", "embedded")
 
 
 def test_a_failed_run_stands_in_its_row_with_its_reason(written: Path) -> None:

@@ -93,7 +93,7 @@ def test_margins_are_those_of_the_profile(tmp_path: Path) -> None:
     assert "above -0.5 points of top-1" in of_paper.test
     notes = " ".join(verdict_sheet({"embedded": [], "paper": []}).notes)
     assert (
-        "profile=embedded: no difference is one within 1 points of top-1 or BLEU; looks after 3, 6, 12 seeds" in notes
+        "profile=embedded: no difference is one within 1.0 points of top-1 or BLEU; looks after 3, 6, 12 seeds" in notes
     )
     assert (
         "profile=paper: no difference is one within 0.5 points of top-1 or BLEU; looks after 3, 6, 12, 24 se" in notes

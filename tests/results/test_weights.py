@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sacrebleu.metrics import BLEU
 from scipy import stats
 from study_records import write_run
 
 from fp8repro.paper.examples import correct_json, read_correct, read_translations
 from fp8repro.paper.run_folder import CORRECT, HYPOTHESES, REFERENCES
 from fp8repro.results.cells import read_cells
-from fp8repro.results.weights import OTHER_SEED, SAME_SEED, mcnemar, paired_bootstrap, weights_sheet
+from fp8repro.results.weights import APART, OTHER_SEED, SAME_SEED, mcnemar, paired_bootstrap, weights_sheet
 
 WORDS = ["the", "small", "old", "clock", "of", "his", "sister", "offers", "my", "friend", "three", "green", "tables"]
 
@@ -95,9 +96,11 @@ def test_weights_are_compared_with_those_of_the_same_seed_and_fp32_with_the_next
     for name, offset in (("resnet18_fp32", 0), ("resnet18_fp8", 10)):
         for seed in range(3):
             order = "other" if (name, seed) == ("resnet18_fp8", 2) else "same"
-            (write_run(tmp_path, name, seed) / CORRECT).write_text(correct_json(hits(offset + seed), order))
+            correct = hits(offset + seed)
+            folder = write_run(tmp_path, name, seed, score=100 * float(correct.mean()))
+            (folder / CORRECT).write_text(correct_json(correct, order))
     for name, noise in (("gnmt_fp32", 0.3), ("gnmt_fp8", 0.6)):
-        folder = write_run(tmp_path, name)
+        folder = write_run(tmp_path, name, bleu=BLEU().corpus_score(lines(1, noise), [lines(0, 0.0)]).score)
         (folder / HYPOTHESES).write_text("".join(f"{line}\n" for line in lines(1, noise)))
         (folder / REFERENCES).write_text("".join(f"{line}\n" for line in lines(0, 0.0)))
     cells, _, _ = read_cells([tmp_path])
@@ -115,3 +118,55 @@ def test_weights_are_compared_with_those_of_the_same_seed_and_fp32_with_the_next
     assert "p" not in rows["resnet34", SAME_SEED]
     assert "these weights, not this recipe" in sheet.title
     assert any("bs:1000" in note for note in sheet.notes)
+    assert [note for note in sheet.notes if "Left out" in note] == [
+        f"Left out: resnet18, {SAME_SEED}, seed 2: {APART}."
+    ]
+
+
+@pytest.mark.parametrize("damage", ["another run's", "cut off", "not UTF-8", "huge", "a list"])
+def test_a_record_of_examples_that_is_not_the_runs_is_left_out_and_named(tmp_path: Path, damage: str) -> None:
+    folders = {}
+    for name in ("resnet18_fp32", "resnet18_fp8"):
+        folders[name] = write_run(tmp_path, name, score=100 * float(hits(3).mean()))
+        (folders[name] / CORRECT).write_text(correct_json(hits(3), "same"))
+    path = folders["resnet18_fp8"] / CORRECT
+    whole = path.read_bytes()
+    changed = {
+        "another run's": correct_json(hits(4), "same").encode(),
+        "cut off": whole[:-20],
+        "not UTF-8": whole.replace(b"same", b"\xff\xfe"),
+        "huge": whole + b" " * 10**6,
+        "a list": b"[" + whole + b"]",
+    }
+    path.write_bytes(changed[damage])
+    cells, _, _ = read_cells([tmp_path])
+    sheet = weights_sheet(cells["embedded"], "embedded")
+    assert "p" not in sheet.rows[0]
+    assert [note for note in sheet.notes if "Left out" in note] == [
+        f"Left out: resnet18, {SAME_SEED}, seed 0: {APART}."
+    ]
+
+
+@pytest.mark.parametrize("damage", ["another run's", "cut off", "a line less", "not UTF-8", "a tokenizer from the net"])
+def test_translations_that_are_not_the_runs_are_left_out_and_named(tmp_path: Path, damage: str) -> None:
+    score = BLEU().corpus_score(lines(1, 0.3), [lines(0, 0.0)]).score
+    for name in ("gnmt_fp32", "gnmt_fp8"):
+        folder = write_run(tmp_path, name, bleu=score)
+        (folder / HYPOTHESES).write_text("".join(f"{line}\n" for line in lines(1, 0.3)))
+        (folder / REFERENCES).write_text("".join(f"{line}\n" for line in lines(0, 0.0)))
+    whole = (folder / HYPOTHESES).read_bytes()
+    changed = {
+        "another run's": whole.replace(b"the", b"a", 1), "cut off": whole[:-9], "not UTF-8": b"\xff" + whole,
+        "a line less": whole[: whole[:-1].rindex(b"\n") + 1], "a tokenizer from the net": whole,
+    }  # fmt: skip
+    (folder / HYPOTHESES).write_bytes(changed[damage])
+    if damage == "a tokenizer from the net":
+        for folder in (tmp_path / "embedded").iterdir():
+            summary = json.loads((folder / "summary.json").read_text())
+            summary["bleu_signature"] = summary["bleu_signature"].replace("tok:13a", "tok:flores200")
+            (folder / "summary.json").write_text(json.dumps(summary))
+    cells, _, _ = read_cells([tmp_path])
+    sheet = weights_sheet(cells["embedded"], "embedded")
+    rows = {(row["model"], row["pair"]): row for row in sheet.rows}
+    assert "p" not in rows["gnmt", SAME_SEED]
+    assert [note for note in sheet.notes if "Left out" in note] == [f"Left out: gnmt, {SAME_SEED}, seed 0: {APART}."]

@@ -14,7 +14,7 @@ from fp8repro.models.gnmt import GNMT, gnmt
 from fp8repro.models.transformer import Transformer, transformer
 from fp8repro.settings.schema import DecodeConfig
 from fp8repro.training.tasks.bleu import chrf_score, sacrebleu_score, tokenized_bleu
-from fp8repro.training.tasks.decode import beam_search, translate
+from fp8repro.training.tasks.decode import beam_search, best_tokens
 
 SOURCE = torch.tensor([[4, 5, 4, 2], [5, 2, 1, 1]])
 LIMIT = 4
@@ -101,7 +101,7 @@ def test_a_beam_of_one_is_greedy_search(kind: str) -> None:
                         break
                     words.append(best)
             endings.add(len(words) < 2 * length + 2)
-            assert translate(model, [SOURCE], config)[row] == words
+            assert best_tokens(beam_search(model, SOURCE, config)[row]) == words
     assert endings == {True, False}, "both ways to end must be seen"
 
 
@@ -134,7 +134,7 @@ def test_a_wider_beam_finds_no_worse_model_score_here() -> None:
 def test_a_model_without_finite_scores_translates_to_nothing() -> None:
     model = tiny("transformer")
     nn.init.constant_(model.decoder.output_projection.weight, math.nan)
-    assert translate(model, [SOURCE], DecodeConfig(beam=2)) == [[], []]
+    assert [best_tokens(found) for found in beam_search(model, SOURCE, DecodeConfig(beam=2))] == [[], []]
 
 
 def test_a_coverage_penalty_needs_attention() -> None:

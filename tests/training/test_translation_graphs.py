@@ -10,6 +10,7 @@ from torch import nn
 from training_tools import untimed
 
 from fp8repro.kernels.shared.launch import INTERPRETED
+from fp8repro.paper.run_folder import HYPOTHESES
 from fp8repro.precision.context import StepContext
 from fp8repro.precision.graphs import GraphedStep, GraphedUpdate
 from fp8repro.precision.injection import inject
@@ -62,6 +63,8 @@ def trained_both_ways(text, folder, steps, model="transformer"):
         assert given[name].numpy().tobytes() == tensor.numpy().tobytes(), name
     assert untimed(folder / "auto", "train") == untimed(folder / "off", "train")
     assert untimed(folder / "auto", "eval") == untimed(folder / "off", "eval")
+    assert (folder / "auto" / HYPOTHESES).read_text() == (folder / "off" / HYPOTHESES).read_text()
+    assert found["off"][-1]["decode_graphs"] == "graphs=off"
     return found["auto"], found["off"]
 
 
@@ -97,6 +100,8 @@ def test_a_run_with_a_graph_a_shape_is_the_run_without(text, tmp_path, stand_in,
         for gradients in zip(*(graph._gradients for graph in process), strict=True):
             assert len({g.data_ptr() for g in gradients}) == 1
     assert eager[-1]["graphs"] == "graphs=off"
+    refused = "a search could not be captured (Small has no decoder of a fixed size)"
+    assert replayed[-1]["decode_graphs"] == refused
 
 
 @pytest.mark.parametrize(("name", "lengths"), [("transformer", (2, 2, 2)), ("gnmt", (2, 1, 1))])
@@ -118,7 +123,7 @@ def test_a_replay_of_fused_layers_is_the_eager_step(name, lengths, stand_in):
         (loss * scale).backward()
         return loss.detach(), figures
 
-    # A first pass is watched and takes the modules, as a run's first step does.
+    # A first pass is watched, and never the one that is captured: a run's first step is eager.
     with torch.no_grad():
         model(*captured[:2])
     found = []
@@ -136,7 +141,8 @@ def test_a_replay_of_fused_layers_is_the_eager_step(name, lengths, stand_in):
 @pytest.mark.parametrize("name", SIZES)
 def test_a_run_of_fused_layers_with_graphs_is_the_run_without(name, text, tmp_path, stand_in, monkeypatch):
     _, passes, updates = counting(monkeypatch)
-    _, eager = trained_both_ways(text, tmp_path, 6, name)
+    replayed, eager = trained_both_ways(text, tmp_path, 6, name)
+    assert replayed[-1]["decode_graphs"] == "replayed for 1 shapes of batches"
     assert len(passes) == 4
     assert len(set(passes)) > 1
     assert updates

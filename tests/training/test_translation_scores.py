@@ -25,8 +25,9 @@ from fp8repro.settings.schema import RunConfig, run_config
 from fp8repro.training.distributed import World
 from fp8repro.training.loop import train
 from fp8repro.training.run import make_task
-from fp8repro.training.tasks import translation
+from fp8repro.training.tasks import decode_graphs
 from fp8repro.training.tasks.bleu import chrf_score, sacrebleu_score, tokenized_bleu
+from fp8repro.training.tasks.decode import Hypothesis
 from fp8repro.training.tasks.translation import HYPOTHESES, REFERENCES
 
 SPLITS, MARK = ("train", "valid", "test"), "\u2047"
@@ -454,5 +455,6 @@ def test_sentences_of_the_test_may_be_empty_or_longer_than_all_of_training(
     assert (len(found), found[1]) == (2, [])
     assert work.evaluate(model, "test")["bleu"] >= 0
     # A model that has an answer to everything is not asked for an empty line.
-    monkeypatch.setattr(translation, "translate", lambda model, batches, config: [[4]] * len(batches[0]))
+    answer = [Hypothesis(0.0, 0.0, (4,))]
+    monkeypatch.setattr(decode_graphs, "beam_search", lambda model, source, config: [answer] * len(source))
     assert work.translate(model, work.data.test) == [[4], []]

@@ -31,8 +31,8 @@ from fp8repro.training.checkpoint import require_same_run
 from fp8repro.training.distributed import World
 from fp8repro.training.loop import build, train
 from fp8repro.training.run import make_task
-from fp8repro.training.tasks import translation
-from fp8repro.training.tasks.decode import translate
+from fp8repro.training.tasks import decode_graphs
+from fp8repro.training.tasks.decode import Hypothesis, beam_search, best_tokens
 from fp8repro.training.tasks.translation import HYPOTHESES, REFERENCES, SAMPLES, smoothed_loss
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -178,7 +178,8 @@ def test_perplexity_and_translations_do_not_depend_on_batches(text: Path, model:
     assert small.translate(network, work.data.test) == found
     sources = [torch.from_numpy(work.data.test.source[i])[None] for i in range(25)]
     assert any(source.shape[1] % 8 for source in sources)
-    assert translate(network, sources, settings.decode) == found  # type: ignore[arg-type]
+    alone = [beam_search(network, source, settings.decode)[0] for source in sources]  # type: ignore[arg-type]
+    assert list(map(best_tokens, alone)) == found
 
 
 @pytest.mark.parametrize(("model", "precision"), [("transformer", "fp8"), ("gnmt", "fp32")])
@@ -244,14 +245,14 @@ def test_asked_to_stop_amid_the_translation_it_is_left_and_made_as_a_whole_later
     whole = train(replace(settings, run_dir=str(tmp_path / "whole")))
     batches = 0
 
-    def interrupted(*arguments: Any) -> list[list[int]]:
+    def interrupted(*arguments: Any) -> list[list[Hypothesis]]:
         nonlocal batches
         batches += 1
         os.kill(os.getpid(), signal.SIGTERM)
-        return translate(*arguments)
+        return beam_search(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(translation, "translate", interrupted)
+        patch.setattr(decode_graphs, "beam_search", interrupted)
         with pytest.raises(SystemExit) as stopped:
             train(settings)
     assert (stopped.value.code, batches) == (143, 1)
@@ -277,7 +278,7 @@ def test_a_finished_run_is_translated_again_where_that_is_to_be_done_otherwise(
     assert second["steps"] == first["steps"]
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path).items())
     # Done once.
-    monkeypatch.setattr(translation, "translate", None)
+    monkeypatch.setattr(decode_graphs, "beam_search", None)
     assert train(shorter) == second
 
 

@@ -16,9 +16,11 @@ def make_task(config: RunConfig, world: World) -> Task[Any]:
         UserError: data that is missing or malformed, or a setting that the task does not have.
     """
     if config.model.task == "translation":
+        from fp8repro.training.tasks.decode_graphs import Searches
         from fp8repro.training.tasks.translation import TranslationTask
 
-        return TranslationTask(config.model, config.data, config.trainer, config.decode, config.seed, world)
+        searches = Searches(config.graphs, config.decode)
+        return TranslationTask(config.model, config.data, config.trainer, searches, config.seed, world)
     from fp8repro.training.tasks.classification import ImageTask
 
     return ImageTask(config.model, config.data, config.trainer, config.seed, world)

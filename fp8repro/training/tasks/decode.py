@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,65 @@ class _Sentence:
     finished: list[Hypothesis] = field(default_factory=list)
 
 
+class Candidates(NamedTuple):
+    """Ways to go on, the best of each sentence first: [sentences, ways] each.
+
+    Attributes:
+        scores: summed log probability; -inf of one that is impossible.
+        rows: which row goes on.
+        tokens: by which token.
+        ends: the token is EOS.
+    """
+
+    scores: Tensor
+    rows: Tensor
+    tokens: Tensor
+    ends: Tensor
+
+
+def propose(logits: Tensor, scores: Tensor, ending: Tensor, model: TranslationModel[Any]) -> Candidates:
+    """The best ways to extend every sentence by a token.
+
+    Args:
+        logits: of the rows' next tokens [sentences * beam, V].
+        scores: of the rows so far [sentences, beam].
+        ending: bool [sentences], True where every row has to end.
+        model: whose padding is no token, and whose EOS ends.
+    """
+    count, beam = scores.shape
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
+    log_probs[:, model.pad] = -math.inf
+    vocabulary = log_probs.shape[1]
+    not_eos = torch.arange(vocabulary, device=logits.device) != model.eos
+    log_probs = log_probs.view(count, beam, vocabulary)
+    log_probs = log_probs.masked_fill(ending[:, None, None] & not_eos, -math.inf)
+    candidates = (scores.unsqueeze(-1) + log_probs).flatten(1)
+    # Each row has one EOS candidate, so of 2 * beam candidates at least `beam` continue.
+    best, flat = candidates.nan_to_num(nan=-math.inf, neginf=-math.inf).topk(min(2 * beam, candidates.shape[1]))
+    rows = flat // vocabulary + torch.arange(count, device=flat.device).unsqueeze(1) * beam
+    tokens = flat % vocabulary
+    return Candidates(best, rows, tokens, tokens.eq(model.eos))
+
+
+def continuing(found: Candidates, beam: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, rows and tokens [sentences, beam] of the candidates that go on, best first; -inf where there are none."""
+    # Candidates that continue come first; both groups stay ordered by score.
+    going = found.ends.to(torch.int8).argsort(dim=1, stable=True)[:, :beam]
+    scores = found.scores.masked_fill(found.ends, -math.inf)
+    return scores.gather(1, going), found.rows.gather(1, going), found.tokens.gather(1, going)
+
+
+def coverage_penalty(coverage: Tensor, present: Tensor, weight: float) -> Tensor:
+    """GNMT's penalty for source tokens that got less than one unit of attention; EOS's own step counts.
+
+    Args:
+        coverage: summed attention [rows, S].
+        present: bool [rows, S], False at padding.
+        weight: of the penalty.
+    """
+    return weight * (coverage.clamp(1e-9, 1.0).log() * present).sum(1)
+
+
 @torch.no_grad()
 def beam_search(model: TranslationModel[Any], source: Tensor, config: DecodeConfig) -> list[list[Hypothesis]]:
     """Translate a batch.
@@ -58,9 +117,7 @@ def beam_search(model: TranslationModel[Any], source: Tensor, config: DecodeConf
         UserError: a coverage penalty for a model that gives no attention.
     """
     state = model.begin(source)
-    lengths = source.ne(model.pad).sum(1).tolist()
-    limits = [int(config.max_length_a * length) + config.max_length_b for length in lengths]
-    sentences = [_Sentence(index, limit) for index, limit in enumerate(limits)]
+    sentences = [_Sentence(index, limit) for index, limit in enumerate(length_limits(source, model.pad, config))]
     results: list[list[Hypothesis]] = [[] for _ in sentences]
     search = _Search(model, state, source, config, sentences)
     with fixed_weights(model):
@@ -94,30 +151,15 @@ class _Search:
 
     def advance(self) -> list[_Sentence]:
         """Extend every row by a token; gives the sentences that are done with it, which are then dropped."""
-        beam, eos = self.config.beam, self.model.eos
+        beam = self.config.beam
         logits, attention = self.model.step(self.history[:, -1], self.state)
-        log_probs = torch.log_softmax(logits.float(), dim=-1)
-        log_probs[:, self.model.pad] = -math.inf
         if self.config.coverage:
-            if attention is None:
-                raise UserError(f"decode.coverage: got {self.config.coverage}, expected 0 (the model has no attention)")
-            self.coverage += attention.float()
+            self.coverage += require_attention(attention, self.config)
         length = self.history.shape[1]
         ending = torch.tensor([length >= s.limit for s in self.sentences], device=logits.device)
-        vocabulary = log_probs.shape[1]
-        not_eos = torch.arange(vocabulary, device=logits.device) != eos
-        log_probs = log_probs.view(len(self.sentences), beam, vocabulary)
-        log_probs = log_probs.masked_fill(ending[:, None, None] & not_eos, -math.inf)
-        candidates = (self.scores.unsqueeze(-1) + log_probs).flatten(1)
-        # Each row has one EOS candidate, so of 2 * beam candidates at least `beam` continue.
-        scores, flat = candidates.nan_to_num(nan=-math.inf, neginf=-math.inf).topk(min(2 * beam, candidates.shape[1]))
-        origin = flat // vocabulary + torch.arange(len(self.sentences), device=flat.device).unsqueeze(1) * beam
-        tokens = flat % vocabulary
-        is_eos = tokens.eq(eos)
-        self._finish(scores[:, :beam], origin[:, :beam], is_eos[:, :beam])
-        # Candidates that continue come first; both groups stay ordered by score.
-        going = is_eos.to(torch.int8).argsort(dim=1, stable=True)[:, :beam]
-        scores = scores.masked_fill(is_eos, -math.inf).gather(1, going)
+        found = propose(logits, self.scores, ending, self.model)
+        self._finish(found)
+        scores, rows, tokens = continuing(found, beam)
         possible = scores.isfinite().any(1).tolist()
         staying = [
             index
@@ -125,39 +167,53 @@ class _Search:
             if possible[index] and length < sentence.limit and len(sentence.finished) < beam
         ]
         leaving = [sentence for index, sentence in enumerate(self.sentences) if index not in set(staying)]
-        keep = torch.tensor(staying, device=flat.device, dtype=torch.int64)
-        rows = origin.gather(1, going)[keep].flatten()
+        keep = torch.tensor(staying, device=logits.device, dtype=torch.int64)
+        rows = rows[keep].flatten()
         self.scores = scores[keep]
-        self.history = torch.cat([self.history[rows], tokens.gather(1, going)[keep].view(-1, 1)], dim=1)
+        self.history = torch.cat([self.history[rows], tokens[keep].view(-1, 1)], dim=1)
         self.coverage, self.source_present = self.coverage[rows], self.source_present[rows]
         self.state.select(rows)
         self.sentences = [self.sentences[index] for index in staying]
         return leaving
 
-    def _finish(self, scores: Tensor, rows: Tensor, is_eos: Tensor) -> None:
-        """Record the candidates that end."""
-        length = self.history.shape[1]
-        penalty = LENGTH_PENALTIES[self.config.length_penalty](length, self.config.alpha)
+    def _finish(self, found: Candidates) -> None:
+        """Record the candidates that end, of the best `beam`."""
+        scores, rows, _, is_eos = (t[:, : self.config.beam] for t in found)
         ends = is_eos & scores.isfinite()
         chosen = rows[ends]
         values = scores[ends].tolist()
         tokens = self.history[chosen, 1:].tolist()
-        missing = self._coverage_penalty(chosen)
+        missing = [0.0] * len(chosen)
+        if self.config.coverage:
+            penalties = coverage_penalty(self.coverage[chosen], self.source_present[chosen], self.config.coverage)
+            missing = penalties.tolist()
         for sentence, value, ids, uncovered in zip(ends.nonzero()[:, 0].tolist(), values, tokens, missing, strict=True):
-            score = value / penalty + uncovered
-            self.sentences[sentence].finished.append(Hypothesis(score, value, tuple(ids)))
-
-    def _coverage_penalty(self, rows: Tensor) -> list[float]:
-        """GNMT's penalty for source tokens that got less than one unit of attention; EOS's own step counts."""
-        if not self.config.coverage:
-            return [0.0] * len(rows)
-        logs = self.coverage[rows].clamp(1e-9, 1.0).log() * self.source_present[rows]
-        return (self.config.coverage * logs.sum(1)).tolist()
+            self.sentences[sentence].finished.append(hypothesis(value, ids, uncovered, self.config))
 
 
-def translate(model: TranslationModel[Any], batches: Iterable[Tensor], config: DecodeConfig) -> list[list[int]]:
-    """Best translation (ids without EOS) of each sentence of each source batch, in order."""
-    best = []
-    for source in batches:
-        best += [list(found[0].tokens) if found else [] for found in beam_search(model, source, config)]
-    return best
+def hypothesis(log_probability: float, tokens: Sequence[int], uncovered: float, config: DecodeConfig) -> Hypothesis:
+    """A hypothesis by its summed log probability, its ids without EOS, and its coverage penalty."""
+    penalty = LENGTH_PENALTIES[config.length_penalty](len(tokens) + 1, config.alpha)
+    return Hypothesis(log_probability / penalty + uncovered, log_probability, tuple(tokens))
+
+
+def require_attention(attention: Tensor | None, config: DecodeConfig) -> Tensor:
+    """Attention in FP32, for the coverage penalty.
+
+    Raises:
+        UserError: the model gives none.
+    """
+    if attention is None:
+        raise UserError(f"decode.coverage: got {config.coverage}, expected 0 (the model has no attention)")
+    return attention.float()
+
+
+def length_limits(source: Tensor, pad: int, config: DecodeConfig) -> list[int]:
+    """The most tokens, EOS counted, of the translation of each row of source ids [B, S]."""
+    lengths = source.ne(pad).sum(1).tolist()
+    return [int(config.max_length_a * length) + config.max_length_b for length in lengths]
+
+
+def best_tokens(found: Sequence[Hypothesis]) -> list[int]:
+    """Ids of the best hypothesis; none where there is none."""
+    return list(found[0].tokens) if found else []

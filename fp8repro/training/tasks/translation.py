@@ -27,10 +27,11 @@ from fp8repro.models.fairseq_model import fairseq_transformer
 from fp8repro.models.gnmt import gnmt
 from fp8repro.models.transformer import transformer
 from fp8repro.paper.run_folder import HYPOTHESES, REFERENCES
-from fp8repro.settings.schema import DataConfig, DecodeConfig, ModelConfig, TrainerConfig
+from fp8repro.settings.schema import DataConfig, ModelConfig, TrainerConfig
 from fp8repro.training.distributed import World
 from fp8repro.training.tasks.bleu import Score, chrf_score, sacrebleu_score, tokenized_bleu
-from fp8repro.training.tasks.decode import translate
+from fp8repro.training.tasks.decode import best_tokens
+from fp8repro.training.tasks.decode_graphs import Searches
 from fp8repro.training.tasks.task import Examples, Poll, no_poll, polled
 
 SAMPLES = "samples.txt"
@@ -52,7 +53,7 @@ class TranslationTask:
         model: ModelConfig,
         data: DataConfig,
         trainer: TrainerConfig,
-        decode: DecodeConfig,
+        searches: Searches,
         seed: int,
         world: World,
     ) -> None:
@@ -61,7 +62,7 @@ class TranslationTask:
         Raises:
             UserError: data that is missing or malformed, or a batch too small for its longest sentence.
         """
-        self.network, self.trainer, self.decode, self.world = model, trainer, decode, world
+        self.network, self.trainer, self.searches, self.world = model, trainer, searches, world
         self.data = load_translation(data.name, data.root, data.options, data.workers)
         self.scored_as = scoring_language(self.data.languages[1], self.data.test.references)
         budget = trainer.batch_size // (trainer.micro_steps * world.size)
@@ -194,6 +195,7 @@ class TranslationTask:
             "subwords": self.data.scheme.name,
             "brevity_penalty": bleu.brevity_penalty,
             "perplexity": metrics["perplexity"],
+            "decode_graphs": self.searches.summary(),
             "decode_seconds": seconds,
             "decode_tokens_per_second": sum(len(ids) + 1 for ids in found) / seconds,
             "skipped_pairs": dict(self.data.skipped),
@@ -207,10 +209,11 @@ class TranslationTask:
         found: dict[int, list[int]] = {}
         filled = np.flatnonzero(split.source.sizes > 1)
         # A sentence takes `beam` rows.
-        for rows in self._eval_batches(split.source.sizes[filled, None], self.decode.beam, poll):
-            indices = filled[rows.indices].tolist()
-            source = pad_sequences(split.source, indices, *rows.widths).to(self.world.device)
-            found |= dict(zip(indices, translate(model, [source], self.decode), strict=True))  # type: ignore[arg-type]
+        with self.searches.of(model) as search:  # type: ignore[arg-type]
+            for rows in self._eval_batches(split.source.sizes[filled, None], self.searches.config.beam, poll):
+                indices = filled[rows.indices].tolist()
+                source = pad_sequences(split.source, indices, *rows.widths).to(self.world.device)
+                found |= dict(zip(indices, map(best_tokens, search(source)), strict=True))
         if self.world.size > 1:
             shares: list[Any] = [None] * self.world.size
             dist.all_gather_object(shares, found)
