@@ -76,7 +76,8 @@ the same command continues. Settings apply to every cell. fp8repro report makes 
 
 options
   --only NAMES      studies (C1, C2, C4 to C7, doses, recipes), cells or models, separated by commas
-  --seeds N         how many seeds, or a list: 0,1,2; auto (default): 3, then 6 and 12 where a verdict is still open
+  --seeds N         how many seeds, or which: 0,1,2 (5, is 5 alone); auto (default): 3, then 6 and 12 where a verdict
+                    is still open
   --images FOLDER   data of the convolutional networks (midscale, paper)
   --text FOLDER     data of the translation models (midscale, paper)
   --runs FOLDER     where records are kept (default runs)

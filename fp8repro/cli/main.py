@@ -86,10 +86,14 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in VERBS:
-        from fp8repro.settings.choices import nearest
+        from fp8repro.settings.choices import nearest_first
 
-        raise UserError(f"verb: got {name!r}, expected one of {nearest(name, VERBS)}")
+        raise UserError(f"verb: got {name!r}, expected one of {nearest_first(name, VERBS)}")
     return VERBS[name].run(rest)
+
+
+def _code_of(stop: KeyboardInterrupt | SystemExit) -> int:
+    return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else INTERRUPTED
 
 
 def _say(error: Exception, code: int) -> int:
@@ -138,7 +142,7 @@ def train(arguments: list[str]) -> int:
         except (KeyboardInterrupt, SystemExit) as stop:
             again = arguments if any("resume=" in part for part in arguments) else [*arguments, "resume=auto"]
             print(f"fp8repro: interrupted; to go on: fp8repro train {shlex.join(again)}", file=sys.stderr)
-            return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else INTERRUPTED
+            return _code_of(stop)
         except RunFailure as error:
             if len(configs) == 1:
                 raise
@@ -261,9 +265,9 @@ def bench(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in BENCHES:
-        from fp8repro.settings.choices import nearest
+        from fp8repro.settings.choices import nearest_first
 
-        raise UserError(f"bench: got {name!r}, expected one of {nearest(name, BENCHES)}")
+        raise UserError(f"bench: got {name!r}, expected one of {nearest_first(name, BENCHES)}")
     code: int = import_module(f"fp8repro.bench.{name}").main(rest)
     return code
 
@@ -292,10 +296,10 @@ def reproduce(arguments: list[str]) -> int:
     chosen = {name: value for name, value in vars(options).items() if name not in ("help", "jobs")}
     try:
         reproduce(Options(workers=options.jobs, **chosen))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
         again = shlex.join(["fp8repro", "reproduce", *arguments])
         print(f"fp8repro: interrupted; the same command continues: {again}", file=sys.stderr)
-        return INTERRUPTED
+        return _code_of(stop)
     return 0
 
 
@@ -334,7 +338,8 @@ def report(arguments: list[str]) -> int:
 def _run_dir(values: Mapping[str, Any], name: str, sweep: bool) -> str:
     """A sweep puts every run in a folder of its own."""
     given = values["run_dir"]
-    if given is not None and not sweep:
+    # No path at all is refused with the other settings.
+    if given is not None and (given == "" or not sweep):
         return str(given)
     return str(Path(str(given or DEFAULT_RUNS)) / name)
 

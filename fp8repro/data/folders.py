@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +74,21 @@ def scan_classes(folder: Path) -> ImageFiles:
         raise UserError(f"data.root: {str(folder)!r} holds no class folders, expected one folder of images a class")
     paths: list[str] = []
     labels: list[int] = []
+    others: list[str] = []
     for label, name in enumerate(classes):
-        found = sorted(_images(folder / name))
+        files = sorted(_files(folder / name))
+        found = [path for path in files if path.lower().endswith(EXTENSIONS)]
+        others += [path for path in files if not path.lower().endswith(EXTENSIONS)]
         if not found:
             raise UserError(f"data.root: class folder {str(folder / name)!r} holds no images")
         paths += found
         labels += [label] * len(found)
+    # Of several processes one tells.
+    if others and os.environ.get("RANK", "0") == "0":
+        print(
+            f"data.root: left out {len(others)} files of other names than {', '.join(EXTENSIONS)} ({others[0]!r})",
+            file=sys.stderr,
+        )
     return ImageFiles(paths, labels, classes)
 
 
@@ -86,11 +96,11 @@ def _refuse(error: OSError) -> NoReturn:
     raise UserError(f"data.root: folder {error.filename!r} cannot be read ({error.strerror})") from None
 
 
-def _images(folder: Path) -> list[str]:
-    """Images under a class folder. Links to folders are followed, as torchvision does.
+def _files(folder: Path) -> list[str]:
+    """Files under a class folder, but for hidden ones that are no images.
 
-    A folder that is reached twice, by a link to a parent or by two links, counts once: its images would be there
-    without end, or on both sides of a split.
+    Links to folders are followed, as torchvision does. A folder that is reached twice, by a link to a parent or by two
+    links, counts once: its images would be there without end, or on both sides of a split.
     """
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
@@ -102,7 +112,11 @@ def _images(folder: Path) -> list[str]:
         seen.add((status.st_dev, status.st_ino))
         # Sorted: which of two links to a folder counts must not depend on the file system.
         folders.sort()
-        found += [os.path.join(parent, name) for name in names if name.lower().endswith(EXTENSIONS)]
+        found += [
+            os.path.join(parent, name)
+            for name in names
+            if not name.startswith(".") or name.lower().endswith(EXTENSIONS)
+        ]
     return found
 
 

@@ -24,7 +24,7 @@ from fp8repro.data.image_batches import ImageBatch, Sample
 from fp8repro.data.keys import derived_seed, seeded_torch
 from fp8repro.data.pixels import read_image, shrunk
 from fp8repro.errors import UserError
-from fp8repro.fields import Bound, Count, Positive, build_dataclass
+from fp8repro.fields import Bound, Count, Finite, Positive, build_dataclass
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIGITS_VAL_FRACTION = 0.2
@@ -93,7 +93,7 @@ class FolderSettings:
     augmentation: Literal["auto", "imagenet", "small", "none"] = "auto"
     flip: bool = True
     shorter_side: Count | None = None
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: tuple[Finite, Finite, Finite] = IMAGENET_MEAN
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 
 

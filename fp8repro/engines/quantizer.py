@@ -73,7 +73,7 @@ def quantize(
             # Engines count row-major; to them channels_last memory is contiguous.
             options = (how.format, rounding, overflow, seed, stream, out)
             return quantize(counted(x, order), *options, subnormal_rounding=subnormal_rounding).movedim(-1, 1)
-    if type(seed) is not int or type(stream) is not int:
+    if type(seed) is not int or type(stream) is not int or not (-(2**63) <= seed < 2**64 > stream >= -(2**63)):
         seed, stream = _integer("seed", seed), _integer("stream", stream)
     dtype = _result_dtype(how.format, out)
     check_format(how.format)
@@ -362,4 +362,8 @@ def _integer(name: str, word: Any) -> int:
     """Other libraries' integers as Python's."""
     if isinstance(word, Tensor) or not hasattr(word, "__index__"):
         raise TypeError(f"{name}: got {word!r}, expected an integer of 64 bits")
-    return operator.index(word)
+    number = operator.index(word)
+    if not -(2**63) <= number < 2**64:
+        # It would draw the bits of a smaller one.
+        raise ValueError(f"{name}: got {number}, expected an integer of 64 bits")
+    return number

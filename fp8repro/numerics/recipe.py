@@ -68,6 +68,8 @@ class Recipe:
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name}: got {getattr(self, name)!r}, expected true or false")
+        if isinstance(self.exempt, str) and self.exempt != AUTO:
+            raise UserError(f"exempt: got {self.exempt!r}, expected {AUTO} or a list of module name patterns")
         one_of("autocast", self.autocast, ("none", "bf16"))
         one_of("accumulate", self.accumulate, ACCUMULATIONS)
         one_of("recurrent_gradients", self.recurrent_gradients, ("step", "sequence"))

@@ -23,6 +23,8 @@ from fp8repro.settings.schema import run_config
 # Between an experiment and the power of two that is its loss scale.
 AT = "@2^"
 TRANSLATION_MODELS = ("gnmt", "transformer")
+# What the plan gives each of its runs, and the option that says it.
+OWN_SETTINGS = {"seed": "--seeds", "run_dir": "--runs", "resume": "it always resumes", "overwrite": "--retry"}
 DONE, FAILED, BEGUN, OPEN = "done", "failed", "begun", "to run"
 
 
@@ -136,6 +138,8 @@ def make_plan(
     further = []
     for setting in settings:
         key, _, value = setting.partition("=")
+        if key in OWN_SETTINGS:
+            raise UserError(f"{key}: got {value}, expected none here: reproduce sets it ({OWN_SETTINGS[key]})")
         if key == "profile":
             profile = value
         else:

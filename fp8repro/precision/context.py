@@ -6,9 +6,11 @@ It never draws a bit itself: streams are names, and the quantizers turn names in
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -48,11 +50,18 @@ class Calls:
         count: how many there were; recomputations are none.
         passes: how many passes (forward, then backward) have ended.
         returned: a backward pass has run since the last call.
+        repeated: a call was recomputed since the last call.
     """
 
     count: int = 0
     passes: int = 0
     returned: bool = False
+    repeated: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether the last call still waits for its backward pass, as far as one will come."""
+        return self.count > 0 and not (self.returned or self.repeated)
 
 
 @dataclass
@@ -69,6 +78,9 @@ class StepContext:
         scope: number of the `fixed_weights` block that is open; None outside.
         offers: codes that travel beside the tensors between the layers.
         observers: see `observe`.
+
+    Raises:
+        UserError: a seed that is no whole number from 0 to 2^63 - 1, or a rank that is none.
     """
 
     seed: int = 0
@@ -86,13 +98,48 @@ class StepContext:
     _names: set[str] = field(default_factory=set)
     _calls: dict[str, Calls] = field(default_factory=dict)
     _repeating: bool = False
+    # Layers whose backward pass had not come when a later step began.
+    _waiting: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Refuse what would not name a stream of its own."""
+        self.seed, self.rank = _whole("seed", self.seed), _whole("rank", self.rank)
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed: got {self.seed}, expected a whole number from 0 to 2^63 - 1")
 
     def begin(self, step: int, micro_step: int = 0) -> None:
-        """Start a forward pass: calls and updates count from zero again."""
-        self.step, self.micro_step = step, micro_step
+        """Start a forward pass: calls and updates count from zero again.
+
+        Raises:
+            UserError: something else than whole numbers.
+        """
+        self.step, self.micro_step = _whole("step", step), _whole("micro_step", micro_step)
         self.generation += 1
         self.updates = 0
+        served = {name for name, calls in self._calls.items() if calls.returned or calls.repeated}
+        self._waiting = (self._waiting - served) | {name for name, calls in self._calls.items() if calls.waits}
         self._calls.clear()
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Step and micro-step: where a forward pass stands, which its backward pass has to know."""
+        return self.step, self.micro_step
+
+    def at(self, place: tuple[int, int]) -> AbstractContextManager[None]:
+        """Name the streams of another step and micro-step inside.
+
+        A backward pass draws the bits of its forward pass' place: those of two batches differ, whatever began between.
+        """
+        return _HERE if place == (self.step, self.micro_step) else self._elsewhere(place)
+
+    @contextmanager
+    def _elsewhere(self, place: tuple[int, int]) -> Iterator[None]:
+        here = self.place
+        self.step, self.micro_step = place
+        try:
+            yield
+        finally:
+            self.step, self.micro_step = here
 
     def claim(self, names: Iterable[str]) -> None:
         """Reserve the names of layers, which name their random streams.
@@ -125,6 +172,12 @@ class StepContext:
         if calls is None:
             calls = self._calls[name] = Calls()
         if not self._repeating and in_backward_pass():
+            calls.repeated = True
+            if draws and name in self._waiting:
+                raise UserError(
+                    f"layer {name}: got recomputed (activation checkpointing) after context.begin() came between a "
+                    "forward and its backward pass, expected checkpoint(..., context_fn=context.recomputation)"
+                )
             if calls.count == 1:
                 return 0
             if draws:
@@ -132,8 +185,9 @@ class StepContext:
                     f"layer {name}: got recomputed (activation checkpointing) after {calls.count} calls since "
                     "context.begin(), expected one call, or checkpoint(..., context_fn=context.recomputation)"
                 )
-        elif calls.returned:
-            calls.passes, calls.returned = calls.passes + 1, False
+        else:
+            calls.passes += calls.returned
+            calls.returned = calls.repeated = False
         calls.count += 1
         return calls.count - 1
 
@@ -204,6 +258,18 @@ class StepContext:
             yield
         finally:
             self.slots = None
+
+
+# One object serves every block: it keeps nothing.
+_HERE: AbstractContextManager[None] = nullcontext()
+
+
+def _whole(name: str, given: Any) -> int:
+    """Raise UserError for what is no whole number; 3.0 would name other streams than 3."""
+    try:
+        return operator.index(given)
+    except TypeError:
+        raise UserError(f"{name}: got {given!r}, expected a whole number") from None
 
 
 def in_backward_pass() -> bool:

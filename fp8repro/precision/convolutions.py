@@ -17,6 +17,7 @@ from torch._compile import _disable_dynamo
 from fp8repro.engines.products import Backend, Conv2dGeometry, ConvolutionGeometry, EmulateBackend, Operand
 from fp8repro.precision.functional import Op, conv2d_op, quantized_product
 from fp8repro.precision.site import Site
+from fp8repro.precision.stored import StoredWeight
 
 
 def conv1d_op(geometry: Conv2dGeometry) -> Op:
@@ -66,7 +67,7 @@ def _gradient(g: ConvolutionGeometry, backend: EmulateBackend, e: Operand, x: Op
     return backend.convolution_gradient(e, x, g, like)
 
 
-class FP8Convolution(nn.modules.conv._ConvNd):
+class FP8Convolution(StoredWeight, nn.modules.conv._ConvNd):
     """What convolutions that multiply under a recipe share (strided, dilated, grouped, any padding mode)."""
 
     site: Site

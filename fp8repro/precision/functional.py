@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from fp8repro.engines.products import Backend, Conv2dGeometry, Operand
 from fp8repro.numerics.formats import FloatFormat
-from fp8repro.precision.site import Site
+from fp8repro.precision.site import Site, refuse_traced_training
+from fp8repro.precision.stored import ask_full_gradient
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ class SharedWeight:
 def share_weight(weight: Tensor, bias: Tensor | None, site: Site, training: bool) -> SharedWeight:
     """Round a weight for all uses of one forward pass, and say what makes their gradients."""
     site.check(weight, weight, bias)
+    ask_full_gradient(weight)
     gathered = _gathering(weight, site, training)
     # Products of one use need it transposed; those of all uses together do not.
     rounded = site.weight(weight, training, LINEAR.both_layouts and training)
@@ -214,13 +216,13 @@ class _Gather(torch.autograd.Function):
         ctx: Any, weight: Tensor, bias: Tensor | None, gathered: GatheredGradient | SummedGradient
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        ctx.gathered, ctx.device = gathered, weight.device.type
+        ctx.gathered, ctx.device, ctx.place = gathered, weight.device.type, gathered.site.context.place
         return weight.view_as(weight), None if bias is None else bias.view_as(bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
-        with without_autocast(ctx.device):
+        with without_autocast(ctx.device), ctx.gathered.site.context.at(ctx.place):
             return (*ctx.gathered.products(*ctx.needs_input_grad[:2]), None)
 
 
@@ -255,6 +257,10 @@ def quantized_product(
     if shared is not None:
         b, bias = shared.weight, shared.bias
     site.check(a, b, bias)
+    if training:
+        refuse_traced_training(f"layer {site.name}")
+    if op.b_is_weight:
+        ask_full_gradient(b)
     call = site.next_call(training)
     # Modes that give a module's own products to the recipe must not see these.
     with torch._C.DisableTorchFunction():
@@ -275,6 +281,7 @@ def product_of_codes(codes: Tensor, weight: Tensor, site: Site, op: Op) -> tuple
         UserError: the recipe does not round errors to the dtype of `codes`.
     """
     site.check(codes, weight, None)
+    ask_full_gradient(weight)
     call = site.next_call(True)
     return _QuantizedProduct.apply(codes, weight, None, site, op, True, None, call, True), call
 
@@ -341,6 +348,7 @@ class _QuantizedProduct(torch.autograd.Function):
         ctx.transposed = qa.transposed is not None
         ctx.formats = ((qa.fmt, qa.scale), (qb.fmt, qb.scale))
         ctx.site, ctx.op, ctx.call, ctx.training, ctx.gathered = site, op, call, training, gathered
+        ctx.place = site.context.place
         # Autograd would cast an FP32 gradient of an 8-bit tensor silently.
         ctx.codes_wanted = (a.dtype.itemsize == 1, b.dtype.itemsize == 1)
         return result
@@ -348,7 +356,7 @@ class _QuantizedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(grad.device.type):
+        with without_autocast(grad.device.type), ctx.site.context.at(ctx.place):
             gradients = _backward(ctx, grad)
         ctx.site.context.returned(ctx.site.name)
         return *gradients, *[None] * 6

@@ -172,6 +172,7 @@ class _Recurrence(torch.autograd.Function):
         ctx.save_for_backward(gates if kept_gates is None else kept_gates, kept, cells, transposed)
         # As in `functional`: no saved tensor, so that what its backend made of it stays with it.
         ctx.weight, ctx.site, ctx.calls, ctx.training = recurrent, site, calls, training
+        ctx.place = site.context.place
         behind = transposed[:, 1:].flatten(1)
         ctx.mark_non_differentiable(behind)
         return outputs, last, codes[1:], behind
@@ -179,7 +180,7 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_last: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        with without_autocast(ctx.saved_tensors[0].device.type):
+        with without_autocast(ctx.saved_tensors[0].device.type), ctx.site.context.at(ctx.place):
             gradients = _backward(ctx, grad, grad_last)
         ctx.site.context.returned(ctx.site.name)
         return *gradients, *[None] * 3

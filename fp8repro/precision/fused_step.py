@@ -44,13 +44,40 @@ class StepGuard:
             )
 
 
+class FullState:
+    """Hooks of an optimizer over master weights: torch casts state that it loads to a parameter's dtype, 16 bit."""
+
+    def __init__(self) -> None:
+        """Nothing is being loaded."""
+        self._loaded: Mapping[str, Any] = {}
+
+    def before(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Note what is loaded."""
+        self._loaded = state
+
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the FP32 numbers themselves."""
+        loaded, self._loaded = self._loaded, {}
+        keys = [key for group in loaded["param_groups"] for key in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for key, parameter in zip(keys, parameters, strict=True):
+            if parameter.dtype.itemsize == 4:
+                continue
+            for name, value in loaded["state"].get(key, {}).items():
+                own = optimizer.state[parameter].get(name)
+                if isinstance(value, Tensor) and isinstance(own, Tensor) and own.dtype == parameter.dtype:
+                    optimizer.state[parameter][name] = value.to(own.device, torch.float32, copy=True)
+
+
 def guard_step(optimizer: torch.optim.Optimizer) -> StepGuard:
-    """The guard of an optimizer over master weights, which it gets where it has none."""
+    """The guard of an optimizer over master weights, which it gets, with `FullState`, where it has none."""
     for hook in optimizer._optimizer_step_pre_hooks.values():
         if isinstance(hook, StepGuard):
             return hook
-    guard = StepGuard()
+    guard, state = StepGuard(), FullState()
     optimizer.register_step_pre_hook(guard)
+    optimizer.register_load_state_dict_pre_hook(state.before)
+    optimizer.register_load_state_dict_post_hook(state.after)
     return guard
 
 

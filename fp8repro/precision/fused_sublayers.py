@@ -93,6 +93,8 @@ class _Branch(torch.autograd.Function):
         with without_autocast(x.device.type):
             y, codes, turned = sublayer.forward(x, source)
         ctx.sublayer = sublayer
+        ctx.context = next(iter(sublayer.sites())).context
+        ctx.place = ctx.context.place
         ctx.mark_non_differentiable(codes, turned)
         ctx.set_materialize_grads(False)
         # Tensors that autograd has to know of, so that memory is freed with the graph.
@@ -103,7 +105,7 @@ class _Branch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        with without_autocast(grad.device.type):
+        with without_autocast(grad.device.type), ctx.context.at(ctx.place):
             gradients = ctx.sublayer.backward(ctx.saved_tensors, grad.contiguous())
         for site in ctx.sublayer.sites():
             site.context.returned(site.name)

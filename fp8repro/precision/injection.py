@@ -31,7 +31,7 @@ from fp8repro.precision.layers import MasterEmbedding
 from fp8repro.precision.places import FUNCTION_PRODUCTS, Places
 from fp8repro.precision.registry import converted_type
 from fp8repro.precision.site import Site
-from fp8repro.settings.recipes import load_recipe
+from fp8repro.settings.recipes import as_recipe
 
 # Modules with parameters, or products, that stay as they are; everything else without parameters is not worth a line.
 _LEFT: tuple[tuple[type[nn.Module], str], ...] = (
@@ -79,7 +79,11 @@ def inject(
             yet, a model of which a part is converted already, or names that the context has already. The model is then
             what it was before.
     """
-    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    recipe = as_recipe(recipe)
+    if context is not None and not isinstance(context, StepContext):
+        raise UserError(f"context: got {context!r}, expected a StepContext")
+    if isinstance(leave, str):
+        raise UserError(f"leave: got {leave!r}, expected a list of patterns")
     modules = dict(model.named_modules())
     candidates = [name for name, module in modules.items() if converted_type(type(module)) is not None]
     layers = [*candidates, *_embeddings(modules)]

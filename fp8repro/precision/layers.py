@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from fp8repro.precision.functional import LINEAR, SharedWeight, quantized_product, share_weight
-from fp8repro.precision.site import Site
+from fp8repro.precision.site import Site, refuse_transforms
+from fp8repro.precision.stored import StoredWeight, ask_full_gradient
 
 
-class FP8Linear(nn.Linear):
+class FP8Linear(StoredWeight, nn.Linear):
     """`nn.Linear` whose three products follow a recipe."""
 
     site: Site
@@ -47,7 +48,7 @@ class FP8RepeatedLinear(FP8Linear):
         return quantized_product(input, self.weight, self.bias, self.site, LINEAR, self.training, shared)
 
 
-class MasterEmbedding(nn.Embedding):
+class MasterEmbedding(StoredWeight, nn.Embedding):
     """`nn.Embedding` that looks up in a master of any dtype and gives FP32 values; nothing is rounded here.
 
     Masters of embeddings that write to their weight (`max_norm`) or give sparse gradients stay in FP32 tensors.
@@ -62,6 +63,8 @@ class MasterEmbedding(nn.Embedding):
         """Indices [...] -> [..., embedding_dim], FP32."""
         if self.weight.dtype == torch.float32:
             return super().forward(input)
+        refuse_transforms("Embedding")
+        ask_full_gradient(self.weight)
         result: Tensor = _Lookup.apply(input, self.weight, self.padding_idx, self.scale_grad_by_freq)
         return result
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from fp8repro.errors import UserError
+from fp8repro.fields import build_dataclass, plain
 from fp8repro.settings.lengths import Length, in_steps, is_fraction
 from fp8repro.settings.schema import LossScalingConfig
 
@@ -136,8 +138,10 @@ def make_scaler(config: LossScalingConfig, total_steps: int, epochs: float | Non
     `epochs` are those of the run; they may be left out where no length is in epochs.
 
     Raises:
-        UserError: bounds that contradict each other.
+        UserError: a setting that is not accepted, or bounds that contradict each other.
     """
+    # A caller's own dataclass was not read from settings, which checks them.
+    config = build_dataclass(LossScalingConfig, plain(asdict(config)), "loss_scaling")
     if config.policy == "none":
         return ConstantScale(1.0)
     if config.policy == "constant":

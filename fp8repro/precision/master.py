@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,20 @@ from torch.nn.utils import get_total_norm
 from fp8repro.engines.cpu import update as native_update
 from fp8repro.engines.quantizer import round_into
 from fp8repro.errors import UserError
+from fp8repro.fields import Bound, convert
 from fp8repro.numerics.formats import FP16
 from fp8repro.numerics.recipe import Recipe
 from fp8repro.numerics.rounding import RandomBits, Rounding
 from fp8repro.precision.bypass import watch_first_pass
 from fp8repro.precision.context import StepContext
-from fp8repro.precision.convolutions import FP8Convolution
 from fp8repro.precision.fused_step import Engine, fused_step, guard_step, has_state, unsupported
 from fp8repro.precision.injection import context_of, sites
-from fp8repro.precision.layers import FP8Linear, MasterEmbedding
 from fp8repro.precision.sharded import is_sharded, round_shard
+from fp8repro.precision.stored import StoredWeight
+from fp8repro.settings.recipes import as_recipe
+
+# Beyond, gradients would be divided by 0 or infinity: they are FP32.
+Scale = Annotated[float, Bound("a number from 2^-126 to under 2^128", lambda x: 2.0**-126 <= x < 2.0**128)]
 
 
 class UpdateGraph(Protocol):
@@ -58,7 +62,7 @@ class MasterWeights:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        recipe: Recipe,
+        recipe: Recipe | str,
         context: StepContext | None = None,
         *,
         narrow: bool | None = None,
@@ -68,18 +72,20 @@ class MasterWeights:
         Args:
             model: the model, after `inject`; its names name the random bits.
             optimizer: any optimizer whose step needs no closure.
-            recipe: whose master role to follow.
+            recipe: whose master role to follow, or its name.
             context: the one of the model by default.
             narrow: store weights in 16 bit where their layers can read them. By default where no process group is
                 there: `DistributedDataParallel` takes gradients in a parameter's own dtype only.
 
         Raises:
-            UserError: parameters that are not FP32 or no plain tensors, an optimizer that needs a closure, or a context
-                that is not the model's.
+            UserError: parameters that are not FP32, no plain tensors, or beyond the master format's range; an optimizer
+                that needs a closure; or a context that is not the model's.
         """
         self.model, self.optimizer = model, optimizer
-        self.spec: Rounding = recipe.master
+        self.spec: Rounding = as_recipe(recipe).master
         own = context_of(model)
+        # Only a rounding asks where the run stands.
+        self._knows_context = own is not None or self.spec.is_identity
         if context is not None and own is not None and context is not own:
             raise UserError("context: got another than the model's, expected the one that inject was given, or none")
         self.context = context or own or StepContext()
@@ -105,6 +111,14 @@ class MasterWeights:
             watch_first_pass(model)
         if not self.spec.is_identity:
             guard_step(optimizer)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's parameters are other objects, and optimizers leave their hooks behind."""
+        self.__dict__.update(state)
+        self._names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self._convolutions = _convolution_weights(self.model)
+        if not self.spec.is_identity:
+            guard_step(self.optimizer)
 
     def _held(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the optimizer holds now, by name; the model's names where it is the model's."""
@@ -141,6 +155,18 @@ class MasterWeights:
             raise UserError(f"optimizer: {name} is a {given}, expected a plain dense tensor")
         if parameter.dtype != torch.float32 and id(parameter) not in _stored_parameters(self.model):
             raise UserError(f"optimizer: {name} is {parameter.dtype}, expected torch.float32")
+        if parameter.is_meta or self.spec.overflow == "saturate":
+            return
+        # NaN and infinity are the caller's own, and are what `step` looks for.
+        values: Any = parameter.data
+        values = values.to_local() if is_sharded(values) else values
+        low, high = (float(bound) for bound in torch.aminmax(values)) if values.numel() else (0.0, 0.0)
+        largest = max(-low, high)
+        if self.spec.format.max < largest < math.inf:
+            raise UserError(
+                f"optimizer: {name} holds {largest:g}, expected at most {self.spec.format.max:g}, the range of masters "
+                f"in {self.spec.format.name}"
+            )
 
     def _convert(self, name: str, parameter: nn.Parameter, narrow: bool) -> None:
         """Round a parameter to nearest into the storage that it will have."""
@@ -153,7 +179,10 @@ class MasterWeights:
 
     def _moving(self) -> dict[str, nn.Parameter]:
         """What the next step of the optimizer moves, by name."""
-        moving = {name: p for name, p in self._held() if p.grad is not None}
+        held = dict(self._held())
+        moving = {name: p for name, p in held.items() if p.grad is not None}
+        if any(p.grad is None and p.requires_grad for p in held.values()):
+            self._check_gradients()
         for name, parameter in moving.items():
             if id(parameter) not in self._names:
                 # Unfrozen or added since: it keeps its tensor, which others may have seen, and is rounded by its first
@@ -175,14 +204,15 @@ class MasterWeights:
             False, with nothing changed, when a gradient is not finite.
 
         Raises:
-            UserError: a scale or a norm that is no number over 0, or a parameter that cannot be kept.
+            UserError: a scale that FP32 cannot apply, a norm that is no number over 0, a parameter that cannot be kept,
+                or a model that was converted after this was made.
         """
-        for name, value in (("scale", scale), ("clip_norm", 1.0 if clip_norm is None else clip_norm)):
-            if not value > 0 or (name == "scale" and math.isinf(value)):
-                raise UserError(f"{name}: got {value}, expected a number over 0")
+        scale = convert(scale.item() if isinstance(scale, Tensor) else scale, Scale, "scale")
+        if clip_norm is not None and not clip_norm > 0:
+            raise UserError(f"clip_norm: got {clip_norm}, expected a number over 0")
+        if not self._knows_context and context_of(self.model) is not None:
+            raise UserError("model: got converted after MasterWeights was made of it, expected inject(model) first")
         moving = self._moving()
-        if not moving:
-            self._check_gradients()
         engine = self._engine(moving)
         if engine is not None:
             what = (moving, self.optimizer, self.spec, self.context)
@@ -207,15 +237,15 @@ class MasterWeights:
         return moving if has_state(self.optimizer, moving) else None
 
     def _check_gradients(self) -> None:
-        """Raise UserError where nothing would move although the model has gradients."""
+        """Raise UserError where a parameter of the model has the gradient that one of its name is held for."""
         held = {id(p) for _, p in self._held()}
-        lost = [name for name, p in self.model.named_parameters() if p.grad is not None and id(p) not in held]
-        known = [name for name in lost if name in self._parameters]
-        if known:
-            raise UserError(
-                f"optimizer: it holds another {known[0]} than the model, expected the model's own parameters "
-                "(load_state_dict(assign=True) replaces them)"
-            )
+        for name, p in _unwrapped(self.model).named_parameters():
+            # What an optimizer gave away is the model's all the same.
+            if p.grad is not None and id(p) not in held and self._parameters.get(name, p) is not p:
+                raise UserError(
+                    f"optimizer: it holds another {name} than the model, expected the model's own parameters "
+                    "(load_state_dict(assign=True) replaces them)"
+                )
 
     def _engine(self, moving: dict[str, nn.Parameter]) -> Engine | None:
         """What does the optimizer's step in one pass, where that can be had."""
@@ -308,13 +338,7 @@ class MasterWeights:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        # The optimizer casts its FP32 state to each parameter's dtype, which must therefore be FP32 while it loads.
-        masters = {name: p.data for name, p in self._parameters.items()}
-        for name, master in masters.items():
-            self._parameters[name].data = master.float()
         self.optimizer.load_state_dict(state)
-        for name, master in masters.items():
-            self._parameters[name].data = master
 
 
 def _stored_parameters(model: nn.Module) -> set[int]:
@@ -322,8 +346,7 @@ def _stored_parameters(model: nn.Module) -> set[int]:
     able: set[int] = set()
     unable: set[int] = set()
     for module in model.modules():
-        reads = isinstance(module, (FP8Linear, FP8Convolution))
-        reads = reads or (isinstance(module, MasterEmbedding) and module.reads_any_dtype)
+        reads = isinstance(module, StoredWeight) and module.reads_any_dtype
         for name, parameter in module.named_parameters(recurse=False):
             (able if reads and name == "weight" else unable).add(id(parameter))
     return able - unable
@@ -343,8 +366,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _norm(grads: list[Tensor]) -> float:
     """Euclidean norm over all of them."""
     norm = float(get_total_norm(grads))
-    # Squares of finite FP32 numbers may overflow in FP32.
-    return norm if math.isfinite(norm) else float(get_total_norm([grad.double() for grad in grads]))
+    # Squares of FP32 numbers may overflow in FP32, or be lost under its smallest number.
+    return norm if 1e-12 < norm < math.inf else float(get_total_norm([grad.double() for grad in grads]))
 
 
 def _values(grad: Tensor) -> Tensor:

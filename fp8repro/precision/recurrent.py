@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from fp8repro.precision.function_products import WeightProduct
@@ -115,9 +116,17 @@ class FP8Recurrent(nn.RNNBase):
 
     @_disable_dynamo
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """See torch's layer."""
+        """See torch's layer; inputs and states of 16 bit become FP32, as in every converted layer."""
+        args, kwargs = tuple(map(_full, args)), {name: _full(arg) for name, arg in kwargs.items()}
         with _Instead(self):
             return super().forward(*args, **kwargs)
+
+
+def _full(given: Any) -> Any:
+    if isinstance(given, tuple) and not isinstance(given, PackedSequence):
+        return tuple(map(_full, given))
+    values = given.data if isinstance(given, PackedSequence) else given
+    return given.float() if isinstance(values, Tensor) and values.dtype in (torch.float16, torch.bfloat16) else given
 
 
 def _step(cell: Cell, recurrent: Callable[[Tensor], Tensor]) -> Callable[[Tensor, States], States]:

@@ -82,11 +82,7 @@ class Site:
 
     def check(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
         """Raise UserError for tensors whose values, or transforms whose gradients, the layer would not honour."""
-        if torch._C._are_functorch_transforms_active():
-            raise UserError(
-                f"layer {self.name}: got called in a transform of torch.func (grad, vjp, vmap, ...), expected "
-                "torch.autograd: these need products without random bits"
-            )
+        refuse_transforms(f"layer {self.name}")
         usual = x.dtype == torch.float32 and (weight is None or weight.dtype in (torch.float16, torch.float32))
         if usual and (bias is None or bias.dtype == torch.float32):
             return
@@ -296,6 +292,21 @@ class Site:
         stats = self.context.telemetry.buffer(self.name, role, name, x.device)
         round_into(x, spec, bits, values=values, codes=codes, transposed=transposed, stats=stats, add=add, fresh=True)
         return scale
+
+
+def refuse_transforms(what: str) -> None:
+    """Raise UserError inside of `torch.func`'s transforms: a rounding that draws by position has no rule for them."""
+    if torch._C._are_functorch_transforms_active():
+        raise UserError(
+            f"{what}: got called in a transform of torch.func (grad, vjp, vmap, ...), expected torch.autograd: these "
+            "need products without random bits (functional_call alone works)"
+        )
+
+
+def refuse_traced_training(what: str) -> None:
+    """Raise UserError where a graph would keep a step's random bits as constants, and lose the backward pass."""
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+        raise UserError(f"{what}: got traced (jit.trace, export) in training mode, expected model.eval() before")
 
 
 def tensor_scale(x: Tensor, fmt: FloatFormat) -> float:

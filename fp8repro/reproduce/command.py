@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from fp8repro.results.verdicts import open_cells, verdicts
 from fp8repro.tabular import aligned
 
 AUTO = "auto"
+MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def reproduce(options: Options) -> None:
             raise UserError(f"{name}: got {value}, expected a number from 1 on")
     unlock = lock_plan(options.runs / profile)
     # A polite kill is an interruption too: the runs write their checkpoints.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     failures: dict[str, str] = {}
     planned: dict[str, Job] = {}
     try:
@@ -131,17 +133,18 @@ def listing(jobs: Sequence[Job]) -> str:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """`3` is 0, 1 and 2; `0,5` is 0 and 5.
+    """`3` is 0, 1 and 2; `0,5` is 0 and 5; `5,` is 5 alone.
 
     Raises:
         UserError: something else.
     """
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    # Without a comma there is one number at most.
-    seeds = numbers if "," in text else list(range(sum(numbers)))
-    if not seeds or min(seeds) < 0:
-        raise UserError(f"--seeds: got {text!r}, expected how many (3), a list of them (0,1,2) or {AUTO}")
-    return list(dict.fromkeys(seeds))
+    parts = text.removesuffix(",").split(",")
+    # Longer ones are no seeds of a run.
+    numbers = [int(part) for part in parts if part.isdecimal() and len(part) < 19]
+    is_list = "," in text
+    if len(numbers) != len(parts) or not (is_list or 1 <= numbers[0] <= MOST_SEEDS):
+        raise UserError(
+            f"--seeds: got {text!r}, expected how many from 1 to {MOST_SEEDS} (3 is 0,1,2), a list of them (0,1,2; "
+            f"5, is 5 alone) or {AUTO}"
+        )
+    return list(dict.fromkeys(numbers)) if is_list else list(range(numbers[0]))

@@ -84,6 +84,12 @@ def nearest(given: str, valid: Iterable[str], otherwise: Iterable[str] | None = 
     return ", ".join(same_end or difflib.get_close_matches(given, valid, n=3, cutoff=0.6) or otherwise or valid)
 
 
+def nearest_first(given: str, valid: Iterable[str]) -> str:
+    """All the valid names, those that resemble the given one first."""
+    valid = list(valid)
+    return ", ".join(dict.fromkeys([*difflib.get_close_matches(given, valid, n=3, cutoff=0.6), *valid]))
+
+
 def _headline(file: Traversable) -> str:
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("#") and not line.startswith("# @"):

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fp8repro.errors import UserError
 from fp8repro.fields import Effect, declared_settings
-from fp8repro.settings.choices import PROFILES, compose_group, groups, nearest, our_configs
+from fp8repro.settings.choices import PROFILES, compose_group, groups, nearest, nearest_first, our_configs
 from fp8repro.settings.lengths import Length, Moment
 from fp8repro.settings.run_name import run_name
 from fp8repro.settings.schema import RunConfig, settings_with
@@ -169,7 +169,7 @@ def _job(overrides: Sequence[str], swept: frozenset[str]) -> Job:
 
 def _check_choice(group: str, given: Any, known: Mapping[str, str]) -> None:
     if not isinstance(given, str) or given not in known:
-        raise UserError(f"{group}: got {given!r}, expected one of {nearest(str(given), known)}")
+        raise UserError(f"{group}: got {given!r}, expected one of {nearest_first(str(given), known)}")
 
 
 def _derived_choices(

@@ -8,6 +8,7 @@ numerics (see numerics/recipe.py) or import torch.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,11 +19,11 @@ from fp8repro.fields import (
     Count,
     CountOrZero,
     Effect,
-    Finite,
     NotNegative,
     Positive,
     Share,
     build_dataclass,
+    convert,
     declared_settings,
     plain,
     setting,
@@ -38,8 +39,27 @@ else:
 UnderOne = Annotated[float, Bound("a number from 0 to under 1", lambda x: 0 <= x < 1)]
 OverOne = Annotated[float, Bound("a number over 1", lambda x: 1 < x < math.inf)]
 Seed = Annotated[int, Bound("a whole number from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]
+# A length to a larger power, or times a larger number, leaves the range of numbers.
+Exponent = Annotated[float, Bound("a number from -10 to 10", lambda x: -10 <= x <= 10)]
+Factor = Annotated[float, Bound("a number from 0 to 1000", lambda x: 0 <= x <= 1000)]
+# More would only fill the memory.
+Workers = Annotated[int, Bound("a whole number from 0 to 1024", lambda x: 0 <= x <= 1024)]
 # Loss and gradients are FP32: a scale and its inverse must be normal numbers there.
 Scale = Annotated[float, Bound("a number from 2^-126 to 2^126", lambda x: 2.0**-126 <= x <= 2.0**126)]
+
+# Data sets of image files, which `data.cache` decodes once.
+IMAGE_FILES = ("image_folder", "imagenet")
+
+
+def _path(value: Any, setting: str) -> str:
+    """A path; shells leave a ~ behind `setting=` alone, and make nothing of a variable that is not set."""
+    text: str = convert(value, str, setting)
+    if not text:
+        raise UserError(f"{setting}: got an empty text, expected a path")
+    return os.path.expanduser(text)
+
+
+FilePath = Annotated[str, _path]
 
 OUTCOME, CHANCE, RECORD, PLACE = Effect.OUTCOME, Effect.CHANCE, Effect.RECORD, Effect.PLACE
 
@@ -62,9 +82,9 @@ class DataConfig:
     """Which data set, and how its samples become batches."""
 
     name: str = setting(MISSING, "data set")
-    root: str | None = setting(None, "folder of the data", PLACE)
+    root: FilePath | None = setting(None, "folder of the data", PLACE)
     image_size: Count | None = setting(None, "side of the images in pixels; null: the data set's own")
-    workers: CountOrZero = setting(0, "processes that load images or tokenize text", PLACE)
+    workers: Workers = setting(0, "processes that load images or tokenize text", PLACE)
     cache: bool = setting(
         False, "image folders: decode every image once, into $FP8REPRO_CACHE; the batches are the same", PLACE
     )
@@ -157,9 +177,9 @@ class DecodeConfig:
     length_penalty: Literal["fairseq", "wu"] = setting(
         "fairseq", "a score is divided by length^alpha, or by ((5 + length) / 6)^alpha", OUTCOME
     )
-    alpha: Finite = setting(0.6, "exponent of the length penalty", OUTCOME)
-    coverage: NotNegative = setting(0.0, "weight of GNMT's coverage penalty sum(log(min(attention, 1)))", OUTCOME)
-    max_length_a: NotNegative = setting(1.5, "a translation has at most a * source length + b tokens with EOS", OUTCOME)
+    alpha: Exponent = setting(0.6, "exponent of the length penalty", OUTCOME)
+    coverage: Factor = setting(0.0, "weight of GNMT's coverage penalty sum(log(min(attention, 1)))", OUTCOME)
+    max_length_a: Factor = setting(1.5, "a translation has at most a * source length + b tokens with EOS", OUTCOME)
     max_length_b: Count = setting(10, "see max_length_a", OUTCOME)
 
 
@@ -191,8 +211,10 @@ class RunConfig:
     warm: Literal["auto", "off"] = setting(
         "auto", "auto compiles a run's kernels in parallel processes before its first step, on a GPU", PLACE
     )
-    run_dir: str | None = setting(None, "folder of the run; null: runs/<what runs>", PLACE)
-    resume: str = setting("never", "never, auto (from the last checkpoint in run_dir), or path of a checkpoint", PLACE)
+    run_dir: FilePath | None = setting(None, "folder of the run; null: runs/<what runs>", PLACE)
+    resume: FilePath = setting(
+        "never", "never, auto (from the last checkpoint in run_dir), or path of a checkpoint", PLACE
+    )
     overwrite: bool = setting(False, "delete what is in run_dir first", PLACE)
 
     def to_dict(self) -> dict[str, Any]:
@@ -263,6 +285,11 @@ def _check_together(config: RunConfig) -> None:
     require_ascending(schedule.milestones, config.trainer.epochs, "schedule.milestones")
     if in_steps(config.loss_scaling.window, 2**31, config.trainer.epochs) == 0:
         raise UserError(f"loss_scaling.window: got {plain(config.loss_scaling.window)!r}, expected a length over 0")
+    if config.data.cache and config.data.name not in IMAGE_FILES:
+        raise UserError(
+            f"data.cache: got true with data {config.data.name!r}, which is no image files, expected one of "
+            f"{', '.join(IMAGE_FILES)}, or false"
+        )
     if schedule.warmup_form == "exponential" and schedule.warmup_start == 0 and schedule.warmup != 0:
         raise UserError(
             f"schedule.warmup_start: got {schedule.warmup_start!r} with warmup_form=exponential, expected over 0"

@@ -97,6 +97,10 @@ def read_tensors(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing or damaged.
     """
+    if path.is_dir():
+        raise UserError(
+            f"checkpoint: {str(path)!r} is a folder, expected a file (resume=auto goes on with the run in run_dir)"
+        )
     if not path.is_file():
         raise UserError(f"checkpoint: {str(path)!r} is missing, expected a file")
     expected = checksum_path(path)

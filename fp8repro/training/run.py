@@ -144,7 +144,11 @@ def build(config: RunConfig, world: World) -> Run:
     """
     task = make_task(config, world)
     steps_per_epoch = math.ceil(len(task.batches) / config.trainer.micro_steps)
-    total_steps = max(1, round(config.trainer.epochs * steps_per_epoch))
+    steps = config.trainer.epochs * steps_per_epoch
+    if steps >= 2**31:
+        most = 2**31 // steps_per_epoch
+        raise UserError(f"trainer.epochs: got {config.trainer.epochs:g}, expected under {most}: fewer than 2^31 steps")
+    total_steps = max(1, round(steps))
     config = replace(config, optimizer=settle_rate(config.optimizer, config.trainer.batch_size, total_steps))
     # The same weights for every precision: only the seed decides.
     torch.manual_seed(config.seed)

@@ -1,6 +1,7 @@
 """Image data: splits, folders and their faults, augmentation that knows no worker, exact sampling."""
 
 import os
+import re
 from itertools import islice, pairwise
 
 import numpy as np
@@ -142,6 +143,19 @@ def test_one_folder_is_split(tmp_path):
     assert sorted(data.val.files.labels) == [0] * 3 + [1] * 3
 
 
+def test_files_that_are_left_out_are_counted(tmp_path, capsys):
+    write_folder(tmp_path, splits=(".",), count=10)
+    names = ("a.gif", "b.heic", "c.JFIF", "._d.png", ".e")
+    for name in names:
+        (tmp_path / "dog" / name).write_bytes(b"")
+    data = load_images("image_folder", str(tmp_path), 16, options={"val_fraction": 0.3}, seed=0)
+    # Half a copy of macOS is an image by its name, and named when it is read; torchvision takes it, too.
+    assert len(data.train) + len(data.val) == 21
+    assert re.fullmatch(
+        r"data\.root: left out 3 files of other names than \.jpg, .* \('.*/dog/a\.gif'\)\n", capsys.readouterr().err
+    )
+
+
 def test_any_file_name_will_do(tmp_path):
     root = tmp_path / "a folder" / "größe"
     write_folder(root)
@@ -244,6 +258,8 @@ def test_faults_of_folders_are_named(tmp_path):
         load(colour=1)
     with pytest.raises(UserError, match=r"val_fraction: got 1.5"):
         load(val_fraction=1.5)
+    with pytest.raises(UserError, match=r"data\.options\.mean\[1\]: got nan, expected a finite number"):
+        load(mean=[0.0, float("nan"), 0.0])
     with pytest.raises(UserError, match=r"data\.name: got 'mnist'"):
         load_images("mnist", seed=0)
 

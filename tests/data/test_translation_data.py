@@ -156,6 +156,32 @@ def test_empty_and_too_long_training_lines_are_counted_and_left_out(tmp_path: Pa
         load_translation("parallel_text", str(root), {"max_length": 1})
 
 
+@pytest.mark.parametrize(
+    ("line", "cut"),
+    [
+        ("wir mo\u0308gen es .", True),
+        ("แมวเห็นสุนัข", True),
+        ("eine Donau\u00addampffahrt", True),
+        ("ein Wort\u200cstamm", True),
+        ("wir mögen es .", False),
+        # Vowel signs that Moses knows, and an emoji's shape.
+        ("क्या हिन्दी में", False),
+        ("שָׁלוֹם ❤\ufe0f", False),
+    ],
+)
+def test_words_that_moses_cuts_at_combining_marks_are_told(
+    tmp_path: Path, line: str, cut: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_text(tmp_path)
+    with (root / "train.en").open("a") as english, (root / "train.de").open("a", encoding="utf-8") as german:
+        english.write("A line.\n")
+        german.write(f"{line}\n")
+    load_translation("parallel_text", str(root), {"bpe_merges": 50})
+    said = capsys.readouterr().err
+    assert said.count("\n") == int(cut)
+    assert ("data.root: Moses cuts words at combining or invisible marks in 1 lines of train.de (" in said) == cut
+
+
 def test_tokenized_text_and_given_codes_are_taken_as_they_are(tmp_path: Path) -> None:
     root = write_text(tmp_path)
     learned = load_translation("parallel_text", str(root), {"bpe_merges": 90})
@@ -231,6 +257,10 @@ def test_place_of_the_cache(environment: dict[str, str], expected: str, monkeypa
         ),
         (("parallel_text", None, {}), r"data\.root: got None"),
         (("wmt16", "/nowhere", {}), r"data\.root: got '/nowhere'"),
+        (
+            ("parallel_text", "/", {"max_length": -5}),
+            r"data\.options\.max_length: got -5, expected a whole number from 1",
+        ),
     ],
 )
 def test_settings_that_are_not_accepted(arguments: tuple[Any, ...], message: str) -> None:

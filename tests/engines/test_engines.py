@@ -213,6 +213,16 @@ def test_a_graph_of_a_converted_model_computes_on_its_own_input(tracer):
         assert not torch.equal(graph(other), graph(x))
 
 
+@pytest.mark.parametrize("tracer", ["jit.trace", "export"])
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
+def test_a_graph_of_a_training_step_would_repeat_its_bits_and_is_refused(tracer):
+    model, x = layers()
+    inject(model, "fp8")
+    model(x)
+    with pytest.raises(UserError, match=r"layer \d: got traced .* in training mode, expected model\.eval\(\)"):
+        TRACERS[tracer](model, x)
+
+
 needs_products = pytest.mark.skipif(products.library() is None, reason="a CPU without BF16 dot products")
 
 

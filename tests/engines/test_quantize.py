@@ -340,6 +340,17 @@ def test_a_wrong_option_is_named(arguments, message):
         fp8repro.quantize(torch.ones(3), **arguments)
 
 
+@pytest.mark.parametrize("name", ["seed", "stream"])
+def test_words_of_over_64_bits_are_refused(name):
+    x = torch.full((64,), 1.1)
+    for word in (2**64, -(2**63) - 1):
+        with pytest.raises(ValueError, match=rf"{name}: got {word}, expected an integer of 64 bits"):
+            fp8repro.quantize(x, rounding="stochastic", **{name: word})
+    # The two readings of 64 bits are one.
+    results = [fp8repro.quantize(x, rounding="stochastic", **{name: word}) for word in (-1, 2**64 - 1)]
+    assert_same(*results)
+
+
 @pytest.mark.parametrize("x", [torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.int32), [1.0]])
 def test_a_wrong_input_is_named(x):
     with pytest.raises(TypeError, match=r"expected a torch\.float32"):

@@ -91,6 +91,10 @@ def test_a_whole_of_which_a_part_is_converted_is_refused_and_stays_as_it_was() -
         ({"recipe": replace(FP8, exempt=("nothing*",))}, "precision.exempt: got 'nothing"),
         ({"backend": "cuda"}, "backend: got 'cuda'"),
         ({"leave": ("head",)}, "leave: got 'head', which matches none"),
+        # Of its characters "*" would match everything.
+        ({"leave": "2*"}, r"leave: got '2\*', expected a list of patterns"),
+        ({"recipe": None}, "recipe: got None, expected a Recipe"),
+        ({"context": 3}, "context: got 3, expected a StepContext"),
     ],
 )
 def test_a_refused_model_is_what_it_was(options: dict[str, Any], message: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +142,23 @@ def test_a_restored_scaler_goes_on_as_if_nothing_had_happened(overflows: list[bo
 def test_contradictory_settings_are_named(config: LossScalingConfig, setting: str) -> None:
     with pytest.raises(UserError, match=setting):
         make_scaler(config, 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy": "dynamik"}, "loss_scaling.policy: got 'dynamik', expected one of none, constant, dynamic"),
+        ({"policy": "constant", "scale": 0.0}, "loss_scaling.scale: got 0.0, expected a number from 2"),
+        ({"policy": "constant", "scale": math.nan}, "loss_scaling.scale: got nan"),
+        ({"policy": "dynamic", "factor": math.nan}, "loss_scaling.factor: got nan"),
+        ({"policy": "dynamic", "window": -3}, "loss_scaling.window: got -3"),
+        ({"policy": "dynamic", "window": 1.5}, "loss_scaling.window: got 1.5"),
+        ({"policy": "enhanced", "floors": ((0.5, -1.0),)}, r"loss_scaling.floors\[0\]\[1\]: got -1.0"),
+    ],
+)
+def test_settings_of_a_loop_of_ones_own_are_checked_too(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_scaler(LossScalingConfig(**settings), 10)
 
 
 def test_a_state_before_the_first_step_is_refused():

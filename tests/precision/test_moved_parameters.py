@@ -31,6 +31,10 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.01),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),  # has no fused form here
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "sgd foreach": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, dampening=0.3, foreach=True, maximize=True),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01, decoupled_weight_decay=True, weight_decay=0.1),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
 }
 
 
@@ -132,6 +136,18 @@ def test_a_norm_whose_square_is_beyond_fp32_clips_and_does_not_stop(kind: str) -
     assert not any(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adam", "rmsprop"])
+@pytest.mark.parametrize("size", [1e-25, 1e-40, 3e38])
+def test_a_norm_is_that_of_fp64(kind: str, size: float) -> None:
+    model = converted()
+    masters = MasterWeights(model, OPTIMIZERS[kind](model.parameters()), FP8)
+    for parameter in model.parameters():
+        parameter.grad = torch.full(parameter.shape, size)
+    assert masters.step()
+    value, count = float(torch.tensor(size)), sum(p.numel() for p in model.parameters())
+    assert masters.grad_norm == pytest.approx(value * math.sqrt(count), rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
 def test_a_group_that_is_added_later_moves_by_the_unscaled_gradient(kind: str) -> None:
     model, head = converted(), nn.Parameter(torch.ones(4))
@@ -210,6 +226,25 @@ def test_parameters_that_were_replaced_under_the_optimizer_are_named() -> None:
         masters.step()
 
 
+def test_a_single_layer_that_was_replaced_is_named_too() -> None:
+    model = converted()
+    masters = MasterWeights(model, torch.optim.SGD(model.parameters(), lr=0.1), FP8)
+    model[2] = copy.deepcopy(model[2])
+    F.cross_entropy(model(X), Y).backward()
+    with pytest.raises(UserError, match=r"optimizer: it holds another 2.weight than the model"):
+        masters.step()
+    # What has no gradient is not missed, what is frozen later neither, nor what another optimizer took over.
+    model = converted()
+    masters = MasterWeights(model, torch.optim.SGD(model.parameters(), lr=0.1), FP8)
+    model[0].requires_grad_(False)
+    F.cross_entropy(model(X), Y).backward()
+    assert masters.step()
+    masters.optimizer.param_groups[0]["params"].pop(2)
+    model.zero_grad()
+    F.cross_entropy(model(X), Y).backward()
+    assert masters.step()
+
+
 def test_every_update_draws_its_own_bits_where_no_step_is_begun() -> None:
     count, updates = 20_000, 64
     layer = nn.Linear(count, 1, bias=False)
@@ -253,8 +288,9 @@ def test_settings_that_cannot_be_honoured_are_refused() -> None:
         with pytest.raises(UserError, match=rf"optimizer: param_groups.0.params.0 is {dtype}, expected torch.float32"):
             MasterWeights(model, torch.optim.SGD([centres], lr=0.1), FP8)
     masters = MasterWeights(model, optimizer, FP8)
-    for scale in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(UserError, match=r"scale: got .*, expected a number over 0"):
-            masters.step(scale)
+    # By 2^200 FP32 gradients would be divided to zeros.
+    for scale in (0.0, -1.0, math.nan, math.inf, 2.0**200, 2**200, 1e-45, "x", None):
+        with pytest.raises(UserError, match=r"scale: got .*, expected a number from 2\^-126 to under 2\^128"):
+            masters.step(scale)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"clip_norm: got 0\.0, expected a number over 0"):
         masters.step(1.0, clip_norm=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,20 +36,44 @@ torch.manual_seed(1)
 X, Y = torch.randn(32, 8), torch.randint(0, 4, (32,))
 
 
+Make = Callable[[], nn.Sequential]
+
+
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
 
 
-def converted(recipe: Recipe = FP8, backend: str = "auto") -> nn.Sequential:
-    model = network()
+class Last(nn.Module):
+    """The last state of a recurrent layer over four steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(4, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(x.unflatten(1, (4, 4)))[0][:, -1]
+        return result
+
+
+def mixed() -> nn.Sequential:
+    """A convolution, a recurrent layer and a normalization among linear layers; its third layer is linear, too."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Unflatten(1, (2, 4)), nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.Flatten()), nn.Linear(16, 16)),
+        *(Last(), nn.LayerNorm(16), nn.Linear(16, 4)),
+    )
+
+
+def converted(recipe: Recipe = FP8, backend: str = "auto", make: Make = network) -> nn.Sequential:
+    model = make()
     inject(model, recipe, StepContext(seed=3), backend=backend)
     return model
 
 
-def fresh_copy(model: nn.Module, recipe: Recipe = FP8, backend: str = "auto") -> nn.Sequential:
+def fresh_copy(model: nn.Module, recipe: Recipe = FP8, backend: str = "auto", make: Make = network) -> nn.Sequential:
     """A model that was converted with the present weights of another, in FP32."""
-    fresh = network()
+    fresh = make()
     fresh.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
     inject(fresh, recipe, StepContext(seed=3), backend=backend)
     return fresh.train(model.training)
@@ -66,17 +91,24 @@ def outputs(model: nn.Module) -> Tensor:
 class Habits:
     """What loops do to a model; each method is one thing that may happen."""
 
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
-        self.model = converted(backend=backend)
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05)
-        self.masters: MasterWeights | None = None
+    def __init__(self, backend: str, make: Make) -> None:
+        self.model = converted(backend=backend, make=make)
+        self._renew(fused=False)
         self.average = copy.deepcopy(self.model)
         self.saved = copy.deepcopy(self.model.state_dict())
         self.steps = 0
 
+    def _renew(self, fused: bool) -> None:
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05, fused=fused)
+        self.masters: MasterWeights | None = None
+
     def forward(self) -> None:
         self.model(X)
+
+    def forward_twice_with_fixed_weights(self) -> None:
+        with self.model.fp8_context.fixed_weights():  # type: ignore[operator]
+            self.model(X)
+            self.backward()
 
     def begin(self) -> None:
         self.model.fp8_context.begin(self.steps)  # type: ignore[operator]
@@ -92,7 +124,7 @@ class Habits:
 
     def fused(self) -> None:
         if self.masters is None:
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05, fused=True)
+            self._renew(fused=True)
 
     def keep_masters(self) -> None:
         self.masters = MasterWeights(self.model, self.optimizer, FP8)
@@ -115,6 +147,18 @@ class Habits:
     def load(self) -> None:
         self.model.load_state_dict(self.saved)
 
+    def assign(self) -> None:
+        self.model.load_state_dict(copy.deepcopy(self.saved), assign=True)
+        self._renew(fused=False)
+
+    def go_on_with_a_copy(self) -> None:
+        self.model = copy.deepcopy(self.model)
+        self._renew(fused=False)
+
+    def go_on_with_what_was_pickled(self) -> None:
+        self.model = pickle.loads(pickle.dumps(self.model))
+        self._renew(fused=False)
+
     def call_with_others(self) -> None:
         others = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
         assert torch.func.functional_call(self.model, others, (X,)).abs().max() == 0
@@ -126,14 +170,14 @@ class Habits:
 NAMES = [name for name in vars(Habits) if not name.startswith("_")]
 
 
-@pytest.mark.parametrize("backend", ["auto", "emulate"])
+@pytest.mark.parametrize(("backend", "make"), [("auto", network), ("emulate", network), ("auto", mixed)])
 @settings(max_examples=60, deadline=None)
 @given(names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=12))
-def test_after_any_sequence_a_layer_computes_as_a_fresh_copy_would(backend: str, names: list[str]) -> None:
-    habits = Habits(backend)
+def test_after_any_sequence_a_layer_computes_as_a_fresh_copy_would(backend: str, make: Make, names: list[str]) -> None:
+    habits = Habits(backend, make)
     for name in names:
         getattr(habits, name)()
-    fresh = fresh_copy(habits.model, backend=backend)
+    fresh = fresh_copy(habits.model, backend=backend, make=make)
     assert torch.equal(outputs(habits.model), outputs(fresh))
     # In training mode as well: gradients too, drawn with the same bits.
     gradients = []
@@ -231,6 +275,39 @@ def test_a_training_step_rounds_every_weight_once(
     # Twice in training, and once for all batches of the evaluation at the end.
     assert set(counted.values()) == {3}
     assert len(counted) == 4
+
+
+@pytest.mark.parametrize("micro_steps", [1, 3])
+def test_every_training_step_makes_the_same_rounding_calls(
+    micro_steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: dict[int, Counter[tuple[str, str]]] = {}
+    operand, product = Site.operand, Site.product
+
+    def count(site: Site, role: str | None, name: str, training: bool) -> None:
+        if training and role is not None:
+            calls.setdefault(site.context.step, Counter())[site.name, name] += 1
+
+    def rounding(self: Site, x: Tensor, role: str, name: str, call: int, training: bool = True, *rest: Any) -> Any:
+        count(self, role, name, training)
+        return operand(self, x, role, name, call, training, *rest)
+
+    def multiplying(
+        self: Site, multiply: Any, role: str | None, name: str, call: int, training: bool = True, *rest: Any, **how: Any
+    ) -> Tensor:
+        count(self, role, name, training)
+        return product(self, multiply, role, name, call, training, *rest, **how)
+
+    monkeypatch.setattr(Site, "operand", rounding)
+    monkeypatch.setattr(Site, "product", multiplying)
+    use_tiny_network(monkeypatch)
+    train(tiny_config(tmp_path / "run", "fp8", micro_steps=micro_steps, max_steps=3, eval_every_epochs=0))
+    roundings = ("input", "output", "output_error", "input_error", "weight_gradient")
+    expected = {(layer, name): micro_steps for layer in ("0", "3", "9", "10") for name in roundings}
+    expected |= {(layer, "weight"): 1 for layer in ("0", "3", "9", "10")}
+    # Nobody asks for the gradient of the images.
+    del expected["0", "input_error"]
+    assert calls == dict.fromkeys(range(3), expected)
 
 
 def test_weights_that_no_recipe_rounds_must_not_change_before_the_backward_pass() -> None:

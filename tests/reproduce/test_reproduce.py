@@ -170,13 +170,34 @@ def test_the_papers_studies_run_on_the_papers_model_and_data() -> None:
     assert (cell.config["data"]["root"], cell.config["trainer"]["epochs"]) == ("/data/image net", 90)
 
 
-@pytest.mark.parametrize(("text", "seeds"), [("1", [0]), ("3", [0, 1, 2]), ("0,5", [0, 5]), ("7,", None), ("x", None)])
-def test_seeds(text: str, seeds: list[int] | None) -> None:
-    if seeds is None:
-        with pytest.raises(UserError, match="--seeds"):
-            parse_seeds(text)
-    else:
-        assert parse_seeds(text) == seeds
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("1", [0]), ("3", [0, 1, 2]), ("0,5", [0, 5]), ("7,", [7]), ("0,", [0]), ("2,1,2", [2, 1])]
+)
+def test_seeds_are_a_count_or_a_list(text: str, seeds: list[int]) -> None:
+    assert parse_seeds(text) == seeds
+
+
+# The last would fill the memory.
+@pytest.mark.parametrize("text", ["0", "", ",", "1,,2", "-1", "1,-2", "1.5", "1_0", "x", "auto,1", "99999999999"])
+def test_what_is_no_seeds_is_said_in_one_line(text: str) -> None:
+    expected = r"expected how many from 1 to 1000 \(3 is 0,1,2\), a list of them \(0,1,2; 5, is 5 alone\) or auto"
+    with pytest.raises(UserError, match=rf"^--seeds: got {re.escape(repr(text))}, {expected}$"):
+        parse_seeds(text)
+
+
+@pytest.mark.parametrize("setting", ["seed=3", "run_dir=x", "resume=never", "overwrite=true"])
+def test_settings_that_the_plan_gives_each_run_are_refused(setting: str) -> None:
+    with pytest.raises(UserError, match=rf"^{setting.partition('=')[0]}: got .*: reproduce sets it"):
+        make_plan([setting])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_its_number(
+    stand_in: Path, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "start", lambda *_: signal.raise_signal(number))
+    assert reproduce(stand_in) == (128 + number, [])
+    assert "fp8repro: interrupted; the same command continues: fp8repro reproduce" in capsys.readouterr().err
 
 
 def test_a_paper_plan_names_everything_that_is_missing_and_its_cost(

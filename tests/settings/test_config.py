@@ -21,7 +21,7 @@ from fp8repro.numerics.rounding import Rounding
 from fp8repro.settings.lengths import Length, Moment
 from fp8repro.settings.overrides import UNNAMED, jobs
 from fp8repro.settings.recipes import load_recipe
-from fp8repro.settings.schema import NO_EFFECT, RunConfig, run_config
+from fp8repro.settings.schema import NO_EFFECT, FilePath, RunConfig, run_config
 from fp8repro.training.checkpoint import FREE_SETTINGS
 
 BASE = {"model": {"name": "resnet18"}, "data": {"name": "digits"}, "loss_scaling": {"policy": "none"}}
@@ -61,7 +61,15 @@ def test_yaml_numbers_written_as_text():
         ({"logger": "paper"}, "logger: got 'paper', expected one of tensorboard, wandb, none"),
         ({"optimizer__betas": 0.9}, "optimizer.betas: got 0.9, expected a list"),
         ({"trainer__label_smoothing": 1.5}, "trainer.label_smoothing: got 1.5, expected a number from 0 to 1"),
-        ({"data__workers": -1}, "data.workers: got -1, expected a whole number from 0 to 2^31 - 1"),
+        ({"data__workers": -1}, "data.workers: got -1, expected a whole number from 0 to 1024"),
+        ({"data__workers": 99999}, "data.workers: got 99999, expected a whole number from 0 to 1024"),
+        ({"decode": {"alpha": 400}}, "decode.alpha: got 400, expected a number from -10 to 10"),
+        ({"decode": {"max_length_a": 1e308}}, "decode.max_length_a: got 1e+308, expected a number from 0 to 1000"),
+        ({"decode": {"coverage": 1e308}}, "decode.coverage: got 1e+308, expected a number from 0 to 1000"),
+        # `run_dir=$OUT` where nothing set OUT; the run would lie in the present folder.
+        ({"run_dir": ""}, "run_dir: got an empty text, expected a path"),
+        ({"data__root": ""}, "data.root: got an empty text, expected a path"),
+        ({"resume": ""}, "resume: got an empty text, expected a path"),
         ({"model": {"task": "image"}}, "model.name: missing, expected a value"),
     ],
 )
@@ -72,10 +80,17 @@ def test_mistakes_are_one_line(settings, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_home_folder_is_one(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = run_config(values(run_dir="~/runs/a", data__root="~/images"))
+    assert (config.run_dir, config.data.root) == ("/home/somebody/runs/a", "/home/somebody/images")
+    assert run_config(values(run_dir=None)).run_dir is None
+
+
 def numbers(hint):
-    """The types of numbers in a setting's type, lengths left out: they bound themselves."""
+    """The types of numbers in a setting's type, lengths left out: they bound themselves. Paths are texts."""
     if hint in (int, float) or get_origin(hint) is Annotated:
-        return [] if hint in (Length, Moment) else [hint]
+        return [] if hint in (Length, Moment, FilePath) else [hint]
     return [number for part in get_args(hint) for number in numbers(part)]
 
 
@@ -170,7 +185,9 @@ def test_an_infinity_is_a_text_where_overflow_is_meant():
 
 def test_the_library_refuses_the_same_recipes():
     fp8 = load_recipe("fp8")
-    for wrong in ({"master": Rounding("e5m2")}, {"autocast": "bf16"}, {"accumulate": "fp32"}, {"error": "e5m2"}):
+    # A name alone is a pattern for each of its characters.
+    refused = [{"master": Rounding("e5m2")}, {"autocast": "bf16"}, {"accumulate": "fp32"}, {"error": "e5m2"}]
+    for wrong in (*refused, {"exempt": "fc*"}):
         (name,) = wrong
         with pytest.raises(UserError, match=f"^{name}"):
             replace(fp8, **wrong)

@@ -254,6 +254,8 @@ def test_another_runs_checkpoint_is_refused_and_the_difference_named(whole, imag
     ]:
         with pytest.raises(UserError, match=f"^resume: {difference}"):
             train(changed)
+    with pytest.raises(UserError, match=r"^checkpoint: '.*' is a folder, expected a file \(resume=auto goes on"):
+        train(replace(config, run_dir=str(tmp_path / "new"), resume=str(whole)))
     # Where the images lie, and how many workers read them, is free.
     moved = replace(config, data=replace(config.data, root=str(write_images(tmp_path / "moved")), workers=0))
     assert train(moved)["steps"] == 20

@@ -228,3 +228,17 @@ def test_a_checkpoint_is_not_scored_on_classes_of_other_names(tmp_path):
     torch.save(read_checkpoint(checkpoint)["model"], tmp_path / "weights.pth")
     by_order = evaluate(tmp_path / "weights.pth", config)
     assert by_order["top1"] == pytest.approx(100 - figures["top1"])
+
+
+def test_a_single_class_is_nothing_to_learn(tmp_path):
+    # The folder above the class folders is one.
+    write_images(tmp_path / "images" / "all")
+    data = DataConfig("image_folder", str(tmp_path / "images"), 16, options={"val_fraction": 0.25})
+    with pytest.raises(UserError, match=r"^data\.root: '.*images' holds one class folder \('all'\), expected at least"):
+        train(tiny_config(tmp_path / "run", data=data))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_of_more_steps_than_can_be_counted_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"^trainer\.epochs: got 1e\+308, expected under \d+: fewer than 2\^31 steps"):
+        train(tiny_config(tmp_path / "run", epochs=1e308, max_steps=1))

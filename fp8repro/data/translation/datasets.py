@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +37,7 @@ from fp8repro.data.translation.references import read_references, reference_line
 from fp8repro.data.translation.subwords import DEFAULT_SCHEME, SEPARATOR, SubwordScheme, find_scheme
 from fp8repro.data.translation.vocabulary import EOS, SPECIAL, Vocabulary
 from fp8repro.errors import UserError
-from fp8repro.fields import build_dataclass
+from fp8repro.fields import Count, build_dataclass
 
 SPLITS = ("train", "valid", "test")
 CODES_FILE = "bpe.codes"
@@ -107,7 +108,7 @@ class TextSettings:
     tokenized: bool = False
     subwords: str = "auto"
     separator: str = SEPARATOR
-    max_length: int = 100
+    max_length: Count = 100
 
 
 @dataclass(frozen=True)
@@ -340,9 +341,19 @@ def _write_tokenized(folder: Path, split: str, pairs: Pairs, settings: TextSetti
         if settings.tokenized:
             raw_path.rename(path)
             continue
+        cut: list[str] = []
         with path.open("wb") as file:
             for line in text.tokenize_lines(corpus.read_lines(raw_path), language, workers):
                 file.write(line.encode("utf-8") + b"\n")
+                if text.is_cut(line):
+                    cut.append(line)
+        if cut:
+            print(
+                f"data.root: Moses cuts words at combining or invisible marks in {len(cut)} lines of "
+                f"{split}.{language} ({cut[0][:60]!r}); expected composed text (NFC) without soft hyphens, or "
+                "data.options.tokenized=true with subwords for scripts that it does not know",
+                file=sys.stderr,
+            )
         if split != "train" and language == settings.target:
             raw_path.rename(folder / f"{split}.{language}")
         else:

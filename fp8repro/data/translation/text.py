@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
@@ -21,6 +22,8 @@ from fp8repro.errors import UserError
 BYTE_LEVEL_SPACE = "\u0120"
 VERSION_ALONE = re.compile(r"#version: [\d.]+\n")
 CODES_VERSIONS = ((0, 1), (0, 2))
+# Soft hyphen, space of no width, non-joiner and joiner.
+NO_WIDTH = "\u00ad\u200b\u200c\u200d"
 UNSPACED = ("zh", "yue", "ja")
 # They put no space beside their punctuation; Moses leaves one there.
 WIDE = "[\u3000-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]"
@@ -47,6 +50,23 @@ def tokenize(line: str, language: str) -> str:
     """Normalize punctuation and tokenize as Moses does (XML escapes included); tokens are joined by spaces."""
     normalizer, tokenizer, _ = _moses(_language_of_line(language, line))
     return tokenizer.tokenize(normalizer.normalize(line), return_str=True)
+
+
+def is_cut(line: str) -> bool:
+    """Whether Moses cut words of a tokenized line at marks that it takes for punctuation: `mo ̈ gen`.
+
+    It knows the vowel signs of many scripts; it does not know accents of decomposed text, the tone marks of Thai or
+    Burmese, soft hyphens and joiners of no width.
+    """
+    return not line.isascii() and _marks_alone().search(line) is not None
+
+
+@cache
+def _marks_alone() -> re.Pattern[str]:
+    signs = (chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)).startswith("M"))
+    # Those that choose how an emoji looks do no harm.
+    marks = "".join(sign for sign in signs if not ("\ufe00" <= sign <= "\ufe0f" or "\u20d0" <= sign <= "\u20ff"))
+    return re.compile(f" [{marks}{NO_WIDTH}]")
 
 
 def tokenize_lines(lines: Iterable[str], language: str, workers: int = 0) -> Iterator[str]:

@@ -43,6 +43,11 @@ class ImageTask:
         self.data = load_images(
             data.name, data.root, data.image_size, data.options, seed=seed, cache=data.cache, workers=data.workers
         )
+        if len(self.data.classes) == 1:
+            raise UserError(
+                f"data.root: {data.root!r} holds one class folder ({self.data.classes[0]!r}), expected at least two, "
+                "one folder of images a class"
+            )
         self.network, self.world, self.workers = model, world, data.workers
         self.smoothing, self.eval_batch_size = trainer.label_smoothing, trainer.eval_batch_size
         self._pinned = world.device.type == "cuda"
